@@ -1,0 +1,189 @@
+"""The training objective of VQ-LCMD: the joint variational bound (VLB), consistency matching (CM), random dropping.
+
+    symbol        code             shape            meaning
+    B, N, K, D                                      batch, tokens per image, codebook size, embedding width
+    x             x                (B, N) int64     tokens
+    E, e(x)       table, e         (K, D), (B, N, D) learned embeddings, normalised; those of the tokens
+    t, s          t, s             (B,) in [0, 1]   times, s < t; 0 is clean
+    lambda(t)     log_snr          (B,)             log of the signal-to-noise ratio, see schedule.py
+    z_t           z_t              (B, N, D)        alpha_t e(x) + sigma_t eps
+    p_theta(x|z)  logits           (B, N, K)        the denoiser's output
+    e_hat         e_hat            (B, N, D)        sum_k p_theta(k | z_t) E_k
+
+Per token and in nats, an upper bound on -log p(x) / N (paper: joint embedding-diffusion variational bound):
+
+    L_prior = KL( N(alpha_1 e, sigma_1^2 I) || N(0, I) )
+    L_rec   = E[ -log p_theta(x | z_0) ]
+    L_diff  = 1/2 E_t[ -lambda'(t) e^lambda(t) |e(x) - e_hat(z_t, t)|^2 ]
+
+Trained naively the embeddings collapse: |e - e_hat|^2 is smallest when all embeddings are close together. With the
+exact weight and an optimal network the bound does not care how far apart they are (test_all.py shows it); it is a
+*bounded* weight, which everybody uses for stability, and an imperfect network that reward collapse. The cure:
+
+    L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
+
+The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
+
+Two ways to draw the pair (z_s, z_t), and the choice matters (ours to ask, test_all.py has the exact example):
+  markov   z_s ~ q(z_s | z_t, x). Then E[ p(x | z_s) | z_t ] = p(x | z_t), the tower rule: the true posterior is the
+           fixed point of L_CM for every gap between s and t.
+  shared   the same noise in z_s and z_t, as in consistency training. Given both, e(x) is known exactly, the tower
+           rule fails, and the fixed point is over-confident: the posterior at the end of the ODE's path, not at z_t.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from schedule import add_noise, posterior
+
+
+def stratified(count, generator, device):
+    """(count,) times in [0, 1): (u + i / count) mod 1 with one u for all. Each is uniform, together they cover."""
+    u = torch.rand((), generator=generator, device=device)
+    return (u + torch.arange(count, device=device) / count) % 1
+
+
+def noise_like(e, generator):
+    return torch.randn(e.shape, generator=generator, device=e.device, dtype=e.dtype)
+
+
+# ----------------------------------------------------------------------------
+# The terms. Each returns one value per token, (B, N), in nats: summed over D, not yet averaged over anything.
+
+def prior_loss(e, log_snr_1):
+    """L_prior = KL( N(alpha_1 e, sigma_1^2 I) || N(0, I) ) = 1/2 [ D (sigma^2 - 1 - log sigma^2) + alpha^2 |e|^2 ].
+
+    For a table of mean square 1 this is the constant D/2 log(1 + e^lambda(1)).  e: (B, N, D), log_snr_1: ().
+    """
+    D = e.shape[-1]
+    alpha2 = torch.sigmoid(log_snr_1)
+    log_sigma2 = F.logsigmoid(-log_snr_1)
+    # sigma^2 - 1 = -alpha^2, and the two alpha^2 terms are joined before they can cancel badly.
+    return 0.5 * (alpha2 * (e.square().sum(-1) - D) - D * log_sigma2)
+
+
+def reconstruction_loss(logits, x):
+    """L_rec: -log p_theta(x | z_0).  logits (B, N, K) at t = 0, x (B, N)."""
+    return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
+
+
+def diffusion_loss(e, e_hat, log_snr, d_log_snr, max_snr=float("inf")):
+    """L_diff: 1/2 (-lambda'(t)) min(e^lambda(t), max_snr) |e(x) - e_hat|^2.  e, e_hat (B, N, D), the others (B,).
+
+    max_snr = inf is the exact bound. A finite one (ours) reduces the variance; it leaves the network's optimum as it
+    is, but not the table's: it rewards collapse, which L_rec and L_CM then have to hold back.
+    """
+    weight = -0.5 * d_log_snr * log_snr.exp().clamp(max=max_snr)                                   # (B,)
+    return weight[:, None] * (e - e_hat).square().sum(-1)                                          # (B, N)
+
+
+def consistency_loss(teacher_logits, log_p):
+    """L_CM: KL( sg[p_teacher] || p_theta ).  teacher_logits, log_p = log p_theta(. | z_t): (B, N, K)."""
+    log_q = teacher_logits.detach().log_softmax(-1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, generator):
+    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient."""
+    z_t, e = z_t.detach(), e.detach()
+    if coupling == "shared":
+        return add_noise(e, log_snr_s, eps)
+    mean, std = posterior(z_t, e, log_snr_t, log_snr_s)
+    return mean + std * noise_like(e, generator)
+
+
+# ----------------------------------------------------------------------------
+# One training step's loss.
+
+def training_loss(model, teacher, schedule, x, labels, generator, *, w_rec=1.0, w_diff=1.0, w_cm=1.0,
+                  rec_fraction=0.25, max_snr=float("inf"), coupling="markov", p_drop=0.0, label_drop=0.1):
+    """The weighted objective and its terms for one batch, from one pass of the model and one of the teacher.
+
+    x (B, N) int64, labels (B,) int64; teacher: the model itself or its EMA. The first rec_fraction of the batch sits
+    at t = 0 and gives L_rec; the rest gives L_diff and L_CM at stratified times. generator lives on x's device.
+    Returns (loss, terms): a scalar to differentiate and a dict of detached scalars "rec", "diff", "cm", in nats.
+    """
+    B, N = x.shape
+    n_rec = min(max(1, round(rec_fraction * B)), B - 1)
+    table = model.table()                                                                          # (K, D)
+    e = F.embedding(x, table)                                                                      # (B, N, D)
+    # Times: 0 for the first rows, stratified over the others alone, so that no interval of t is left out.
+    t = torch.cat([torch.zeros(n_rec, device=x.device), stratified(B - n_rec, generator, x.device)])
+    s = t * torch.rand(B, generator=generator, device=x.device)                                    # uniform in [0, t)
+    log_snr = schedule.log_snr(t)                                                                  # (B,)
+    eps = noise_like(e, generator)
+    z_t = add_noise(e, log_snr, eps)  # from the live table: L_diff reaches it through z_t, e and e_hat, all three
+    # Random dropping (ours in its exact form): a rate per image in [0, p_drop]; the network is told which.
+    mask = None
+    if p_drop > 0:
+        rate = p_drop * torch.rand(B, 1, generator=generator, device=x.device)
+        mask = torch.rand(B, N, generator=generator, device=x.device) < rate                       # (B, N)
+    # Classifier-free guidance: now and then the label is the null class.
+    drop = torch.rand(B, generator=generator, device=x.device) < label_drop
+    labels = torch.where(drop, model.num_classes, labels)                                          # (B,)
+
+    logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
+
+    rec = reconstruction_loss(logits[:n_rec], x[:n_rec]).mean()
+    log_p = logits[n_rec:].log_softmax(-1)                                                         # (B', N, K)
+    with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
+        e_hat = log_p.exp() @ table                                                                # (B', N, D)
+    diff = diffusion_loss(e[n_rec:], e_hat, log_snr[n_rec:], schedule.d_log_snr(t[n_rec:]), max_snr)
+    if mask is None:
+        diff = diff.mean()
+    else:  # a dropped position in L_diff at the exact weight would swamp everything: kept ones only
+        kept = ~mask[n_rec:]
+        diff = (diff * kept).sum() / kept.sum().clamp(min=1)
+    cm = torch.zeros((), device=x.device)
+    if w_cm > 0:
+        with torch.no_grad():
+            log_snr_s = schedule.log_snr(s[n_rec:])
+            z_s = draw_earlier(coupling, z_t[n_rec:], e[n_rec:], eps[n_rec:], log_snr[n_rec:], log_snr_s, generator)
+            teacher_logits = teacher(z_s, log_snr_s, labels[n_rec:], table=table.detach(),
+                                     mask=None if mask is None else mask[n_rec:])
+        cm = consistency_loss(teacher_logits, log_p).mean()
+    loss = w_rec * rec + w_diff * diff + w_cm * cm
+    return loss, {"rec": rec.detach(), "diff": diff.detach(), "cm": cm.detach()}
+
+
+# ----------------------------------------------------------------------------
+# Measurements: nothing is dropped, every weight is exact.
+
+@torch.no_grad()
+def vlb(model, schedule, x, labels, generator):
+    """Monte-Carlo estimate of the three terms of the bound, exact weights: dict of (B,) tensors, nats per token.
+
+    Every row gives one draw of z_0 and one of z_t, t stratified over the rows. The sum of the means bounds
+    -log p(x) / N from above.
+    """
+    table = model.table()
+    e = F.embedding(x, table)                                                                      # (B, N, D)
+    t = stratified(len(x), generator, x.device).to(e.dtype)
+    zero = torch.zeros_like(t)
+    prior = prior_loss(e, schedule.log_snr(torch.ones_like(t[0])))                                 # (B, N)
+    log_snr_0 = schedule.log_snr(zero)
+    logits = model(add_noise(e, log_snr_0, noise_like(e, generator)), log_snr_0, labels, table=table)
+    rec = reconstruction_loss(logits, x)                                                           # (B, N)
+    log_snr = schedule.log_snr(t)
+    logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
+    with torch.autocast(x.device.type, enabled=False):
+        e_hat = logits.softmax(-1) @ table                                                         # (B, N, D)
+    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t))                                # (B, N)
+    return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
+
+
+@torch.no_grad()
+def collapse_diagnostics(table):
+    """How far the (K, D) table is from collapse: effective rank, smallest and mean distance between two rows.
+
+    Effective rank: exp of the entropy of p_i = s_i^2 / sum s^2, s the singular values of the table with its mean row
+    taken away: 1 when all rows lie on a line, D when they fill the space evenly (Roy & Vetterli 2007 use s_i; we
+    use the variances s_i^2). Two rows that merged show as a smallest distance near 0. For a table of mean square 1 two
+    random rows are sqrt(2 D) apart.
+    """
+    table = table.detach().cpu().double()
+    variance = torch.linalg.svdvals(table - table.mean(0)).square()
+    p = variance / variance.sum().clamp(min=1e-300)
+    distances = torch.pdist(table)
+    return {"effective_rank": float(torch.special.entr(p).sum().exp()),
+            "smallest_distance": float(distances.min()), "mean_distance": float(distances.mean())}

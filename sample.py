@@ -1,0 +1,213 @@
+"""Draw images with a trained VQ-LCMD:  python sample.py runs/toy/ckpt.pt  [--class heart,star] [--guidance 2]
+
+    z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
+    z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
+
+The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), class names, default settings. Every
+image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the same for any
+number of images, any batch size and any device, up to the rounding of the network itself.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import save_grid
+from embedding_diffusion import EmbeddingDiffusion
+from schedule import ShiftedCosine, alpha_sigma, posterior
+from vqvae import VQVAE
+
+CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"
+COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
+
+
+# ----------------------------------------------------------------------------
+# The sampler.
+
+def ancestral_step(z_t, e_hat, log_snr_t, log_snr_s, eps):
+    """z_s ~ q(z_s | z_t, e_hat), the reverse step with the predicted embedding.  Shapes as in schedule.posterior."""
+    mean, std = posterior(z_t, e_hat, log_snr_t, log_snr_s)
+    return mean + std * eps
+
+
+def ddim_step(z_t, e_hat, log_snr_t, log_snr_s):
+    """Deterministic: z_s = alpha_s e_hat + sigma_s (z_t - alpha_t e_hat) / sigma_t  (Song et al. 2021, eta = 0)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
+    eps_hat = (z_t - alpha_t[:, None, None] * e_hat) / sigma_t[:, None, None]
+    return alpha_s[:, None, None] * e_hat + sigma_s[:, None, None] * eps_hat
+
+
+@torch.no_grad()
+def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, sampler="ancestral", progress=None):
+    """Tokens (B, N) for labels (B,), one torch.Generator (on the CPU) per image.
+
+    steps counts calls of the network: steps - 1 moves on a grid uniform in t from 1 to 0, then the tokens are drawn
+    from p_theta(x | z_0). guidance is omega; 0 is the plain conditional model. progress: called after each step.
+    """
+    if sampler not in ("ancestral", "ddim"):
+        raise ValueError(f"sampler must be ancestral or ddim, got {sampler!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    table, device, B = model.table(), labels.device, len(labels)
+
+    def draw(*shape, source=torch.randn):
+        return torch.stack([source(*shape, generator=g, dtype=table.dtype) for g in generators]).to(device)
+
+    # The grid in float64: lambda is steep at both ends.
+    log_snrs = schedule.log_snr(torch.linspace(1, 0, steps, dtype=torch.float64)).to(table.dtype)  # (steps,)
+    z = draw(model.N, model.D)                                                                     # (B, N, D)
+    for i in range(steps):
+        log_snr_t = log_snrs[i].expand(B).to(device)                                               # (B,)
+        p = model.guided(z, log_snr_t, labels, guidance, table=table).softmax(-1)                  # (B, N, K)
+        if i + 1 < steps:
+            e_hat = p @ table                                                                      # (B, N, D)
+            log_snr_s = log_snrs[i + 1].expand(B).to(device)
+            if sampler == "ddim":
+                z = ddim_step(z, e_hat, log_snr_t, log_snr_s)
+            else:
+                z = ancestral_step(z, e_hat, log_snr_t, log_snr_s, draw(model.N, model.D))
+        if progress is not None:
+            progress()
+    # Categorical draw by inversion, one uniform number per token: the first k whose cumulated p exceeds u.
+    u = draw(model.N, 1, source=torch.rand)                                                        # (B, N, 1)
+    cumulated = p.cumsum(-1)
+    return torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True).squeeze(-1).clamp(max=model.K - 1)
+
+
+def image_generators(seed, indices):
+    """One CPU generator per image, seeded by (seed, index)."""
+    seeds = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in indices]
+    return [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds]
+
+
+def sample_images(bundle, labels, *, seed=0, steps, guidance, sampler, batch=256, show_progress=True):
+    """uint8 images (n, 3, H, W) for labels (n,), by a bundle of load_checkpoint (or the like, from train.py)."""
+    images = []
+    with tqdm(total=-(-len(labels) // batch) * steps, desc="sampling", unit="step", leave=False,
+              disable=None if show_progress else True) as bar:
+        for start in range(0, len(labels), batch):
+            part = labels[start:start + batch].to(bundle.device)
+            generators = image_generators(seed, range(start, start + len(part)))
+            tokens = sample_tokens(bundle.model, bundle.schedule, part, generators, steps, guidance, sampler, bar.update)
+            images.append(bundle.tokenizer.decode(tokens).cpu())
+    return torch.cat(images)
+
+
+def default_labels(n, num_classes):
+    """(n,) labels: rows of COLUMNS images of one class, class after class; zeros (the null class) without classes."""
+    return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints and the command line.
+
+class CheckpointError(ValueError):
+    """One line: what is wrong with the file and what to do."""
+
+
+def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
+    """The dict in a checkpoint file, on the CPU. Nothing in the file is executed (weights_only=True)."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give the ckpt.pt that train.py wrote, e.g. runs/toy/ckpt.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is no file of "
+                              "train.py, or it is damaged") from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != expected:
+        raise CheckpointError(f"{path} is {found or 'a file of another program'!r}, not {expected!r}: "
+                              "give the ckpt.pt that train.py wrote at the end")
+    return checkpoint
+
+
+def choose_device(name="auto"):
+    """torch.device for "auto" (cuda, then mps, then cpu) or a name; ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def load_checkpoint(path, device):
+    """Everything needed to sample: tokenizer, model (EMA weights), schedule, class_names, sampling, config, device."""
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    tokenizer, model = VQVAE(**config["tokenizer"]), EmbeddingDiffusion(**config["denoiser"])
+    tokenizer.load_state_dict(checkpoint["tokenizer"])
+    model.load_state_dict(checkpoint["ema"])
+    tokenizer.bf16 = model.bf16 = bf16_works(device)
+    return SimpleNamespace(tokenizer=tokenizer.to(device).eval(), model=model.to(device).eval(),
+                           schedule=ShiftedCosine(**config["schedule"]), class_names=checkpoint["class_names"],
+                           sampling=checkpoint["sampling"], config=config, step=checkpoint["step"], device=device)
+
+
+def bf16_works(device):
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def parse_classes(text, class_names):
+    """ "heart,3" -> [id of heart, 3]; ValueError names the classes there are."""
+    if not class_names:
+        raise ValueError("--class: this model was trained without classes")
+    ids = []
+    for item in text.split(","):
+        item = item.strip()
+        if item in class_names:
+            ids.append(class_names.index(item))
+        elif item.isdigit() and int(item) < len(class_names):
+            ids.append(int(item))
+        else:
+            some = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
+            raise ValueError(f"--class: no class {item!r}; there are {len(class_names)}: {some}")
+    return ids
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.")
+    parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
+    parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes)")
+    parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
+    parser.add_argument("--guidance", type=float, help="omega; 0 is the plain model (default: in the checkpoint)")
+    parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
+    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: in the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    parser.add_argument("--batch", type=int, default=256, help="images at a time (default: 256)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--out", default="samples.png", help="the grid to write (default: samples.png)")
+    args = parser.parse_args()
+    try:
+        for name in ("n", "steps", "batch"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if args.seed < 0:
+            raise ValueError("--seed must not be negative")
+        bundle = load_checkpoint(args.checkpoint, choose_device(args.device))
+        names = bundle.class_names
+        chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
+    except ValueError as error:  # CheckpointError is one of them
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    settings = {key: getattr(args, key) if getattr(args, key) is not None else default
+                for key, default in bundle.sampling.items()}
+    n = args.n or (COLUMNS * min(len(chosen), 16) if names else 64)
+    labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.seed}, "
+          + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    images = sample_images(bundle, labels, seed=args.seed, batch=args.batch, **settings)
+    save_grid(images, args.out, COLUMNS,
+              row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

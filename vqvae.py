@@ -1,0 +1,238 @@
+"""The tokenizer: a VQ-VAE (van den Oord et al. 2017) that turns an image into a small grid of discrete tokens.
+
+    image (B, 3, H, W) in [-1, 1]  ->  encoder  ->  z_e (B, h, w, C)  ->  nearest code  ->  tokens (B, h * w)
+    tokens  ->  their codes z_q (B, h, w, C)  ->  decoder  ->  image,            h = H / f, w = W / f
+
+    L = |x - x_hat|^2  +  beta |z_e - sg[z_q]|^2  +  |sg[z_e] - z_q|^2
+        reconstruction    commitment (encoder)       codebook (codes)
+
+sg = stop-gradient. The decoder's gradient passes straight through the quantiser to the encoder. The codebook is either
+moved by the third term (`gradient`) or replaced by running means of the encoder's outputs (`ema`, the default, in
+which case the third term is reported but not trained). It starts from data, and codes that are no longer used
+restart at encoder outputs of the current batch. The paper uses such a tokenizer, pre-trained; the network here is ours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        groups = max(1, channels // 16)
+        self.branch = nn.Sequential(
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        nn.init.zeros_(self.branch[-1].weight)  # the block starts as the identity
+        nn.init.zeros_(self.branch[-1].bias)
+
+    def forward(self, h):
+        return h + self.branch(h)
+
+
+def normed(channels):
+    return [nn.GroupNorm(max(1, channels // 16), channels), nn.SiLU()]
+
+
+def make_encoder(f, width, blocks, code_dim):
+    """(B, 3, H, W) -> (B, code_dim, H/f, W/f). One stride-2 convolution per factor of two; width doubles to 4x."""
+    channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)]
+    layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1)]
+    for i, c in enumerate(channels):
+        if i > 0:
+            layers += [*normed(channels[i - 1]), nn.Conv2d(channels[i - 1], c, 4, stride=2, padding=1)]
+        layers += [ResBlock(c) for _ in range(blocks)]
+    return nn.Sequential(*layers, *normed(channels[-1]), nn.Conv2d(channels[-1], code_dim, 1))
+
+
+def make_decoder(f, width, blocks, code_dim):
+    """(B, code_dim, h, w) -> (B, 3, h f, w f). Sub-pixel convolutions: 3x3 to four times the channels, shuffled."""
+    channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)][::-1]
+    layers = [nn.Conv2d(code_dim, channels[0], 3, padding=1)]
+    for i, c in enumerate(channels):
+        layers += [ResBlock(c) for _ in range(blocks)]
+        out = channels[i + 1] if i + 1 < len(channels) else 3
+        layers += [*normed(c), nn.Conv2d(c, 4 * out, 3, padding=1), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each vector by the nearest of K codes (squared Euclidean distance, computed in float32).
+
+    update: "ema" (running means, decay per step) or "gradient" (the codebook is a parameter).
+    """
+
+    def __init__(self, K, code_dim, update="ema", decay=0.99):
+        super().__init__()
+        if update not in ("ema", "gradient"):
+            raise ValueError(f"codebook update must be ema or gradient, got {update!r}")
+        self.K, self.update, self.decay = K, update, decay
+        codebook = torch.randn(K, code_dim)
+        if update == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("running_sum", codebook.clone())
+        self.register_buffer("running_count", torch.ones(K))  # how often each code is used per step, averaged
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def nearest(self, z):
+        """z (M, C) -> indices (M,) of the nearest codes: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k."""
+        with torch.autocast(z.device.type, enabled=False):
+            codebook = self.codebook.detach().float()
+            return (codebook.square().sum(1) - 2 * z.detach().float() @ codebook.T).argmin(1)
+
+    def forward(self, z_e, generator=None):
+        """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), commitment and codebook loss.
+
+        In training mode the codebook moves too. generator: torch.Generator on the CPU that picks the vectors from
+        which codes start; needed for the first training batch.
+        """
+        B, C, h, w = z_e.shape
+        z = z_e.permute(0, 2, 3, 1).reshape(-1, C).float()                                         # (M, C), M = B h w
+        if self.training and not self.initialised:
+            self.initialise(z.detach(), generator)
+        tokens = self.nearest(z)                                                                   # (M,)
+        z_q = F.embedding(tokens, self.codebook)                                                   # (M, C)
+        # |z_e - sg[z_q]|^2 trains the encoder only, |sg[z_e] - z_q|^2 the codebook only.
+        commitment = (z - z_q.detach()).square().mean()
+        codebook = (z.detach() - z_q).square().mean()
+        if self.training:
+            self.count(z.detach(), tokens)
+        # Straight-through, after the losses: forward z_q, backward the decoder's gradient to the encoder unchanged.
+        z_q = z + (z_q - z).detach()
+        return z_q.view(B, h, w, C).permute(0, 3, 1, 2), tokens.view(B, h * w), commitment, codebook
+
+    @torch.no_grad()
+    def initialise(self, z, generator):
+        """Data-dependent start: codes are encoder outputs of the first batch, then a few k-means rounds."""
+        codes = z[torch.randint(len(z), (self.K,), generator=generator).to(z.device)].clone()
+        codes += 1e-3 * z.std(0) * torch.randn(codes.shape, generator=generator).to(z.device)  # no two alike
+        for _ in range(10):
+            nearest = (codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+            counts = torch.bincount(nearest, minlength=self.K).to(z.dtype)
+            sums = torch.zeros_like(codes).index_add_(0, nearest, z)
+            codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
+        self.codebook.data.copy_(codes)
+        self.running_count.fill_(len(z) / self.K)
+        if self.update == "ema":
+            self.running_sum.copy_(codes * self.running_count[:, None])
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def count(self, z, tokens):
+        """Running use of each code and, with ema, c_k = (running sum of its vectors) / (running count)."""
+        counts = torch.bincount(tokens, minlength=self.K).to(z.dtype)
+        self.running_count.lerp_(counts, 1 - self.decay)
+        if self.update == "ema":
+            self.running_sum.lerp_(torch.zeros_like(self.codebook).index_add_(0, tokens, z), 1 - self.decay)
+            self.codebook.copy_(self.running_sum / self.running_count.clamp(min=1e-6)[:, None])
+
+    @torch.no_grad()
+    def restart_dead_codes(self, z_e, generator, threshold=0.05):
+        """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many (tensor).
+
+        Vectors far from their code are the likelier to be chosen (probability ~ squared distance): they are badly
+        served now.
+        """
+        z = z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float()                              # (M, C)
+        mean_count = self.running_count.mean()
+        dead = self.running_count < threshold * mean_count                                         # (K,)
+        error = (z - self.codebook[self.nearest(z)]).square().sum(1).cpu() + 1e-12                 # (M,)
+        chosen = torch.multinomial(error, self.K, replacement=True, generator=generator).to(z.device)
+        fresh = torch.where(dead[:, None], z[chosen], self.codebook)
+        # A fresh code must not die at the next look: give it half the mean use.
+        count = torch.where(dead, 0.5 * mean_count, self.running_count)
+        self.codebook.data.copy_(fresh)
+        if self.update == "ema":
+            self.running_sum.copy_(torch.where(dead[:, None], fresh * count[:, None], self.running_sum))
+        self.running_count.copy_(count)
+        return dead.sum()
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantiser, decoder.
+
+    size: pixels a side; f: down-sampling factor, a power of two that divides size; K: codes; code_dim: their width C;
+    width, blocks: channels of the first level and residual blocks per level.
+    """
+
+    def __init__(self, size, f=4, K=512, code_dim=16, width=64, blocks=1, update="ema", bf16=False):
+        super().__init__()
+        if f < 2 or f & (f - 1) or size % f:
+            raise ValueError(f"f = {f} must be a power of two that divides the image size {size}")
+        self.size, self.f, self.K, self.grid, self.bf16 = size, f, K, (size // f, size // f), bf16
+        self.encoder = make_encoder(f, width, blocks, code_dim)
+        self.quantizer = VectorQuantizer(K, code_dim, update)
+        self.decoder = make_decoder(f, width, blocks, code_dim)
+
+    def encode_continuous(self, images):
+        """uint8 images (B, 3, H, W) -> z_e (B, C, h, w) in float32."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.encoder(to_float(images).to(memory_format=torch.channels_last)).float()
+
+    def decode_continuous(self, z_q):
+        """Codes (B, C, h, w) -> images (B, 3, H, W) in float32, about [-1, 1]."""
+        with torch.autocast(z_q.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.decoder(z_q.to(memory_format=torch.channels_last)).float()
+
+    def forward(self, images, generator=None):
+        """uint8 images (B, 3, H, W) -> dict: the three loss terms, tokens (B, N) and z_e (B, C, h, w)."""
+        z_e = self.encode_continuous(images)
+        z_q, tokens, commitment, codebook = self.quantizer(z_e, generator)
+        reconstruction = (self.decode_continuous(z_q) - to_float(images)).square().mean()
+        return {"reconstruction": reconstruction, "commitment": commitment, "codebook": codebook,
+                "tokens": tokens, "z_e": z_e.detach()}
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 images (B, 3, H, W) -> tokens (B, N) int64, row by row."""
+        z = self.encode_continuous(images).permute(0, 2, 3, 1)                                     # (B, h, w, C)
+        return self.quantizer.nearest(z.reshape(-1, z.shape[-1])).view(len(images), -1)
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """tokens (B, N) int64 -> uint8 images (B, 3, H, W)."""
+        codes = F.embedding(tokens, self.quantizer.codebook).view(len(tokens), *self.grid, -1)
+        return to_uint8(self.decode_continuous(codes.permute(0, 3, 1, 2)))
+
+
+def to_float(images):
+    """uint8 0 ... 255 -> float32 -1 ... 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float -1 ... 1 -> uint8 0 ... 255, rounded and clamped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def usage_and_perplexity(counts):
+    """counts (K,) of each code over a whole data set -> (share of codes used at least once, exp of the entropy).
+
+    Perplexity K means that all codes are used equally, 1 that a single one is used. Both are taken over every token
+    of the set, never over a batch.
+    """
+    p = counts.double() / counts.sum()
+    return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
+
+
+@torch.no_grad()
+def evaluate(model, dataset, device, batch=256):
+    """Over a whole data.ImageSet: {"psnr" in dB, "usage", "perplexity"}.
+
+    PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
+    """
+    model.eval()
+    squared_error, counts = 0.0, torch.zeros(model.K, dtype=torch.int64)
+    for start in range(0, len(dataset), batch):
+        images = dataset.batch(range(start, min(start + batch, len(dataset)))).to(device)
+        tokens = model.encode(images)
+        difference = model.decode(tokens).int() - images.int()
+        squared_error += float(difference.square().sum(dtype=torch.int64))
+        counts += torch.bincount(tokens.flatten(), minlength=model.K).cpu()
+    mse = squared_error / (len(dataset) * 3 * model.size ** 2)
+    psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
+    usage, perplexity = usage_and_perplexity(counts)
+    return {"psnr": psnr, "usage": usage, "perplexity": perplexity}
