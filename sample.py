@@ -93,7 +93,8 @@ def sample_images(bundle, labels, *, seed=0, steps, guidance, sampler, batch=256
         for start in range(0, len(labels), batch):
             part = labels[start:start + batch].to(bundle.device)
             generators = image_generators(seed, range(start, start + len(part)))
-            tokens = sample_tokens(bundle.model, bundle.schedule, part, generators, steps, guidance, sampler, bar.update)
+            tokens = sample_tokens(bundle.model, bundle.schedule, part, generators, steps, guidance, sampler,
+                                   progress=bar.update)
             images.append(bundle.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 

@@ -131,7 +131,7 @@ def main():
         draw(args.shifts, args.out, args.log_snr_min, args.log_snr_max)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"   s   lambda(0)  lambda(.5)  lambda(1)   share of [0, 1] with SNR > 1")
+    print("   s   lambda(0)  lambda(.5)  lambda(1)   share of [0, 1] with SNR > 1")
     for s in args.shifts:
         schedule = ShiftedCosine(s, args.log_snr_min, args.log_snr_max)
         ends = schedule.log_snr(torch.tensor([0, 0.5, 1], dtype=torch.float64)).tolist()

@@ -16,12 +16,13 @@ Every random draw comes from (seed, stage, step), so an interrupted run continue
 import argparse
 import copy
 import csv
+import functools
 import json
 import math
-import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,8 +34,16 @@ import data
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
 from losses import collapse_diagnostics, training_loss, vlb
-from sample import (CHECKPOINT_FORMAT, COLUMNS, CheckpointError, bf16_works, choose_device, default_labels,
-                    read_checkpoint, sample_images)
+from sample import (
+    CHECKPOINT_FORMAT,
+    COLUMNS,
+    CheckpointError,
+    bf16_works,
+    choose_device,
+    default_labels,
+    read_checkpoint,
+    sample_images,
+)
 from schedule import ShiftedCosine
 from vqvae import VQVAE
 
@@ -94,7 +103,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "save_every": (int, 500, "steps between checkpoints"),
 }
 PRESETS = {
-    "toy": dict(size=16, K=256, tokenizer_width=32, tokenizer_steps=2500, tokenizer_batch=64, tokenizer_lr=2e-3,
+    "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2500, tokenizer_batch=64, tokenizer_lr=2e-3,
                 width=128, depth=4, heads=4, steps=3000, batch=128, lr=1e-3),
     "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=64, tokenizer_lr=1e-3,
                    width=128, depth=4, heads=4, steps=5000, batch=64, lr=1e-3),
@@ -104,3 +113,465 @@ PRESETS = {
                 D=32, width=768, depth=12, heads=12, steps=400000, lr=2e-4, ema_decay=0.9999),
 }
 CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler"}
+
+
+class UserError(ValueError):
+    """One line: what was wrong and what to do. Exit status 2."""
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again "
+                                     "continues. Defaults are those without a preset; a preset may set others.")
+    parser.add_argument("--data", default="toy", help="toy (built in) or a folder of images (default: toy)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: by image size and device")
+    parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
+    parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
+                        help="run only this stage (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    for name, (kind, default, text) in OPTIONS.items():
+        flag, text = "--" + name.replace("_", "-"), f"{text} (default: {default})"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(kind, tuple):
+            parser.add_argument(flag, choices=kind, help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text, metavar="N" if kind is int else "X")
+    return parser.parse_args()
+
+
+def resolve(args, source, device):
+    """Defaults, then the preset, then what the command line gave: a dict with the keys of OPTIONS. Checks them all."""
+    preset = args.preset
+    if preset is None:
+        low, median, high = source.sizes()
+        on_cpu, by_size = device.type == "cpu", "32" if median <= 40 else "64" if median <= 128 else "256"
+        preset = "toy" if source.name == "toy" else "32-cpu" if on_cpu else by_size
+        hint = f"; on a GPU it would be {by_size}" if preset == "32-cpu" else ""
+        print(f"preset {preset}: chosen for images of {median} pixels on {device.type}{hint} (--preset)")
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    config = {name: default for name, (_, default, _) in OPTIONS.items()} | PRESETS[preset] | given
+    for name, value in config.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("log_snr"):
+            if not value >= 0 or (OPTIONS[name][0] is int and value < 1 and name != "warmup"):
+                raise UserError(f"{flag} {value}: must be positive")
+        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay") and not value < 1:
+            raise UserError(f"{flag} {value}: must lie below 1")
+    if config["K"] > 65536 or config["batch"] < 2:
+        raise UserError("--K may be at most 65536 (tokens are stored in 16 bits), --batch must be at least 2")
+    return config
+
+
+def describe_models(config, num_classes):
+    """Keyword arguments of the three parts, as the checkpoint stores them."""
+    tokenizer = dict(size=config["size"], f=config["f"], K=config["K"], code_dim=config["code_dim"],
+                     width=config["tokenizer_width"], blocks=config["tokenizer_blocks"], update=config["codebook_update"])
+    denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
+                    **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "likelihood")})
+    schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
+    return {"tokenizer": tokenizer, "denoiser": denoiser, "schedule": schedule}
+
+
+def open_run(out, config, facts):
+    """Makes the run directory, or compares it with what is asked for now. facts: seed, preset and data of the run."""
+    path, asked = out / "config.json", facts | config
+    if path.exists():
+        stored = json.loads(path.read_text())
+        for name, value in asked.items():
+            if name not in CHANGEABLE and stored.get(name) != value:
+                raise UserError(f"{out} was made with {name} {stored.get(name)}, now {name} is {value}: give another "
+                                "--out, or the old setting to continue it")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(asked, indent=2) + "\n"))
+
+
+# ----------------------------------------------------------------------------
+# What both training loops need: randomness by step, learning rate, files that are never half written, signals.
+
+STAGES = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3}
+SIGNALS = []  # received so far; the loops look at it once per step
+
+
+def seed_for(*key):
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator_for(seed, stage, step, device="cpu"):
+    """A torch.Generator that depends on (seed, stage, step) alone: resuming needs no random state."""
+    return torch.Generator(device).manual_seed(seed_for(seed, STAGES[stage], step))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, stage, epoch):
+    return np.random.default_rng(np.random.SeedSequence((seed, STAGES[stage], 1 << 40, epoch))).permutation(n)
+
+
+def batch_indices(n, batch, seed, stage, step):
+    """The step-th batch (batch,) of an endless walk through n items, reshuffled every epoch."""
+    position = np.arange(step * batch, (step + 1) * batch)
+    return np.array([epoch_order(n, seed, stage, p // n)[p % n] for p in position])
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear warm-up, then half a cosine to zero."""
+    return peak * min(1, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def write_atomically(path, write):
+    """write(partial path), then rename: a reader, or a killed run, sees the old file or the new one."""
+    partial = path.with_name(path.name + ".part")
+    write(partial)
+    partial.replace(path)
+
+
+def append_row(path, row):
+    """One more line of a CSV file, with a header first."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows([row.keys()] * new + [row.values()])
+
+
+def trim_rows(path, last_step):
+    """Drops the rows that a killed run wrote after its last checkpoint."""
+    if path.exists():
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        rows = [row for row in rows if int(row[0]) <= last_step]
+        write_atomically(path, lambda partial: partial.write_text("\n".join(map(",".join, [header, *rows])) + "\n"))
+
+
+def on_signal(number, frame):
+    if SIGNALS:  # the second one means it
+        raise KeyboardInterrupt
+    SIGNALS.append(number)
+
+
+def stop_if_asked(save):
+    """At the top of a step: after Ctrl-C or kill, saves and leaves with the shell's status (130 or 143)."""
+    if SIGNALS:
+        save()
+        tqdm.write("stopped; the same command continues from here")
+        sys.exit(128 + SIGNALS[0])
+
+
+def status(stage, step, steps, values):
+    tqdm.write(f"{stage} {step:>6,}/{steps:,}  " + "  ".join(f"{name} {value}" for name, value in values.items()))
+
+
+# ----------------------------------------------------------------------------
+# Stage 1: images -> tokenizer.
+
+def batches_ahead(dataset, batch, seed, start, steps):
+    """(step, images) for every step; the next batch is read by a thread while this one trains."""
+    def read(step):
+        return dataset.batch(batch_indices(len(dataset), batch, seed, "tokenizer", step))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, start)
+        for step in range(start, steps):
+            images, ahead = ahead.result(), pool.submit(read, step + 1)
+            yield step, images
+
+
+def train_tokenizer(config, models, sets, out, seed, device):
+    """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result."""
+    path, steps = out / "tokenizer.pt", config["tokenizer_steps"]
+    state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
+    if state and state["metrics"]:
+        return print(f"tokenizer: complete ({state['step']:,} steps), {show(state['metrics'])}")
+    train, test = sets()
+    torch.manual_seed(seed_for(seed, STAGES["weights"], 0))
+    model = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    start, metrics = 0, {}
+    if state:
+        model.load_state_dict(state["tokenizer"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        print(f"tokenizer: continuing at step {start:,}")
+    trim_rows(out / "tokenizer.csv", start)
+    shown = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
+
+    def save(at):
+        write_atomically(path, lambda partial: torch.save(
+            {"format": TOKENIZER_FORMAT, "tokenizer": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "step": at, "metrics": metrics}, partial))
+
+    def picture(at):
+        """Rows of held-out images, each above its reconstruction."""
+        model.eval()
+        pairs = torch.stack([shown, model.decode(model.encode(shown.to(device))).cpu()])           # (2, n, 3, H, W)
+        rows = [pairs[i, c:c + COLUMNS] for c in range(0, len(shown), COLUMNS) for i in (0, 1)]
+        data.save_grid(torch.cat(rows), out / f"reconstructions_{at:06d}.png", min(COLUMNS, len(shown)))
+
+    sums, used, since, clock = torch.zeros(3, device=device), torch.zeros(config["K"], device=device), 0, time.time()
+    with tqdm(total=steps, initial=start, desc="tokenizer", unit="step", disable=None, leave=False) as bar:
+        for step, images in batches_ahead(train, config["tokenizer_batch"], seed, start, steps):
+            stop_if_asked(lambda at=step: save(at))
+            model.train()
+            lr = learning_rate(step, steps, config["warmup"], config["tokenizer_lr"])
+            optimizer.param_groups[0]["lr"] = lr
+            generator = generator_for(seed, "tokenizer", step)
+            terms = model(images.to(device, non_blocking=True), generator)
+            loss = terms["reconstruction"] + config["beta"] * terms["commitment"]
+            if config["codebook_update"] == "gradient":
+                loss = loss + terms["codebook"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+            optimizer.step()
+            # Restart unused codes, but leave the last quarter for everything to settle.
+            if step % 50 == 49 and step < 0.75 * steps:
+                model.quantizer.restart_dead_codes(terms["z_e"], generator)
+            # Sums stay on the device: reading them back each step would make the GPU wait for Python.
+            sums += torch.stack([terms["reconstruction"], terms["commitment"], terms["codebook"]]).detach()
+            used += torch.bincount(terms["tokens"].flatten(), minlength=config["K"])
+            since, done = since + 1, step + 1
+            bar.update()
+            if done % config["log_every"] == 0 or done == steps:
+                means = check_finite(sums / since, "tokenizer", done)
+                row = {"step": done, "reconstruction": f"{means[0]:.5f}", "commitment": f"{means[1]:.5f}",
+                       "codebook": f"{means[2]:.5f}", "lr": f"{lr:.2e}", "codes": int((used > 0).sum()),
+                       "img/s": round(since * config["tokenizer_batch"] / (time.time() - clock))}
+                append_row(out / "tokenizer.csv", row)
+                status("tokenizer", row.pop("step"), steps, row)
+                sums, used, since, clock = torch.zeros_like(sums), torch.zeros_like(used), 0, time.time()
+            if done % config["sample_every"] == 0 and done < steps:
+                picture(done)
+            if done % config["save_every"] == 0 and done < steps:
+                check_finite(sums, "tokenizer", done)
+                save(done)
+    picture(steps)
+    metrics = vqvae.evaluate(model, test, device)
+    save(steps)
+    print(f"tokenizer: {show(metrics)} on {len(test):,} held-out images; pictures in {out}")
+
+
+def check_finite(values, stage, step):
+    """The tensor as a list; a loss that is not finite ends the run before anything is overwritten."""
+    values = values.tolist()
+    if not all(map(math.isfinite, values)):
+        print(f"train.py: error: the {stage}'s loss is not finite at step {step:,}; its last checkpoint is kept. "
+              "Lower the learning rate", file=sys.stderr)
+        sys.exit(1)
+    return values
+
+
+def show(metrics):
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+# ----------------------------------------------------------------------------
+# Stage 2: images -> tokens. One row per image; a label of -1 marks a row that is not done yet.
+
+@torch.no_grad()
+def encode_tokens(models, sets, out, device):
+    """Writes tokens.npy: a structured array of x (N,) uint16, label int32 and test bool, training images first."""
+    path, partial = out / "tokens.npy", out / "tokens.part.npy"
+    if path.exists():
+        return print(f"tokens: complete ({len(np.load(path, mmap_mode='r')):,} images)")
+    state = read_checkpoint(out / "tokenizer.pt", TOKENIZER_FORMAT)
+    if not state["metrics"]:
+        raise UserError(f"{out / 'tokenizer.pt'} is not complete: run --stage tokenizer (or all) first")
+    tokenizer = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device).eval()
+    tokenizer.load_state_dict(state["tokenizer"])
+    train, test = sets()
+    total = len(train) + len(test)
+    dtype = [("x", np.uint16, (tokenizer.grid[0] * tokenizer.grid[1],)), ("label", np.int32), ("test", bool)]
+    if partial.exists():
+        rows = np.load(partial, mmap_mode="r+")
+    else:
+        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(total,))
+        rows["label"] = -1
+    with tqdm(total=total, desc="tokens", unit="img", disable=None, leave=False) as bar:
+        for dataset, offset in ((train, 0), (test, len(train))):
+            for first in range(0, len(dataset), 256):
+                indices = np.arange(first, min(first + 256, len(dataset)))
+                bar.update(len(indices))
+                here = slice(offset + first, offset + first + len(indices))
+                if (rows["label"][here] >= 0).all():
+                    continue
+                stop_if_asked(rows.flush)
+                rows["x"][here] = tokenizer.encode(dataset.batch(indices).to(device)).cpu().numpy()
+                rows["test"][here] = dataset is test
+                rows["label"][here] = dataset.labels[indices].numpy()
+    rows.flush()
+    partial.replace(path)
+    print(f"tokens: {total:,} images x {rows['x'].shape[1]} tokens in {path}")
+
+
+# ----------------------------------------------------------------------------
+# Stage 3: tokens -> embeddings and denoiser.
+
+def evaluate_bound(model, schedule, rows, device, seed, batch, draws):
+    """The bound on held-out rows in bits per token: its three terms, their sum and its standard error.
+
+    Goes over the rows as often as needed for `draws` pairs (z_0, z_t); the same noise at every call.
+    """
+    model.eval()
+    repeats, parts = max(1, -(-draws // len(rows))), []
+    for i in range(repeats):
+        for first in range(0, len(rows), batch):
+            part = rows[first:first + batch]
+            x, labels = to_device(part, device)
+            generator = generator_for(seed, "evaluation", i * len(rows) + first, device)
+            terms = vlb(model, schedule, x, labels, generator)
+            parts.append(torch.stack([terms["prior"], terms["rec"], terms["diff"]]))
+    bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
+    total = bits.sum(0)
+    return {"prior": float(bits[0].mean()), "rec": float(bits[1].mean()), "diff": float(bits[2].mean()),
+            "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
+
+
+def to_device(rows, device):
+    """Rows of tokens.npy -> x (B, N), labels (B,), int64 on the device."""
+    x, labels = torch.from_numpy(rows["x"].astype(np.int64)), torch.from_numpy(rows["label"].astype(np.int64))
+    return x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def train_diffusion(config, models, class_names, out, seed, device):
+    """Trains embeddings and denoiser on tokens.npy until ckpt.pt says that it is complete."""
+    path, steps = out / "ckpt.pt", config["steps"]
+    for needed in ("tokenizer.pt", "tokens.npy"):
+        if not (out / needed).exists():
+            raise UserError(f"{out / needed} is missing: run the stages before this one first (--stage all)")
+    state = read_checkpoint(path) if path.exists() else None
+    if state and state["metrics"] and state["step"] >= steps:
+        return print(f"diffusion: complete ({state['step']:,} steps), bits per token: {show(state['metrics']['vlb'])}")
+    rows = np.load(out / "tokens.npy", mmap_mode="r")
+    train_rows, test_rows = np.flatnonzero(~rows["test"]), np.flatnonzero(rows["test"])
+    held_out = rows[test_rows[np.linspace(0, len(test_rows) - 1, min(2000, len(test_rows))).astype(int)]]
+    torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
+    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    schedule = ShiftedCosine(**models["schedule"])
+    tokenizer = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device).eval()
+    tokenizer_state = read_checkpoint(out / "tokenizer.pt", TOKENIZER_FORMAT)
+    tokenizer.load_state_dict(tokenizer_state["tokenizer"])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"], fused=True)
+    start, metrics = 0, {}
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        print(f"diffusion: continuing at step {start:,}")
+    for name in ("diffusion.csv", "evaluation.csv"):
+        trim_rows(out / name, start)
+    settings = {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
+    bundle = SimpleNamespace(tokenizer=tokenizer, model=ema, schedule=schedule, device=device)
+    labels_shown = default_labels(COLUMNS * min(len(class_names) or 8, 16), len(class_names))
+
+    def save(at):
+        write_atomically(path, lambda partial: torch.save(
+            {"format": CHECKPOINT_FORMAT, "config": models | {"training": config | {"seed": seed}},
+             "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
+             "optimizer": optimizer.state_dict(), "step": at, "class_names": class_names, "sampling": settings,
+             "metrics": metrics}, partial))
+
+    def evaluate(at, draws):
+        bound = evaluate_bound(ema, schedule, held_out, device, seed, config["batch"], draws)
+        collapse = collapse_diagnostics(ema.table())
+        append_row(out / "evaluation.csv", {"step": at} | bound | {"log2_K": math.log2(config["K"])} | collapse)
+        tqdm.write(f"held out at step {at:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
+                   f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(config['K']):.2f});  "
+                   f"{show(collapse)}")
+        return {"vlb": bound, "collapse": collapse, "tokenizer": tokenizer_state["metrics"]}
+
+    def picture(at):
+        ema.eval()
+        images = sample_images(bundle, labels_shown, seed=seed, **settings)
+        words = [class_names[label] for label in labels_shown[::COLUMNS]] if class_names else None
+        data.save_grid(images, out / f"samples_{at:06d}.png", COLUMNS, row_labels=words)
+
+    if start == 0:
+        evaluate(0, 0)
+    loss_options = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "rec_fraction", "max_snr", "coupling",
+                                                    "p_drop", "label_drop")}
+    sums, since, clock = torch.zeros(3, device=device), 0, time.time()
+    with tqdm(total=steps, initial=start, desc="diffusion", unit="step", disable=None, leave=False) as bar:
+        for step in range(start, steps):
+            stop_if_asked(lambda at=step: save(at))
+            model.train()
+            lr = learning_rate(step, steps, config["warmup"], config["lr"])
+            optimizer.param_groups[0]["lr"] = lr
+            batch = rows[train_rows[batch_indices(len(train_rows), config["batch"], seed, "diffusion", step)]]
+            x, labels = to_device(batch, device)
+            teacher = ema if config["teacher"] == "ema" else model
+            loss, terms = training_loss(model, teacher, schedule, x, labels,
+                                        generator_for(seed, "diffusion", step, device), **loss_options)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+            optimizer.step()
+            decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory while weights still run
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            sums += torch.stack([terms["rec"], terms["diff"], terms["cm"]])
+            since, done = since + 1, step + 1
+            bar.update()
+            if done % config["log_every"] == 0 or done == steps:
+                rec, diff, cm = check_finite(sums / since, "denoiser", done)
+                collapse = collapse_diagnostics(model.table())
+                row = {"step": done, "rec": f"{rec:.4f}", "diff": f"{diff:.4f}", "cm": f"{cm:.4f}", "lr": f"{lr:.2e}",
+                       "img/s": round(since * config["batch"] / (time.time() - clock)),
+                       "rank": f"{collapse['effective_rank']:.2f}", "min_dist": f"{collapse['smallest_distance']:.3f}"}
+                append_row(out / "diffusion.csv", row)
+                status("diffusion", row.pop("step"), steps, row)
+                sums, since, clock = torch.zeros_like(sums), 0, time.time()
+            if done % config["sample_every"] == 0 and done < steps:
+                evaluate(done, 0)
+                picture(done)
+            if done % config["save_every"] == 0 and done < steps:
+                check_finite(sums, "denoiser", done)
+                save(done)
+    picture(steps)
+    metrics = evaluate(steps, 10000)
+    write_atomically(out / "metrics.json", lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))
+    save(steps)
+
+
+# ----------------------------------------------------------------------------
+
+def main():
+    args = parse_arguments()
+    try:
+        if args.seed < 0:
+            raise UserError("--seed must not be negative")
+        device = choose_device(args.device)
+        source = data.find(args.data)
+        print(source.describe())
+        config = resolve(args, source, device)
+        models = describe_models(config, len(source.class_names))
+        with torch.device("meta"):  # every size is checked here, before any work
+            parts = VQVAE(**models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
+            ShiftedCosine(**models["schedule"])
+        sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+        out = Path(args.out or Path("runs") / source.name)
+        print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
+              f"denoiser {sizes[1]:.2f} M, on {device}")
+        if args.dry_run:
+            print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
+            return
+        counts = source.counts()
+        open_run(out, config, {"seed": args.seed, "data": source.name, "train_images": counts[0],
+                               "held_out_images": counts[1], "classes": source.class_names})
+        sets = functools.lru_cache(lambda: source.load(config["size"]))  # decoded only if a stage needs images
+        signal.signal(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
+        if args.stage in ("all", "tokenizer"):
+            train_tokenizer(config, models, sets, out, args.seed, device)
+        if args.stage in ("all", "tokens"):
+            encode_tokens(models, sets, out, device)
+        if args.stage in ("all", "diffusion"):
+            train_diffusion(config, models, source.class_names, out, args.seed, device)
+            print(f"complete. Draw images:  python sample.py {out / 'ckpt.pt'}    Train longer: the same with --steps")
+    except (UserError, data.DataError, CheckpointError, ValueError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
