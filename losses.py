@@ -31,6 +31,8 @@ Two ways to draw the pair (z_s, z_t), and the choice matters (ours to ask, test_
            rule fails, and the fixed point is over-confident: the posterior at the end of the ODE's path, not at z_t.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -170,6 +172,22 @@ def vlb(model, schedule, x, labels, generator):
         e_hat = logits.softmax(-1) @ table                                                         # (B, N, D)
     diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t))                                # (B, N)
     return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
+
+
+def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256):
+    """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
+
+    x (M, N), labels (M,) on the model's device. Goes over the set until it has `draws` pairs (z_0, z_t). seeds: a
+    function from the number of the batch to its torch.Generator, so that every call sees the same noise.
+    """
+    parts, passes = [], max(1, -(-draws // len(x)))
+    for i, first in enumerate([*range(0, len(x), batch)] * passes):
+        terms = vlb(model, schedule, x[first:first + batch], labels[first:first + batch], seeds(i))
+        parts.append(torch.stack(list(terms.values())))
+    bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
+    total = bits.sum(0)
+    return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
+        "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
-from losses import collapse_diagnostics, training_loss, vlb
+from losses import collapse_diagnostics, held_out_bound, training_loss
 from sample import (
     CHECKPOINT_FORMAT,
     COLUMNS,
@@ -153,21 +153,25 @@ def resolve(args, source, device):
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     config = {name: default for name, (_, default, _) in OPTIONS.items()} | PRESETS[preset] | given
     for name, value in config.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("log_snr"):
-            if not value >= 0 or (OPTIONS[name][0] is int and value < 1 and name != "warmup"):
-                raise UserError(f"{flag} {value}: must be positive")
-        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay") and not value < 1:
-            raise UserError(f"{flag} {value}: must lie below 1")
-    if config["K"] > 65536 or config["batch"] < 2:
-        raise UserError("--K may be at most 65536 (tokens are stored in 16 bits), --batch must be at least 2")
+        kind, low, high = OPTIONS[name][0], 0, math.inf
+        if kind not in (int, float) or name.startswith("log_snr"):
+            continue
+        if kind is int and name != "warmup":
+            low = 2 if name in ("K", "batch") else 1
+        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay"):
+            high = 1
+        if name == "K":
+            high = 65536  # tokens are stored in 16 bits
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     return config
 
 
 def describe_models(config, num_classes):
     """Keyword arguments of the three parts, as the checkpoint stores them."""
     tokenizer = dict(size=config["size"], f=config["f"], K=config["K"], code_dim=config["code_dim"],
-                     width=config["tokenizer_width"], blocks=config["tokenizer_blocks"], update=config["codebook_update"])
+                     width=config["tokenizer_width"], blocks=config["tokenizer_blocks"],
+                     update=config["codebook_update"])
     denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
                     **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "likelihood")})
     schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
@@ -175,7 +179,7 @@ def describe_models(config, num_classes):
 
 
 def open_run(out, config, facts):
-    """Makes the run directory, or compares it with what is asked for now. facts: seed, preset and data of the run."""
+    """Makes the run directory, or compares it with what is asked for now. facts: seed and data of the run."""
     path, asked = out / "config.json", facts | config
     if path.exists():
         stored = json.loads(path.read_text())
@@ -250,10 +254,11 @@ def on_signal(number, frame):
     SIGNALS.append(number)
 
 
-def stop_if_asked(save):
-    """At the top of a step: after Ctrl-C or kill, saves and leaves with the shell's status (130 or 143)."""
+def stop_if_asked(save=None):
+    """Between two steps: after Ctrl-C or kill, saves and leaves with the shell's status (130 or 143)."""
     if SIGNALS:
-        save()
+        if save is not None:
+            save()
         tqdm.write("stopped; the same command continues from here")
         sys.exit(128 + SIGNALS[0])
 
@@ -344,6 +349,7 @@ def train_tokenizer(config, models, sets, out, seed, device):
             if done % config["save_every"] == 0 and done < steps:
                 check_finite(sums, "tokenizer", done)
                 save(done)
+    save(steps)
     picture(steps)
     metrics = vqvae.evaluate(model, test, device)
     save(steps)
@@ -365,66 +371,33 @@ def show(metrics):
 
 
 # ----------------------------------------------------------------------------
-# Stage 2: images -> tokens. One row per image; a label of -1 marks a row that is not done yet.
+# Stage 2: images -> tokens.
 
-@torch.no_grad()
-def encode_tokens(models, sets, out, device):
-    """Writes tokens.npy: a structured array of x (N,) uint16, label int32 and test bool, training images first."""
-    path, partial = out / "tokens.npy", out / "tokens.part.npy"
-    if path.exists():
-        return print(f"tokens: complete ({len(np.load(path, mmap_mode='r')):,} images)")
-    state = read_checkpoint(out / "tokenizer.pt", TOKENIZER_FORMAT)
-    if not state["metrics"]:
-        raise UserError(f"{out / 'tokenizer.pt'} is not complete: run --stage tokenizer (or all) first")
+def load_tokenizer(models, out, device):
+    """(tokenizer in eval mode, its metrics) from a complete tokenizer.pt."""
+    path = out / "tokenizer.pt"
+    state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
+    if not state or not state["metrics"]:
+        raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
     tokenizer = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device).eval()
     tokenizer.load_state_dict(state["tokenizer"])
-    train, test = sets()
-    total = len(train) + len(test)
-    dtype = [("x", np.uint16, (tokenizer.grid[0] * tokenizer.grid[1],)), ("label", np.int32), ("test", bool)]
-    if partial.exists():
-        rows = np.load(partial, mmap_mode="r+")
-    else:
-        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(total,))
-        rows["label"] = -1
-    with tqdm(total=total, desc="tokens", unit="img", disable=None, leave=False) as bar:
-        for dataset, offset in ((train, 0), (test, len(train))):
-            for first in range(0, len(dataset), 256):
-                indices = np.arange(first, min(first + 256, len(dataset)))
-                bar.update(len(indices))
-                here = slice(offset + first, offset + first + len(indices))
-                if (rows["label"][here] >= 0).all():
-                    continue
-                stop_if_asked(rows.flush)
-                rows["x"][here] = tokenizer.encode(dataset.batch(indices).to(device)).cpu().numpy()
-                rows["test"][here] = dataset is test
-                rows["label"][here] = dataset.labels[indices].numpy()
-    rows.flush()
-    partial.replace(path)
-    print(f"tokens: {total:,} images x {rows['x'].shape[1]} tokens in {path}")
+    return tokenizer, state["metrics"]
+
+
+def encode_tokens(models, sets, out, device):
+    """Writes tokens.npy (vqvae.encode_sets), unless it is there."""
+    path = out / "tokens.npy"
+    if path.exists():
+        return print(f"tokens: complete ({len(np.load(path, mmap_mode='r')):,} images)")
+    tokenizer, _ = load_tokenizer(models, out, device)
+    while not vqvae.encode_sets(tokenizer, *sets(), path, device, should_stop=lambda: bool(SIGNALS)):
+        stop_if_asked()
+    rows = np.load(path, mmap_mode="r")
+    print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
 
 
 # ----------------------------------------------------------------------------
 # Stage 3: tokens -> embeddings and denoiser.
-
-def evaluate_bound(model, schedule, rows, device, seed, batch, draws):
-    """The bound on held-out rows in bits per token: its three terms, their sum and its standard error.
-
-    Goes over the rows as often as needed for `draws` pairs (z_0, z_t); the same noise at every call.
-    """
-    model.eval()
-    repeats, parts = max(1, -(-draws // len(rows))), []
-    for i in range(repeats):
-        for first in range(0, len(rows), batch):
-            part = rows[first:first + batch]
-            x, labels = to_device(part, device)
-            generator = generator_for(seed, "evaluation", i * len(rows) + first, device)
-            terms = vlb(model, schedule, x, labels, generator)
-            parts.append(torch.stack([terms["prior"], terms["rec"], terms["diff"]]))
-    bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
-    total = bits.sum(0)
-    return {"prior": float(bits[0].mean()), "rec": float(bits[1].mean()), "diff": float(bits[2].mean()),
-            "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
-
 
 def to_device(rows, device):
     """Rows of tokens.npy -> x (B, N), labels (B,), int64 on the device."""
@@ -435,23 +408,22 @@ def to_device(rows, device):
 def train_diffusion(config, models, class_names, out, seed, device):
     """Trains embeddings and denoiser on tokens.npy until ckpt.pt says that it is complete."""
     path, steps = out / "ckpt.pt", config["steps"]
-    for needed in ("tokenizer.pt", "tokens.npy"):
-        if not (out / needed).exists():
-            raise UserError(f"{out / needed} is missing: run the stages before this one first (--stage all)")
     state = read_checkpoint(path) if path.exists() else None
     if state and state["metrics"] and state["step"] >= steps:
         return print(f"diffusion: complete ({state['step']:,} steps), bits per token: {show(state['metrics']['vlb'])}")
+    tokenizer, tokenizer_metrics = load_tokenizer(models, out, device)
+    if not (out / "tokens.npy").exists():
+        raise UserError(f"{out / 'tokens.npy'} is not there: run --stage tokens (or all) first")
     rows = np.load(out / "tokens.npy", mmap_mode="r")
     train_rows, test_rows = np.flatnonzero(~rows["test"]), np.flatnonzero(rows["test"])
     held_out = rows[test_rows[np.linspace(0, len(test_rows) - 1, min(2000, len(test_rows))).astype(int)]]
+    held_out = to_device(held_out, device)
     torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
     model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     schedule = ShiftedCosine(**models["schedule"])
-    tokenizer = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device).eval()
-    tokenizer_state = read_checkpoint(out / "tokenizer.pt", TOKENIZER_FORMAT)
-    tokenizer.load_state_dict(tokenizer_state["tokenizer"])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"], fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
+                                  fused=True)
     start, metrics = 0, {}
     if state:
         model.load_state_dict(state["model"])
@@ -460,7 +432,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
         start = state["step"]
         print(f"diffusion: continuing at step {start:,}")
     for name in ("diffusion.csv", "evaluation.csv"):
-        trim_rows(out / name, start)
+        trim_rows(out / name, start or -1)
     settings = {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
     bundle = SimpleNamespace(tokenizer=tokenizer, model=ema, schedule=schedule, device=device)
     labels_shown = default_labels(COLUMNS * min(len(class_names) or 8, 16), len(class_names))
@@ -473,13 +445,14 @@ def train_diffusion(config, models, class_names, out, seed, device):
              "metrics": metrics}, partial))
 
     def evaluate(at, draws):
-        bound = evaluate_bound(ema, schedule, held_out, device, seed, config["batch"], draws)
+        ema.eval()
+        bound = held_out_bound(ema, schedule, *held_out, lambda i: generator_for(seed, "evaluation", i, device), draws)
         collapse = collapse_diagnostics(ema.table())
         append_row(out / "evaluation.csv", {"step": at} | bound | {"log2_K": math.log2(config["K"])} | collapse)
         tqdm.write(f"held out at step {at:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
                    f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(config['K']):.2f});  "
                    f"{show(collapse)}")
-        return {"vlb": bound, "collapse": collapse, "tokenizer": tokenizer_state["metrics"]}
+        return {"vlb": bound, "collapse": collapse, "tokenizer": tokenizer_metrics}
 
     def picture(at):
         ema.eval()
@@ -527,6 +500,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
             if done % config["save_every"] == 0 and done < steps:
                 check_finite(sums, "denoiser", done)
                 save(done)
+    save(steps)
     picture(steps)
     metrics = evaluate(steps, 10000)
     write_atomically(out / "metrics.json", lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))

@@ -12,9 +12,11 @@ which case the third term is reported but not trained). It starts from data, and
 restart at encoder outputs of the current batch. The paper uses such a tokenizer, pre-trained; the network here is ours.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 
 class ResBlock(nn.Module):
@@ -140,7 +142,8 @@ class VectorQuantizer(nn.Module):
         mean_count = self.running_count.mean()
         dead = self.running_count < threshold * mean_count                                         # (K,)
         error = (z - self.codebook[self.nearest(z)]).square().sum(1).cpu() + 1e-12                 # (M,)
-        chosen = torch.multinomial(error, self.K, replacement=True, generator=generator).to(z.device)
+        # Two codes at one place would be one code: without replacement, as long as there are vectors enough.
+        chosen = torch.multinomial(error, self.K, replacement=len(z) < self.K, generator=generator).to(z.device)
         fresh = torch.where(dead[:, None], z[chosen], self.codebook)
         # A fresh code must not die at the next look: give it half the mean use.
         count = torch.where(dead, 0.5 * mean_count, self.running_count)
@@ -237,3 +240,35 @@ def evaluate(model, dataset, device, batch=256):
     psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
     usage, perplexity = usage_and_perplexity(counts)
     return {"psnr": psnr, "usage": usage, "perplexity": perplexity}
+
+
+@torch.no_grad()
+def encode_sets(model, train, test, path, device, should_stop=lambda: False, batch=256):
+    """Encodes two data.ImageSets into one memory-mapped file, training images first. True when it is complete.
+
+    path: a .npy of one structured row per image: x (N,) uint16, label int32, test bool. It appears when all is done;
+    till then a .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first stopped.
+    """
+    model.eval()
+    partial, total = path.with_suffix(".part.npy"), len(train) + len(test)
+    dtype = [("x", np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
+    if partial.exists():
+        rows = np.load(partial, mmap_mode="r+")
+    else:
+        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(total,))
+        rows["label"] = -1
+    with tqdm(total=total, desc="tokens", unit="img", disable=None, leave=False) as bar:
+        for dataset, offset in ((train, 0), (test, len(train))):
+            for first in range(0, len(dataset), batch):
+                indices = range(first, min(first + batch, len(dataset)))
+                here = slice(offset + indices.start, offset + indices.stop)
+                if (rows["label"][here] < 0).any():
+                    if should_stop():
+                        return False
+                    rows["x"][here] = model.encode(dataset.batch(indices).to(device)).cpu().numpy()
+                    rows["test"][here] = dataset is test
+                    rows["label"][here] = dataset.labels[here.start - offset:here.stop - offset].numpy()
+                bar.update(len(indices))
+    rows.flush()
+    partial.replace(path)
+    return True
