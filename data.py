@@ -337,22 +337,20 @@ def main():
     parser = argparse.ArgumentParser(description="Show what --data would train on.")
     parser.add_argument("data", help="toy, or a folder of images")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")
-    parser.add_argument("--out", default="data.png", help="the page of held-out images to write")
+    parser.add_argument("--out", default="data.png", help="the page of images to write")
     args = parser.parse_args()
     try:
         source = find(args.data)
         print(source.describe())
-        _, images = source.load(args.size or (TOY_SIZE if source.name == "toy" else 64))
+        images, _ = source.load(args.size or (TOY_SIZE if source.name == "toy" else 64))
     except DataError as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     names, columns = images.class_names[:16], 8
-    rows = [torch.nonzero(images.labels == c).flatten()[:columns] for c in range(len(names) or 1)]
-    rows = [row.tolist() for row in rows if len(row) == columns or not names]
-    if not names:
-        rows = [torch.arange(min(len(images), 64)).tolist()]
-    labels = [names[int(images.labels[row[0]])] for row in rows] if names else None
-    save_grid(images.batch(sum(rows, [])), args.out, columns, row_labels=labels)
+    rows = [torch.nonzero(images.labels == c).flatten()[:columns].tolist() for c in range(len(names))]
+    if not rows or min(map(len, rows)) < columns:  # no classes, or too few images for a row of each
+        rows, names = [list(range(min(len(images), 8 * columns)))], None
+    save_grid(images.batch(sum(rows, [])), args.out, columns, row_labels=names)
     print(f"wrote {args.out}")
 
 

@@ -177,13 +177,12 @@ def vlb(model, schedule, x, labels, generator):
 def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256):
     """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
 
-    x (M, N), labels (M,) on the model's device. Goes over the set until it has `draws` pairs (z_0, z_t). seeds: a
-    function from the number of the batch to its torch.Generator, so that every call sees the same noise.
+    x (M, N), labels (M,) on the model's device. Goes over the set once, or again until it has `draws` pairs (z_0, z_t).
+    seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise.
     """
-    parts, passes = [], max(1, -(-draws // len(x)))
-    for i, first in enumerate([*range(0, len(x), batch)] * passes):
-        terms = vlb(model, schedule, x[first:first + batch], labels[first:first + batch], seeds(i))
-        parts.append(torch.stack(list(terms.values())))
+    order, parts = torch.arange(max(draws, len(x)), device=x.device) % len(x), []
+    for i, rows in enumerate(order.split(batch)):
+        parts.append(torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values())))
     bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {

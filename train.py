@@ -103,8 +103,8 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "save_every": (int, 500, "steps between checkpoints"),
 }
 PRESETS = {
-    "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2500, tokenizer_batch=64, tokenizer_lr=2e-3,
-                width=128, depth=4, heads=4, steps=3000, batch=128, lr=1e-3),
+    "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
+                width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
     "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=64, tokenizer_lr=1e-3,
                    width=128, depth=4, heads=4, steps=5000, batch=64, lr=1e-3),
     "32": dict(size=32),
@@ -461,7 +461,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
         data.save_grid(images, out / f"samples_{at:06d}.png", COLUMNS, row_labels=words)
 
     if start == 0:
-        evaluate(0, 0)
+        evaluate(0, 1000)
     loss_options = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "rec_fraction", "max_snr", "coupling",
                                                     "p_drop", "label_drop")}
     sums, since, clock = torch.zeros(3, device=device), 0, time.time()
@@ -495,7 +495,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
                 status("diffusion", row.pop("step"), steps, row)
                 sums, since, clock = torch.zeros_like(sums), 0, time.time()
             if done % config["sample_every"] == 0 and done < steps:
-                evaluate(done, 0)
+                evaluate(done, 1000)
                 picture(done)
             if done % config["save_every"] == 0 and done < steps:
                 check_finite(sums, "denoiser", done)

@@ -1,0 +1,895 @@
+"""Tests with exact answers. First the maths: schedule, bound, coupling, sampler, tokenizer's quantiser. Most of it puts
+an exact denoiser in the network's place: for tokens of known probabilities the true posterior is Bayes' rule, so every
+expectation has one right value, found by quadrature or a chi-square test. Then the programs, run as their users do:
+images in, images out, every flag, interrupted and continued, and what they say of bad input.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import losses
+import sample
+import schedule
+import train
+import vqvae
+from embedding_diffusion import EmbeddingDiffusion, normalise
+from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
+from vqvae import VQVAE, VectorQuantizer
+
+torch.set_num_threads(2)
+close = torch.testing.assert_close
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------
+# The exact denoiser, and expectations under it by quadrature.
+
+class ExactPosterior:
+    """The best denoiser there is: p(x_i | z_t) by Bayes' rule, for n tokens of known joint probabilities.
+
+    p: (C + 1, K, ..., K), a joint table of n tokens per class, the null class last. embedding: (K, D). An
+    image is `copies` independent groups of n tokens, so that one image can hold thousands of samples.
+    """
+    guided = EmbeddingDiffusion.guided
+
+    def __init__(self, p, embedding, copies=1):
+        self.p, self.log_p, self.embedding, self.copies = p, p.log(), embedding, copies
+        self.n, self.num_classes, (self.K, self.D) = p.dim() - 1, len(p) - 1, embedding.shape
+        self.N = self.n * copies
+
+    def table(self):
+        return self.embedding
+
+    def __call__(self, z, log_snr, labels, mask=None, table=None):
+        table, groups = self.embedding if table is None else table, (len(z), self.copies)
+        alpha, sigma = (a[:, None, None, None] for a in alpha_sigma(log_snr))
+        evidence = -((z[:, :, None] - alpha * table) / sigma).square().sum(-1) / 2  # (B, N, K)
+        joint = self.log_p[labels][:, None]  # (B, 1, K, ..., K)
+        for i, term in enumerate(evidence.view(*groups, self.n, self.K).unbind(2)):  # (B, copies, K)
+            joint = joint + term.view(*groups, *[self.K if i == j else 1 for j in range(self.n)])
+        marginals = [joint.movedim(2 + i, 2).flatten(3).logsumexp(-1) if self.n > 1 else joint
+                     for i in range(self.n)]
+        return torch.stack(marginals, 2).view(len(z), self.N, self.K)
+
+
+BPSK = ExactPosterior(f64([0.5, 0.5]), f64([-1], [1]))
+PAIR = ExactPosterior(f64([[0.45, 0.05], [0.1, 0.4]]), f64([-1], [1]))
+TRIANGLE = f64([1, 0.4], [-1, 0.8], [0.2, -1.3])  # K = 3, D = 2
+THREE = f64([[0.20, 0.05, 0.10], [0.02, 0.25, 0.03], [0.15, 0.05, 0.15]])  # one class, two tokens
+
+
+def noise_grid(n, step):
+    """Noise (Q, n, 1) and weights (Q,): trapezoid rule; half the step changes results by < 1e-12."""
+    points = torch.arange(-8.5, 8.5 + step, step, dtype=torch.float64)
+    weights = torch.cartesian_prod(*[(-points.square() / 2).softmax(0)] * n).view(-1, n).prod(1)
+    return torch.cartesian_prod(*[points] * n).view(-1, n, 1), weights
+
+
+def rec_and_diff(exact, log_snr, d_log_snr):
+    """E of L_rec and of L_diff's integrand over x, z and positions, at one noise level (D = 1)."""
+    eps, weights = noise_grid(exact.n, {1: 0.05, 2: 0.2}[exact.n])
+    level, slope, total = log_snr.expand(len(eps)), d_log_snr.expand(len(eps)), 0
+    for tokens in itertools.product(range(exact.K), repeat=exact.n):
+        x = torch.tensor(tokens).expand(len(eps), -1)
+        e = F.embedding(x, exact.embedding)
+        logits = exact(add_noise(e, level, eps), level, 0 * x[:, 0])
+        e_hat = logits.softmax(-1) @ exact.embedding
+        terms = losses.reconstruction_loss(logits, x), losses.diffusion_loss(e, e_hat, level, slope)
+        total = total + exact.p[0][tokens] * torch.stack([weights @ term.mean(1) for term in terms])
+    return total
+
+
+def integral(f, low, high, nodes):
+    """Gauss-Legendre."""
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    points = f64(*((high - low) / 2 * points + (high + low) / 2))
+    return sum(w * float(f(p)) for p, w in zip(points, weights, strict=True)) * (high - low) / 2
+
+
+def exact_rec_and_diff(exact, schedule, nodes):
+    """L_rec and L_diff by quadrature."""
+    def at(t):
+        return rec_and_diff(exact, schedule.log_snr(t), schedule.d_log_snr(t))
+
+    return float(at(f64(0)[0])[0]), integral(lambda t: at(t)[1], 0, 1, nodes)
+
+
+def monte_carlo_bound(model, schedule, draw, chunks, generator):
+    """losses.vlb summed: mean and four standard errors, over chunks (times within one are stratified)."""
+    terms = [losses.vlb(model, schedule, x, 0 * x[:, 0], generator) for x in (draw() for _ in range(chunks))]
+    sums = torch.stack([sum(values.mean() for values in term.values()) for term in terms])
+    return float(sums.mean()), 4 * float(sums.std()) / math.sqrt(chunks)
+
+
+def small_model(**settings):
+    """A real denoiser in float64 whose weights are all random: no path through it is closed by a zero."""
+    model = EmbeddingDiffusion(**{"K": 6, "grid": (2, 2), "D": 4, "width": 8, "heads": 2} | settings)
+    generator = seeded(0)
+    for parameter in model.double().parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+# ----------------------------------------------------------------------------
+# Schedule, bound and coupling.
+
+@pytest.mark.parametrize("shift", [0.1, 0.4, 1.0, 2.0])
+def test_schedule(shift):
+    """lambda's derivative, SNR(s) / SNR(1) = s^2, ends +-10 + 2 log s, alpha^2 + sigma^2 = 1 (item 1)."""
+    t, schedule = torch.linspace(0, 1, 1001).double().requires_grad_(), ShiftedCosine(shift)
+    log_snr, unshifted = schedule.log_snr(t), ShiftedCosine().log_snr(t)
+    close(schedule.d_log_snr(t), torch.autograd.grad(log_snr.sum(), t)[0], rtol=1e-12, atol=0)
+    close((log_snr - unshifted).exp(), torch.full_like(t, shift ** 2), rtol=1e-12, atol=0)
+    close(log_snr[[0, -1]], f64(10, -10) + 2 * math.log(shift), rtol=0, atol=1e-10)
+    alpha, sigma = alpha_sigma(log_snr)
+    close(alpha ** 2 + sigma ** 2, torch.ones_like(t), rtol=1e-14, atol=0)
+    close(alpha ** 2 / sigma ** 2, log_snr.exp(), rtol=1e-12, atol=0)
+
+
+def test_one_step_back():
+    """Ancestral: q(z_s | z_t, e) ~ q(z_s | e) q(z_t | z_s), Gaussian. DDIM: e and eps are kept (item 10)."""
+    z_t, e, eps = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=seeded(0))
+    times = f64(-9, -3, 0, 2, 3), f64(-8.9, -1, 4, 2.5, 9)
+    (a_t, s_t), (a_s, s_s) = ([v[:, None, None] for v in alpha_sigma(log_snr)] for log_snr in times)
+    added = s_t ** 2 - (a_t / a_s * s_s) ** 2  # z_t = (a_t / a_s) z_s + noise of this variance
+    precision = 1 / s_s ** 2 + (a_t / a_s) ** 2 / added
+    mean = (a_s * e / s_s ** 2 + a_t / a_s * z_t / added) / precision
+    close(sample.ancestral_step(z_t, e, *times, eps), mean + eps / precision.sqrt(), rtol=0, atol=1e-12)
+    moved = sample.ddim_step(add_noise(e, times[0], eps), e, *times)
+    close(moved, add_noise(e, times[1], eps), rtol=0, atol=1e-12)
+
+
+def test_bpsk_entropy_and_mmse():
+    """H(x | z), MMSE; L_diff between two levels, and L_CM (markov), are the entropy gained (items 2, 3)."""
+    entropy = [float(rec_and_diff(BPSK, level, level)[0]) for level in f64(-1, 0, 1)]
+    assert entropy == pytest.approx([0.537051, 0.356316, 0.126307], abs=1e-6)
+    assert float(rec_and_diff(BPSK, *f64(0, -2))[1]) == pytest.approx(0.449600, abs=1e-6)  # weight 1
+    between = integral(lambda level: rec_and_diff(BPSK, level, f64(-1)[0])[1], -1, 0, 12)
+    noise, weights = noise_grid(2, step=0.2)  # one axis for z_t, the other for z_s given z_t
+    t, s, labels = *(level.expand(len(noise)) for level in f64(-1, 0)), torch.zeros(len(noise)).long()
+    e = torch.ones_like(noise[:, :1])  # by symmetry the other token gives the same
+    z_t = add_noise(e, t, noise[:, :1])
+    mean, std = posterior(z_t, e, t, s)
+    teacher, log_p = BPSK(mean + std * noise[:, 1:], s, labels), BPSK(z_t, t, labels).log_softmax(-1)
+    cm = float(weights @ losses.consistency_loss(teacher, log_p)[:, 0])
+    assert [between, cm, entropy[0] - entropy[1]] == pytest.approx([0.1807343] * 3, abs=1e-7)
+
+
+def test_only_markov_pairs_keep_the_posterior():
+    """At z_t = 0.8 the teacher's mean is .756761 (the posterior) or, with shared noise, .888983 (item 4)."""
+    t, s, z_t, label = f64(-1), f64(0), f64([[0.8]]), torch.tensor([0])
+    p, (alpha, sigma) = BPSK(z_t, t, label).softmax(-1)[0, 0], alpha_sigma(t)
+    eps, weights = noise_grid(1, step=0.05)
+    markov = shared = 0
+    for k, e in enumerate(f64(-1, 1).view(2, 1, 1, 1)):
+        mean, std = posterior(z_t, e, t, s)
+        teacher = BPSK(mean + std * eps, s.expand(len(eps)), label.expand(len(eps))).softmax(-1)
+        markov += float(p[k] * (weights @ teacher[:, 0, 1]))
+        z_s = losses.draw_earlier("shared", z_t, e, (z_t - alpha * e) / sigma, t, s, None)
+        shared += float(p[k] * BPSK(z_s, s, label).softmax(-1)[0, 0, 1])
+    assert [float(p[1]), markov, shared] == pytest.approx([0.756761, 0.756761, 0.888983], abs=1e-6)
+
+
+@pytest.mark.parametrize("shift, end, expected", [(1.0, 10, 0.552945), (0.1, 5, 0.568804)])
+def test_bound_is_tight(shift, end, expected):
+    """The terms sum to H(x), plus the total correlation left at t = 0, seen at low SNR only (item 5)."""
+    schedule = ShiftedCosine(shift, -end, end)
+    prior = float(losses.prior_loss(PAIR.embedding[None], schedule.log_snr(f64(1)[0])).mean())
+    assert prior + sum(exact_rec_and_diff(PAIR, schedule, 80)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("distance", [0.01, 0.1, 1.0])
+def test_exact_bound_ignores_the_distance(distance):
+    """L_rec + L_diff = ln 2 at any distance d, less I(x; z_1) = e^lambda(1) d^2 / 8 (item 9)."""
+    exact = ExactPosterior(BPSK.p, BPSK.embedding * distance / 2)
+    expected = math.log(2) - math.exp(-10) * distance ** 2 / 8  # next order e^(2 lambda(1)) d^4 < 1e-8
+    assert sum(exact_rec_and_diff(exact, ShiftedCosine(), 240)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_monte_carlo_bound():
+    """vlb() is H(x) with the exact posterior, a million samples (item 6); log K with an untrained network."""
+    generator, exact = seeded(0), ExactPosterior(THREE, 0.3 * TRIANGLE)
+
+    def pairs():
+        cell = torch.multinomial(THREE.flatten(), 10_000, replacement=True, generator=generator)
+        return torch.stack([cell // 3, cell % 3], 1)
+
+    # What L_prior and t = 0 add, < 1e-4, is far below the margins.
+    mean, margin = monte_carlo_bound(exact, ShiftedCosine(0.4), pairs, 100, generator)
+    assert mean == pytest.approx(float(torch.special.entr(THREE).sum()) / 2, abs=margin) and margin < 0.03
+    torch.manual_seed(0)
+    model = EmbeddingDiffusion(24, (2, 2), D=16, width=16, depth=1).double()
+    uniform = ExactPosterior(torch.full((1, 24), 1 / 24).double(), model.table(), copies=4)
+    inputs = torch.randn(3, 4, 16, generator=generator).double(), f64(-4, 0, 3), torch.zeros(3).long()
+    close(model(*inputs).softmax(-1), uniform(*inputs).softmax(-1), rtol=1e-10, atol=1e-14)
+    mean, margin = monte_carlo_bound(
+        model, ShiftedCosine(), lambda: torch.randint(24, (1000, 4), generator=generator), 60, generator)
+    assert mean == pytest.approx(math.log(24), abs=margin) and margin < 0.06
+
+
+def test_prior_loss():
+    """L_prior is a KL of Gaussians; for a table of mean square 1 a constant without gradient (item 7)."""
+    e, log_snr = torch.randn(3, 2, 8, dtype=torch.float64, generator=seeded(0)), f64(-2)[0]
+    alpha, sigma = alpha_sigma(log_snr)
+    q, standard = torch.distributions.Normal(alpha * e, sigma), torch.distributions.Normal(0 * e, 1 + 0 * e)
+    close(losses.prior_loss(e, log_snr), torch.distributions.kl_divergence(q, standard).sum(-1))
+    raw = normalise(e, "rms").requires_grad_()  # mean square 1: eps = 1e-8 gives 5e-13 |e|
+    loss = losses.prior_loss(normalise(raw, "rms"), f64(-10)[0])
+    close(loss, torch.full_like(loss, 1.815956e-4), rtol=0, atol=1e-9)
+    assert torch.autograd.grad(loss.sum(), raw)[0].norm(dim=-1).max() < 5e-12
+
+
+# ----------------------------------------------------------------------------
+# Training.
+
+def cm_z_scores(coupling):
+    """Of dL_CM at the exact posterior: by {1, z, sin 2z} added to the log-odds, and by growing the table."""
+    tilt, table = f64(0, 0, 0).requires_grad_(), BPSK.embedding.clone().requires_grad_()
+
+    def student(z, log_snr, labels, mask=None, table=None):
+        change = torch.cat([torch.ones_like(z), z, (2 * z).sin()], -1) @ tilt  # (B, N)
+        return BPSK(z, log_snr, labels, table=table) + torch.stack([0 * change, change], -1)
+
+    student.table, student.num_classes = lambda: table, 0
+    generator, gradients = seeded(0), []
+    for _ in range(100):
+        x = torch.randint(2, (2000, 1), generator=generator)
+        loss, _ = losses.training_loss(student, BPSK, ShiftedCosine(), x, 0 * x[:, 0], generator,
+                                       w_rec=0, w_diff=0, coupling=coupling)
+        by_tilt, by_table = torch.autograd.grad(loss, (tilt, table))
+        gradients.append(torch.cat([by_tilt, (by_table * table.detach()).sum()[None]]))
+    gradients = torch.stack(gradients)
+    return 10 * gradients.mean(0) / gradients.std(0)
+
+
+def test_cm_has_the_posterior_as_its_fixed_point():
+    """Markov: no mean gradient in the logits, but the table is pushed apart. Shared: a plain one (item 8)."""
+    markov, shared = cm_z_scores("markov"), cm_z_scores("shared")
+    assert markov[:3].abs().max() < 5 and shared[:3].abs().max() > 20 and markov[3] < -20
+
+
+def test_gradients_of_the_objective():
+    """The table's is that of finite differences: by z_t, e and e_hat. The teacher has none (item 8)."""
+    model, schedule, labels = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5), torch.arange(12) % 2
+    x, start = torch.randint(6, (12, 4), generator=seeded(1)), model.embedding.detach().clone()
+    direction = torch.randn(start.shape, dtype=torch.float64, generator=seeded(3))
+
+    def objective(step, teacher, **weights):
+        model.embedding.data.copy_(start + step * direction)
+        return losses.training_loss(model, teacher, schedule, x, labels, seeded(2), p_drop=0.5, **weights)[0]
+
+    def constant(*_, **__):  # as the teacher should look to autograd
+        return torch.arange(6.0).expand(9, 4, 6)
+
+    for weights in {"w_rec": 0, "w_cm": 0}, {"w_diff": 0, "w_cm": 0}, {"w_rec": 0, "w_diff": 0}:
+        gradient, = torch.autograd.grad(objective(0, constant, **weights), model.embedding)
+        # Central differences: relative errors about h^2 = 1e-10 and 1e-16 / h = 1e-11, times curvature.
+        slope = (objective(1e-5, constant, **weights) - objective(-1e-5, constant, **weights)) / 2e-5
+        close((gradient * direction).sum(), slope.detach(), rtol=1e-6, atol=0)
+    teacher = copy.deepcopy(model)
+    objective(0, teacher).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_times_cover_evenly():
+    """The times of L_diff's rows are 1 / B' apart: the rows at t = 0 do not delete an interval of them."""
+    linear = SimpleNamespace(log_snr=lambda t: -8 * t, d_log_snr=lambda t: torch.full_like(t, -8))
+    x = torch.zeros(16, 4, dtype=torch.int64)
+    with mock.patch.object(losses, "add_noise", wraps=add_noise) as spy:
+        losses.training_loss(small_model(), None, linear, x, x[:, 0], seeded(0), w_cm=0, rec_fraction=0.25)
+    t = spy.call_args.args[1] / -8
+    assert not t[:4].any() and 0 < t[4:].min() and t.max() < 1
+    close(t[4:].sort().values.diff(), torch.full((11,), 1 / 12), rtol=0, atol=1e-6)  # float32
+
+
+def test_dropping():
+    """A masked token's value changes no logit at all, and L_diff leaves it out; L_rec does not (item 12)."""
+    model, log_snr, labels = small_model(), f64(-1, 2), torch.tensor([0, 0])
+    z = torch.randn(2, 4, 4, generator=seeded(0)).double()
+    mask = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 1]]).bool()
+    other = torch.where(mask[..., None], z + 3, z)
+    assert torch.equal(model(z, log_snr, labels, mask=mask), model(other, log_snr, labels, mask=mask))
+    assert not torch.equal(model(z, log_snr, labels), model(other, log_snr, labels))
+    x, seen = torch.randint(2, (64, 4), generator=seeded(1)), []
+    flat = SimpleNamespace(log_snr=lambda t: 0 * t, d_log_snr=lambda t: 0 * t - 2)  # weight 1 at every t
+
+    def terms_if_wrong(kept):
+        """Of a denoiser that is certain, and wrong at kept or at dropped positions; |1 - (-1)|^2 = 4."""
+        def certain(z, log_snr, labels, mask=None, table=None):
+            seen.append((mask, labels))
+            truth = x[-len(z):]
+            return 1e3 * F.one_hot(torch.where(mask ^ kept, 1 - truth, truth), 2).double()
+
+        certain.table, certain.num_classes = BPSK.table, 3
+        return losses.training_loss(certain, certain, flat, x, 0 * x[:, 0], seeded(2), p_drop=0.9)[1]
+
+    wrong = terms_if_wrong(kept=False)
+    assert wrong["diff"] == 0 and wrong["rec"] == pytest.approx(1e3 * float(seen[0][0][:16].double().mean()))
+    assert terms_if_wrong(kept=True)["diff"] == 4
+    (mask, labels), (teacher_mask, teacher_labels) = seen[:2]  # the teacher sees what the student sees
+    assert torch.equal(mask[16:], teacher_mask) and torch.equal(labels[16:], teacher_labels)
+    assert set(labels.tolist()) == {0, 3}  # some labels are dropped too: 3 is the null class
+
+
+def test_collapse_diagnostics_and_normalisation():
+    """Effective rank, smallest and mean distance of tables done by hand; unit RMS and the ranks left."""
+    def figures(table):
+        return list(losses.collapse_diagnostics(table).values())
+
+    line = torch.outer(f64(0, 1, 2), f64(3, 4))
+    assert figures(line) == pytest.approx([1, 5, 20 / 3])
+    axes = torch.cat([torch.eye(5), -torch.eye(5)])  # of 45 pairs 5 are opposite, 40 at right angles
+    assert figures(axes + 3) == pytest.approx([5, math.sqrt(2), (5 * 2 + 40 * math.sqrt(2)) / 45])
+    uneven = axes[[0, 1, 5, 6]] * torch.tensor([2, 1, 0, 0, 0])  # variances 4 : 1, so e^H(0.8, 0.2)
+    assert figures(uneven)[0] == pytest.approx(5 / 4 ** 0.8)
+    assert figures(axes[[0, 1, 2, 2]])[1] == 0  # two rows merged
+    table = torch.randn(50, 4, dtype=torch.float64, generator=seeded(0))
+    for norm, rank in ("rms", 4), ("layer", 3):
+        unit = normalise(table, norm)
+        close(unit.square().mean(1), torch.ones(50).double(), rtol=1e-6, atol=0)  # eps = 1e-8
+        assert torch.linalg.matrix_rank(unit) == rank
+        with pytest.raises(ValueError, match="too small"):
+            EmbeddingDiffusion(6, (2, 2), D=rank - 1 if norm == "layer" else 1, norm=norm)
+
+
+# ----------------------------------------------------------------------------
+# The sampler.
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_samples_follow_the_distribution(sampler):
+    """40,000 pairs of tokens, 300 steps, exact posterior: chi-square against the probabilities (item 10)."""
+    exact, labels = ExactPosterior(THREE, TRIANGLE, copies=10_000), torch.zeros(4, dtype=torch.int64)
+
+    def draw(steps):
+        generators = sample.image_generators(0, range(4))
+        return sample.sample_tokens(exact, ShiftedCosine(0.4), labels, generators, steps, sampler=sampler)
+
+    def p_value(tokens, p):
+        counts = torch.bincount(tokens, minlength=len(p))
+        return scipy.stats.chisquare(counts.numpy(), len(tokens) * p.numpy()).pvalue
+
+    first, second = draw(300).view(-1, 2).T
+    assert p_value(first * 3 + second, THREE.flatten()) > 1e-3
+    assert p_value(draw(1)[:, ::2].flatten(), THREE[0].sum(1)) > 1e-3  # one step: a draw from p(x_i | noise)
+
+
+def test_guidance_samples():
+    """omega = 1 samples p_c^2 / p_u, normalised; e_hat stays in the hull; logits of 1e4 pass (item 11)."""
+    exact = ExactPosterior(f64([0.5, 0.3, 0.2], [0.3, 0.3, 0.4]), TRIANGLE, copies=25_000)
+    labels, generators = torch.zeros(4, dtype=torch.int64), sample.image_generators(0, range(4))
+    with mock.patch.object(sample, "ancestral_step", wraps=sample.ancestral_step) as spy:
+        tokens = sample.sample_tokens(exact, ShiftedCosine(), labels, generators, 100, guidance=1.0)
+    first, last = float(spy.call_args_list[0].args[2][0]), float(spy.call_args_list[-1].args[3][0])
+    assert [spy.call_count, first, last] == pytest.approx([99, -10, 10])  # from lambda(1) to lambda(0)
+    longest = max(call.args[1].norm(dim=-1).max() for call in spy.call_args_list)
+    assert longest <= TRIANGLE.norm(dim=-1).max() + 1e-12
+    share = torch.bincount(tokens.flatten(), minlength=3) / 100_000  # standard errors are about 0.0015
+    assert (share - f64(0.6757, 0.2432, 0.0811)).abs().sum() / 2 < 0.01
+    exact.log_p = f64([1e4, 0, -1e4], [-1e4, 0, 1e4])
+    assert not sample.sample_tokens(exact, ShiftedCosine(), labels, generators, 5, guidance=1.0).any()
+
+
+def test_guidance_zero_is_the_conditional_model():
+    """Bitwise, without a second pass; otherwise logits are (1 + omega) cond - omega uncond (item 11)."""
+    model, log_snr, labels = small_model(num_classes=2), f64(-3, 0, 2), torch.tensor([0, 1, 1])
+    z = torch.randn(3, 4, 4, generator=seeded(0)).double()
+    conditional, unconditional = model(z, log_snr, labels), model(z, log_snr, torch.full_like(labels, 2))
+    with mock.patch.object(model, "forward", wraps=model.forward) as spy:
+        assert torch.equal(model.guided(z, log_snr, labels, 0.0), conditional)
+    assert [len(call.args[0]) for call in spy.call_args_list] == [3]
+    close(model.guided(z, log_snr, labels, 2.5), 3.5 * conditional - 2.5 * unconditional)
+
+
+def test_batch_size_never_changes_an_image():
+    """Image i depends on (seed, i) alone: another seed or index gives another image (item 14)."""
+    model, labels = small_model(num_classes=2, grid=(4, 4)), torch.tensor([0, 1, 0, 1, 1])
+
+    def images(*cuts, seed=7):
+        def batch(a, b):
+            generators = sample.image_generators(seed, range(a, b))
+            return sample.sample_tokens(model, ShiftedCosine(0.4), labels[a:b], generators, 6, guidance=1.0)
+
+        return torch.cat([batch(a, b) for a, b in itertools.pairwise(cuts)])
+
+    together = images(0, 5)
+    assert torch.equal(together, images(0, 1, 2, 3, 4, 5)) and torch.equal(together, images(0, 2, 5))
+    assert (together != images(0, 5, seed=8)).any(1).all() and not torch.equal(together[0], together[2])
+
+
+# ----------------------------------------------------------------------------
+# The tokenizer.
+
+def quantizer(update):
+    """Eight random codes that stay as they are, and encoder outputs (4, 3, 5, 6)."""
+    torch.manual_seed(0)
+    vq, z_e = VectorQuantizer(8, 3, update), torch.randn(4, 3, 5, 6).requires_grad_()
+    vq.initialised.fill_(True)
+    return vq, z_e, vectors(z_e)
+
+
+def vectors(z):
+    """(B, C, h, w) -> (M, C), row by row as the tokens go."""
+    return z.detach().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_vq_gradients(update):
+    """Straight-through; commitment moves the encoder only, the codebook loss the codes only (item 13)."""
+    vq, z_e, z = quantizer(update)
+    codes, trained = vq.codebook.detach().clone(), [z_e, *vq.parameters()]
+    z_q, tokens, commitment, codebook = vq(z_e)
+    assigned, from_decoder = F.one_hot(tokens.flatten(), 8).float(), torch.randn(z_q.shape)
+    close(vectors(z_q), codes[tokens.flatten()])
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+
+    by_decoder, by_commitment = gradients((z_q * from_decoder).sum()), gradients(commitment)
+    assert torch.equal(by_decoder[0], from_decoder)
+    assert not any(gradient.any() for gradient in by_decoder[1:] + by_commitment[1:])
+    pull = 2 * (z - codes[tokens.flatten()]) / z.numel()
+    close(vectors(by_commitment[0]), pull)
+    assert codebook.requires_grad == (update == "gradient") == (len(trained) == 2)
+    if update == "gradient":
+        to_encoder, to_codes = gradients(codebook)
+        assert not to_encoder.any()
+        close(to_codes, -assigned.T @ pull)
+
+
+def test_nearest_and_ema():
+    """Nearest is brute force; c = (d n c + (1-d) sum) / (d n + (1-d) count), in the limit the mean."""
+    vq, z_e, z = quantizer("ema")
+    distances = torch.cdist(z.double(), vq.codebook.double())
+    assert torch.equal(vq.nearest(z), distances.argmin(1))
+    vq.running_count.copy_(torch.arange(1.0, 9))
+    vq.running_sum.copy_(vq.codebook * vq.running_count[:, None])
+    assigned = F.one_hot(vq.nearest(z), 8).float()  # (M, K)
+    count = 0.99 * vq.running_count + 0.01 * assigned.sum(0)
+    expected = (0.99 * vq.running_sum + 0.01 * assigned.T @ z) / count[:, None]
+    vq(z_e)
+    close(vq.codebook, expected)
+    vq.decay = 0.5
+    for _ in range(100):  # 2^-100 of the start is left
+        vq(z_e)
+    assigned = F.one_hot(vq.nearest(z), 8).float()
+    close(vq.codebook, assigned.T @ z / assigned.sum(0)[:, None])
+    before = vq.codebook.clone()
+    vq.eval()(z_e + 1)
+    assert torch.equal(vq.codebook, before)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_dead_codes_restart(update):
+    """Unused codes become encoder outputs of the batch and live at the next look and step; used ones stay."""
+    vq, z_e, z = quantizer(update)
+    before, dead = vq.codebook.detach().clone(), torch.tensor([1, 0, 0, 1, 0, 0, 1, 0]).bool()
+    vq.running_count.copy_(torch.where(dead, 0.1, 9.0))
+    assert vq.restart_dead_codes(z_e, seeded(0)) == 3 and vq.restart_dead_codes(z_e, seeded(0)) == 0
+    assert (vq.codebook[dead][:, None] == z).all(-1).any(1).all()
+    assert torch.equal(vq.codebook[~dead], before[~dead])
+    if update == "ema":
+        close(vq.running_sum[dead] / vq.running_count[dead, None], vq.codebook[dead])
+
+
+def test_usage_and_perplexity():
+    """K when all K codes are used equally, 1 for a single one, e^H in between."""
+    for counts, expected in ((7, 7, 7), (1, 3)), ((0, 9, 0, 0), (0.25, 1)), ((2, 1, 1, 0), (0.75, 2 ** 1.5)):
+        assert vqvae.usage_and_perplexity(torch.tensor(counts)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("f", [2, 4, 8])
+def test_vqvae_shapes(f):
+    """Image -> tokens -> image; forward, encode and decode lay tokens out alike; a bad f is refused."""
+    torch.manual_seed(0)
+    model = VQVAE(16, f=f, K=10, code_dim=3, width=16).eval()
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    out, tokens = model(images), model.encode(images)
+    assert tokens.shape == (2, (16 // f) ** 2) and torch.equal(tokens, out["tokens"])
+    decoded = model.decode(tokens)
+    again = 127.5 * (1 + model.decode_continuous(model.quantizer(out["z_e"])[0]))
+    assert decoded.shape == images.shape and decoded.dtype == torch.uint8
+    assert (decoded - again.clamp(0, 255)).abs().max() < 0.51  # rounded to uint8
+    for size, bad in (16, 0), (16, 1), (16, 3), (48, 6), (16, 32):
+        with pytest.raises(ValueError, match=f"f = {bad} "):
+            VQVAE(size, f=bad)
+
+
+# ----------------------------------------------------------------------------
+# Data.
+
+def test_toy():
+    """The same images for the same seed, twelve classes in six colours, train and test apart, made in seconds."""
+    images, labels = data.draw_toy(240, seed=0)
+    again, _ = data.draw_toy(120, seed=0)
+    other, _ = data.draw_toy(240, seed=1)
+    assert images.shape == (240, 3, 20, 20) and torch.equal(images[:120], again)
+    assert not any((other == image).flatten(1).all(1).any() for image in images)
+    assert labels.tolist() == [i % 12 for i in range(240)] and len(data.Toy.class_names) == 12
+    assert len({image.numpy().tobytes() for image in images}) == 240
+    assert data.Toy().counts() == (18000, 1800)
+
+
+def test_load_image(tmp_path):
+    """Centre square, antialiased; transparent over white; grey, 16 bits, rotated by EXIF: all become RGB."""
+    def pixels(image, size, name="a.png", **options):
+        image.save(tmp_path / name, **options)
+        return data.load_image(tmp_path / name, size).astype(int)
+
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, :4], wide[:, 4:8], wide[:, 8:] = 10, 200, 90
+    assert (pixels(Image.fromarray(wide), 4) == 200).all()  # the middle third, nothing of its neighbours
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255  # nearest or plain bilinear sampling would give 0 or 255
+    assert np.abs(pixels(Image.fromarray(stripes), 8) - 127.5).max() < 14
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (pixels(clear, 4) == 255).all()
+    assert (pixels(Image.fromarray(np.full((8, 8), 25700, np.uint16)), 4) == 100).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 255
+    upright = pixels(Image.fromarray(half), 8, "a.jpg", exif=exif, quality=100)
+    assert upright[:, :3].max() < 10 and upright[:, 5:].min() > 245
+
+
+def make_folder(root, classes=("cat", "dog"), each=20, side=10):
+    """A folder of coloured noise: a sub-folder per class, endings in any case, a stray text file."""
+    rng = np.random.default_rng(0)
+    for name in classes or [""]:
+        (root / name / "deep").mkdir(parents=True)
+        for i in range(each):
+            image = Image.fromarray(rng.integers(0, 256, (side, side + i % 3, 3)).astype(np.uint8))
+            image.save(root / name / ("deep" if i % 2 else "") / f"{i:02d}.{('png', 'PNG', 'jpg', 'Bmp')[i % 4]}")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_folder(tmp_path, monkeypatch):
+    """Classes are the immediate sub-folders; every image is in one split; decoding ahead or on demand is the same."""
+    source = data.find(str(make_folder(tmp_path / "a")))
+    train_set, test_set = source.load(8)
+    assert source.class_names == ["cat", "dog"] and source.counts() == (38, 2) == (len(train_set), len(test_set))
+    assert sorted(source.train[1] + source.test[1]) == data.image_paths(tmp_path / "a")
+    assert not set(source.train[1]) & set(source.test[1])
+    assert torch.bincount(train_set.labels).tolist() == [19, 19] and test_set.labels.tolist() == [0, 1]
+    assert "38 images + 2 held out, 2 classes (cat, dog), shorter side 10 px" in source.describe()
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    on_demand, _ = source.load(8)
+    assert on_demand.pixels is None and torch.equal(on_demand.batch([5, 0, 37]), train_set.pixels[[5, 0, 37]])
+    flat = data.find(str(make_folder(tmp_path / "b", classes=())))
+    assert flat.class_names == [] and flat.counts() == (19, 1)
+    make_folder(tmp_path / "c" / "train")
+    make_folder(tmp_path / "c" / "val", each=4)
+    split = data.find(str(tmp_path / "c"))
+    assert split.counts() == (40, 8) and split.class_names == ["cat", "dog"]
+
+
+def test_evaluate():
+    """PSNR over all pixels of the set, in batches: 10 log10(255^2 / MSE), with the codes counted over all tokens."""
+    images = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
+    half = SimpleNamespace(K=4, size=4, eval=lambda: None, encode=lambda x: x[:, 0].flatten(1).long() // 128,
+                           decode=lambda tokens: torch.full((len(tokens), 3, 4, 4), 100, dtype=torch.uint8))
+    metrics = vqvae.evaluate(half, data.ImageSet([0] * 10, [], 4, pixels=images), "cpu", batch=4)
+    mse = (images.double() - 100).square().mean()
+    high = float((images[:, 0] >= 128).double().mean())
+    entropy = -high * math.log(high) - (1 - high) * math.log(1 - high)
+    assert metrics == pytest.approx({"psnr": float(10 * (255 ** 2 / mse).log10()), "usage": 0.5,
+                                     "perplexity": math.exp(entropy)})
+
+
+# ----------------------------------------------------------------------------
+# The programs.
+
+HERE = Path(__file__).resolve().parent
+TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, D=4, width=16,
+            depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, sample_steps=3, log_every=2, sample_every=4,
+            save_every=4)
+
+
+def flags(options):
+    """Dict -> command line."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def call(program, *words):
+    """main() of train, sample, ... in this process, with a command line. Returns its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.SIGNALS.clear()
+    try:
+        with mock.patch.object(sys, "argv", [program.__name__, *map(str, words)]):
+            program.main()
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images") / "pets")
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A complete tiny run: its directory."""
+    out = tmp_path_factory.mktemp("run") / "pets"
+    assert call(train, "--data", folder, "--out", out, *flags(TINY)) == 0
+    return out
+
+
+def contents(out):
+    """What a run computed: {file: content}, without speeds and times, checkpoints as bytes of their tensors."""
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return value.numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: tensors(v) for key, v in value.items() if key not in ("config", "optimizer")}
+        return value
+
+    found = {}
+    for path in sorted(out.iterdir()):
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                found[path.name] = [{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)]
+        elif path.suffix == ".pt":
+            found[path.name] = tensors(torch.load(path, weights_only=True))
+        elif path.name != "config.json":
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def test_commands(folder, tmp_path):
+    """As typed: train, train again (complete, nothing touched), sample; all from another directory."""
+    def command(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    once = [HERE / "train.py", "--data", folder, *flags(TINY)]
+    text = command(*once)
+    assert "38 images + 2 held out, 2 classes (cat, dog)" in text and "python sample.py runs/pets/ckpt.pt" in text
+    out = tmp_path / "runs" / "pets"
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "config.json"}
+    assert {path.name for path in times} == {
+        "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
+        "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png"}
+    again = command(*once)
+    assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
+    text = command(HERE / "sample.py", "runs/pets/ckpt.pt", "--class", "dog")
+    assert "step 8, 8 images" in text and Image.open(tmp_path / "samples.png").width > 8 * 8
+    rows = np.load(out / "tokens.npy")
+    assert len(rows) == 40 and rows["test"].sum() == 2 and rows["x"].max() < 8 and rows["x"].shape == (40, 4)
+    metrics = json.loads((out / "metrics.json").read_text())
+    bound = metrics["vlb"]
+    assert bound["total"] == pytest.approx(bound["prior"] + bound["rec"] + bound["diff"])
+    with (out / "evaluation.csv").open() as file:
+        untrained = next(csv.DictReader(file))
+    # At step 0 it is the exact denoiser of uniform tokens: log2 K bits, up to the error of the estimate.
+    assert abs(float(untrained["total"]) - 3) < 4 * float(untrained["standard_error"]) < 1
+
+
+def test_the_checkpoint_is_what_training_drew(run, tmp_path):
+    """sample.py, at its defaults, draws the very picture that train.py drew last."""
+    assert call(sample, run / "ckpt.pt", "--out", tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (run / "samples_000008.png").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "tokens", "diffusion"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "kill", "crash"])
+def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatch):
+    """Stopped in any stage and started again: bit for bit what the uninterrupted run computed (item 15)."""
+    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
+    owner, name, calls = {"tokenizer": (VQVAE, "forward", 6), "tokens": (VQVAE, "encode", 12),
+                          "diffusion": (train, "training_loss", 6)}[stage]
+    real, seen = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == calls:
+            if how == "crash":
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    small = vqvae.encode_sets  # two images at a time, so that there is something to be stopped in
+    monkeypatch.setattr(vqvae, "encode_sets", lambda *args, **kwargs: small(*args, **kwargs, batch=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        if how == "crash":
+            with pytest.raises(MemoryError):
+                call(train, *words)
+        else:
+            assert call(train, *words) == {"Ctrl-C": 130, "kill": 143}[how]
+    assert not (tmp_path / "pets" / "metrics.json").exists()
+    assert (tmp_path / "pets" / "tokens.npy").exists() == (stage == "diffusion")
+    assert call(train, *words) == 0
+    assert contents(tmp_path / "pets") == contents(run)
+
+
+def test_raising_the_steps_goes_on(folder, run, tmp_path):
+    """A complete run continues with more --steps; the tokenizer and the tokens stay."""
+    shutil.copytree(run, tmp_path / "pets")
+    assert call(train, "--data", folder, "--out", tmp_path / "pets", *flags(TINY | {"steps": 10})) == 0
+    before, after = contents(run), contents(tmp_path / "pets")
+    assert after["ckpt.pt"]["step"] == 10 and [r["step"] for r in after["diffusion.csv"]] == list("2468") + ["10"]
+    assert after["tokenizer.pt"] == before["tokenizer.pt"] and after["tokens.npy"] == before["tokens.npy"]
+
+
+# For each flag of train.py one value that is neither the default nor TINY's. The second run below must differ.
+CHANGED = dict(
+    size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
+    tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", width=32, depth=2, heads=4,
+    likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0, max_snr=1.0,
+    rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7, lr=2e-2, warmup=3,
+    weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0, sampler="ddim", log_every=3,
+    sample_every=3, save_every=1)
+
+
+def parser_flags(program):
+    """All long flags of a program, from its own parser."""
+    def caught(parser, *_):
+        raise InterruptedError(sorted(a.dest for a in parser._actions if a.option_strings and a.dest != "help"))
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", caught), pytest.raises(InterruptedError) as caught:
+        program.main()
+    return caught.value.args[0]
+
+
+def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
+    """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
+    others = ["data", "device", "dry_run", "out", "preset", "seed", "stage"]
+    assert parser_flags(train) == sorted([*CHANGED, *others])
+    baseline = contents(run)
+    for name, value in CHANGED.items():
+        options = flags(TINY | {name: value})
+        capsys.readouterr()
+        assert call(train, "--data", folder, "--dry-run", *options) == 0
+        assert f"--{name.replace('_', '-')} {value}\n" in capsys.readouterr().out
+        out, saves = tmp_path / name, []
+        with mock.patch.object(torch, "save", lambda what, *a, s=saves, f=torch.save, **k: s.append(f(what, *a, **k))):
+            assert call(train, "--data", folder, "--out", out, *options) == 0
+        if name == "save_every":
+            assert len(saves) == 2 * (8 + 1)  # after every step; after the last before and after measuring
+        else:
+            assert contents(out) != baseline, f"--{name} changes nothing"
+    assert call(train, "--data", folder, "--out", tmp_path / "s", "--seed", 1, *flags(TINY)) == 0
+    seeded_run = contents(tmp_path / "s")
+    assert seeded_run["tokenizer.pt"] != baseline["tokenizer.pt"] and seeded_run["ckpt.pt"] != baseline["ckpt.pt"]
+    for stage in ("tokenizer", "tokens", "diffusion"):  # --stage, --device
+        assert call(train, "--data", folder, "--out", tmp_path / "t", "--stage", stage, "--device", "cpu",
+                    *flags(TINY)) == 0
+        assert (tmp_path / "t" / "tokens.npy").exists() == (stage != "tokenizer")
+        assert (tmp_path / "t" / "ckpt.pt").exists() == (stage == "diffusion")
+    assert contents(tmp_path / "t") == baseline
+    for preset, settings in train.PRESETS.items():  # a preset fills only what was not given
+        capsys.readouterr()
+        assert call(train, "--dry-run", "--preset", preset, "--K", 99) == 0
+        text = capsys.readouterr().out
+        assert "--K 99\n" in text and all(f"--{name.replace('_', '-')} {value}\n" in text
+                                          for name, value in settings.items() if name != "K")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
+    """Each changes the picture, but --batch and --device do not (item 14); --n adds images after the others."""
+    def picture(**options):
+        words = {"n": 9, "out": tmp_path / "a.png"} | options
+        capsys.readouterr()
+        assert call(sample, run / "ckpt.pt", *flags(words)) == 0
+        with Image.open(words["out"]) as image:
+            return np.asarray(image)
+
+    baseline = picture()
+    changed = {"steps": 1, "guidance": 40.0, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20}
+    assert parser_flags(sample) == sorted(["classes" if f == "class" else f for f in changed]
+                                          + ["batch", "device", "out"])
+    for name, value in changed.items():
+        assert not np.array_equal(picture(**{name: value}), baseline), name
+    assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
+    assert np.array_equal(picture(**{"class": "1"}), picture(**{"class": "dog"}))
+    assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
+
+
+def test_the_other_programs(run, folder, tmp_path):
+    """schedule.py and data.py draw their pages; experiments/agreement.py reads a checkpoint."""
+    assert call(schedule, "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 6, "--out", tmp_path / "s.png") == 0
+    assert call(data, folder, "--size", 8, "--out", tmp_path / "d.png") == 0
+    for name in ("s.png", "d.png"):
+        with Image.open(tmp_path / name) as image:
+            assert len(set(image.convert("RGB").getdata())) > 10
+    done = subprocess.run([sys.executable, HERE / "experiments" / "agreement.py", run / "ckpt.pt", "--data", folder,
+                           "--n", "6", "--classifier-steps", "2", "--guidance", "0", "2", "--steps", "2", "--sampler",
+                           "ddim", "--seed", "1", "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(re.findall(r"samples +[\d.]+% of 6", done.stdout)) == 2, done.stderr
+
+
+def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
+    """One line that says what to do, exit status 2, before any work, nothing written and nothing written over."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    (tmp_path / "hurt").mkdir()
+    for i in range(3):
+        (tmp_path / "hurt" / f"{i}.png").write_bytes(b"\x89PNG, and then nothing")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save(Path("not weights only"), tmp_path / "pickle.pt")
+    shutil.copytree(run, tmp_path / "run")
+
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = state()
+    same = ["--data", folder, *flags(TINY), "--out"]
+    for program, words, says in [
+        (train, ["--data", "nowhere"], "no such folder"),
+        (train, ["--data", "toyy"], "Did you mean toy?"),
+        (train, ["--data", "emty"], "Did you mean empty?"),
+        (train, ["--data", "empty"], "it holds no files; expected files that end in"),
+        (train, ["--data", "texts"], "it holds only files like .txt"),
+        (train, ["--data", "text.pt"], "is a file: give the folder"),
+        (train, ["--data", "hurt"], "take it out"),
+        (train, [*same, "foreign"], "is no run of train.py: give another --out"),
+        (train, [*same, "run", "--K", 9], "was made with K 8, now K is 9"),
+        (train, [*same, "run", "--seed", 3], "was made with seed 0, now seed is 3"),
+        (train, [*same, "new", "--f", 3], "f = 3 must be a power of two that divides"),
+        (train, [*same, "new", "--heads", 3], "must be a multiple of heads"),
+        (train, [*same, "new", "--lr", "nan"], "--lr nan: must lie between"),
+        (train, [*same, "new", "--steps", 0], "--steps 0: must lie between 1"),
+        (train, [*same, "new", "--shift", 0], "shift must be positive"),
+        (train, [*same, "new", "--device", "abacus"], "device 'abacus' is not available here"),
+        (train, [*same, "new", "--stage", "tokens"], "not there or not complete: run --stage tokenizer (or all)"),
+        (sample, ["nowhere.pt"], "no checkpoint at nowhere.pt: give the ckpt.pt"),
+        (sample, ["text.pt"], "cannot be read as a checkpoint"),
+        (sample, ["pickle.pt"], "cannot be read as a checkpoint"),
+        (sample, ["other.pt"], "give the ckpt.pt that train.py wrote"),
+        (sample, ["run/tokenizer.pt"], "is 'vq-lcmd tokenizer 1', not 'vq-lcmd checkpoint 1'"),
+        (sample, ["run/ckpt.pt", "--class", "cow"], "no class 'cow'; there are 2: cat, dog"),
+        (sample, ["run/ckpt.pt", "--n", 0], "--n must be at least 1"),
+        (sample, ["run/ckpt.pt", "--device", "cuda:99"], "is not available here"),
+        (data, ["texts"], "it holds only files like .txt"),
+    ]:
+        capsys.readouterr()
+        assert call(program, *words) == 2, words
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1 and "error: " in error, (words, error)
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)  # --stage tokens makes its run directory
+        assert state() == before, words
