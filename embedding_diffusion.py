@@ -118,6 +118,17 @@ class EmbeddingDiffusion(nn.Module):
         """The normalised table (K, D): the one that is noised, predicted and sampled with. float32."""
         return normalise(self.embedding, self.norm)
 
+    @torch.no_grad()
+    def start_from(self, codes):
+        """Starts the table at the tokenizer's codes (K, C), not at random (ours): tokens that look alike are close.
+
+        Principal components, the first D of them, with the square root of their spread: half-way between the codebook,
+        nearly flat, and a whitened one, in which noise is as loud as colour. It is trained from there as usual.
+        """
+        U, S, _ = torch.linalg.svd((codes - codes.mean(0)).double().cpu(), full_matrices=False)    # (K, r), (r,)
+        components = (U * S.sqrt())[:, :self.D]                                                    # (K, min(r, D))
+        self.embedding.copy_(F.pad(components / components.std(), (0, self.D - components.shape[1])))
+
     def condition(self, log_snr, labels):
         """log_snr (B,), labels (B,) int64 -> (B, width). Sinusoids of lambda with periods from 1.5 to 600."""
         frequency = torch.exp(torch.linspace(math.log(0.01), math.log(4.0), 64, device=log_snr.device))

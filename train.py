@@ -68,6 +68,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     # embeddings and denoiser
     "D": (int, 16, "width of the learned token embeddings"),
     "norm": (("rms", "layer", "none"), "rms", "normalisation of the embedding table"),
+    "embedding_init": (("random", "codebook"), "random", "start of the table: normal, or the tokenizer's codebook"),
     "width": (int, 384, "width of the transformer"),
     "depth": (int, 8, "its blocks"),
     "heads": (int, 6, "its attention heads"),
@@ -104,9 +105,9 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
 }
 PRESETS = {
     "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
-                width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
-    "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=64, tokenizer_lr=1e-3,
-                   width=128, depth=4, heads=4, steps=5000, batch=64, lr=1e-3),
+                embedding_init="codebook", width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
+    "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=32, tokenizer_lr=3e-3,
+                   embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
     "32": dict(size=32),
     "64": dict(size=64, f=8, K=1024, tokenizer_width=96),
     "256": dict(size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000, tokenizer_batch=32,
@@ -420,6 +421,8 @@ def train_diffusion(config, models, class_names, out, seed, device):
     held_out = to_device(held_out, device)
     torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
     model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
+    if config["embedding_init"] == "codebook":
+        model.start_from(tokenizer.quantizer.codebook)
     ema = copy.deepcopy(model).requires_grad_(False)
     schedule = ShiftedCosine(**models["schedule"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
