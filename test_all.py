@@ -769,8 +769,8 @@ CHANGED = dict(
     tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
     depth=2, heads=4, likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
     max_snr=1.0, rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7,
-    lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0, sampler="ddim", log_every=3,
-    sample_every=3, save_every=1)
+    lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0, sampler="ddim",
+    log_every=3, sample_every=3, save_every=1)
 
 
 def parser_flags(program):
