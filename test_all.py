@@ -785,7 +785,7 @@ def parser_flags(program):
 
 def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
-    others = ["data", "device", "dry_run", "out", "preset", "seed", "stage"]
+    others = ["data", "device", "dry_run", "out", "preset", "seed", "stage", "tokenizer"]
     assert parser_flags(train) == sorted([*CHANGED, *others])
     baseline = contents(run)
     for name, value in CHANGED.items():
@@ -809,6 +809,10 @@ def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
         assert (tmp_path / "t" / "tokens.npy").exists() == (stage != "tokenizer")
         assert (tmp_path / "t" / "ckpt.pt").exists() == (stage == "diffusion")
     assert contents(tmp_path / "t") == baseline
+    words = ["--data", folder, "--out", tmp_path / "u", "--tokenizer", run / "tokenizer.pt"]
+    assert call(train, *words, *flags(TINY)) == 0
+    adopted = contents(tmp_path / "u")
+    assert "tokenizer.csv" not in adopted and adopted["ckpt.pt"] == baseline["ckpt.pt"]
     for preset, settings in train.PRESETS.items():  # a preset fills only what was not given
         capsys.readouterr()
         assert call(train, "--dry-run", "--preset", preset, "--K", 99) == 0
@@ -890,6 +894,8 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         (train, [*same, "new", "--shift", 0], "shift must be positive"),
         (train, [*same, "new", "--device", "abacus"], "device 'abacus' is not available here"),
         (train, [*same, "new", "--stage", "tokens"], "not there or not complete: run --stage tokenizer (or all)"),
+        (train, [*same, "new", "--tokenizer", "run/ckpt.pt"], "not 'vq-lcmd tokenizer 1'"),
+        (train, [*same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9], "has K 8, this run 9: make them equal"),
         (sample, ["nowhere.pt"], "no checkpoint at nowhere.pt: give the ckpt.pt"),
         (sample, ["text.pt"], "cannot be read as a checkpoint"),
         (sample, ["pickle.pt"], "cannot be read as a checkpoint"),

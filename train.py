@@ -128,6 +128,7 @@ def parse_arguments():
     parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="take the tokenizer.pt of another run, do not train one")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -282,6 +283,17 @@ def batches_ahead(dataset, batch, seed, start, steps):
             yield step, images
 
 
+def read_tokenizer(file, models):
+    """The content of another run's tokenizer.pt, after making sure that it is complete and fits this run."""
+    state = read_checkpoint(file, TOKENIZER_FORMAT)
+    if not state["metrics"]:
+        raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
+    for name, value in models["tokenizer"].items():
+        if state["config"][name] != value:
+            raise UserError(f"--tokenizer {file} has {name} {state['config'][name]}, this run {value}: make them equal")
+    return state
+
+
 def train_tokenizer(config, models, sets, out, seed, device):
     """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result."""
     path, steps = out / "tokenizer.pt", config["tokenizer_steps"]
@@ -303,8 +315,8 @@ def train_tokenizer(config, models, sets, out, seed, device):
 
     def save(at):
         write_atomically(path, lambda partial: torch.save(
-            {"format": TOKENIZER_FORMAT, "tokenizer": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": at, "metrics": metrics}, partial))
+            {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "tokenizer": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "step": at, "metrics": metrics}, partial))
 
     def picture(at):
         """Rows of held-out images, each above its reconstruction."""
@@ -533,8 +545,11 @@ def main():
             print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
             return
         counts = source.counts()
+        given_tokenizer = read_tokenizer(args.tokenizer, models) if args.tokenizer else None
         open_run(out, config, {"seed": args.seed, "data": source.name, "train_images": counts[0],
                                "held_out_images": counts[1], "classes": source.class_names})
+        if given_tokenizer and not (out / "tokenizer.pt").exists():
+            write_atomically(out / "tokenizer.pt", lambda partial: torch.save(given_tokenizer, partial))
         sets = functools.lru_cache(lambda: source.load(config["size"]))  # decoded only if a stage needs images
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
