@@ -4,7 +4,7 @@
     predicted embedding  e_hat = sum_k p_theta(k | z_t) E_k, which lies in the convex hull of the table E
 
 From the paper: tokens x live in a learned K x D table E, trained together with the denoiser; the denoiser ends in a
-softmax over the K tokens; some embeddings are dropped at random in training. Ours: the normalisation of the table,
+softmax over the K tokens; some embeddings are dropped at random in training. Ours: the table's normalisation and start,
 the likelihood term below, and the transformer's details (DiT-style adaptive layer norm, Peebles & Xie 2023).
 
 The likelihood term (ours). Given the tokens, the noise is independent from position to position, so Bayes' rule says
