@@ -11,6 +11,7 @@ Image files become pixels in one place, `load_image`, for training and evaluatio
 
 import argparse
 import difflib
+import io
 import math
 import os
 import sys
@@ -56,14 +57,16 @@ class ImageSet:
 # ----------------------------------------------------------------------------
 # Image files. One path from file to pixels.
 
-def load_image(path, size):
+def load_image(path, size=None, content=None):
     """Image file -> (3, size, size) uint8 array: upright, RGB, over white, centre square, antialiased resize (ours).
 
-    DataError names a file that cannot be decoded.
+    size None: the whole image, (3, H, W). content: the file's bytes, if it does not lie on the disk. DataError names
+    a file that cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # a JPEG may be decoded smaller, never below twice the size
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            if size:
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG may be decoded smaller, never below twice the size
             image = ImageOps.exif_transpose(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -71,11 +74,12 @@ def load_image(path, size):
             elif image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
                 image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype("u1"))
             image = image.convert("RGB")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            filters = Image.Resampling
-            image = image.resize((size, size), filters.LANCZOS if side > size else filters.BICUBIC,
-                                 box=(left, top, left + side, top + side))
+            if size:
+                side = min(image.size)
+                left, top = (image.width - side) // 2, (image.height - side) // 2
+                filters = Image.Resampling
+                image = image.resize((size, size), filters.LANCZOS if side > size else filters.BICUBIC,
+                                     box=(left, top, left + side, top + side))
             return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded ({error}): repair it or take it out of the folder") from error

@@ -85,14 +85,17 @@ def image_generators(seed, indices):
     return [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds]
 
 
-def sample_images(bundle, labels, *, seed=0, steps, guidance, sampler, batch=256, show_progress=True):
-    """uint8 images (n, 3, H, W) for labels (n,), by a bundle of load_checkpoint (or the like, from train.py)."""
+def sample_images(bundle, labels, *, seed=0, first=0, steps, guidance, sampler, batch=256, show_progress=True):
+    """uint8 images (n, 3, H, W) for labels (n,), by a bundle of load_checkpoint (or the like, from train.py).
+
+    They are the images first, first + 1, ... of this seed.
+    """
     images = []
     with tqdm(total=-(-len(labels) // batch) * steps, desc="sampling", unit="step", leave=False,
               disable=None if show_progress else True) as bar:
         for start in range(0, len(labels), batch):
             part = labels[start:start + batch].to(bundle.device)
-            generators = image_generators(seed, range(start, start + len(part)))
+            generators = image_generators(seed, range(first + start, first + start + len(part)))
             tokens = sample_tokens(bundle.model, bundle.schedule, part, generators, steps, guidance, sampler,
                                    progress=bar.update)
             images.append(bundle.tokenizer.decode(tokens).cpu())

@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import fid
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
 from losses import collapse_diagnostics, held_out_bound, training_loss
@@ -41,6 +42,7 @@ from sample import (
     bf16_works,
     choose_device,
     default_labels,
+    load_checkpoint,
     read_checkpoint,
     sample_images,
 )
@@ -129,6 +131,8 @@ def parse_arguments():
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")
     parser.add_argument("--tokenizer", metavar="FILE", help="take the tokenizer.pt of another run, do not train one")
+    parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
+                        "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -522,6 +526,21 @@ def train_diffusion(config, models, class_names, out, seed, device):
     save(steps)
 
 
+def evaluate_fid(n, network, sets, out, device):
+    """n samples of ckpt.pt at its defaults against the training images; the scores join metrics.json (fid.py)."""
+    path = out / "metrics.json"
+    metrics = json.loads(path.read_text())
+    if metrics.get("fid", {}).get("n") == n:
+        return print(f"fid: complete ({n:,} samples), {show(metrics['fid'])}")
+    train, _ = sets()
+    real = fid.cached_statistics(train, network)
+    samples = fid.Samples(load_checkpoint(out / "ckpt.pt", device), n, train.labels)
+    scores = fid.compare(real, fid.measure(samples, network, name="FID, samples"), device)
+    fid.report(scores, real.n, n)
+    metrics["fid"] = scores | {"n": n}
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))
+
+
 # ----------------------------------------------------------------------------
 
 def main():
@@ -529,6 +548,8 @@ def main():
     try:
         if args.seed < 0:
             raise UserError("--seed must not be negative")
+        if args.eval_fid is not None and args.eval_fid < 2:
+            raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
         device = choose_device(args.device)
         source = data.find(args.data)
         print(source.describe())
@@ -545,6 +566,7 @@ def main():
             print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
             return
         counts = source.counts()
+        inception = fid.find_weights() if args.eval_fid else None
         given_tokenizer = read_tokenizer(args.tokenizer, models) if args.tokenizer else None
         open_run(out, config, {"seed": args.seed, "data": source.name, "train_images": counts[0],
                                "held_out_images": counts[1], "classes": source.class_names})
@@ -559,6 +581,11 @@ def main():
             encode_tokens(models, sets, out, device)
         if args.stage in ("all", "diffusion"):
             train_diffusion(config, models, source.class_names, out, args.seed, device)
+            if args.eval_fid:
+                stop_if_asked()
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_DFL)  # all is saved
+                evaluate_fid(args.eval_fid, fid.load_inception(inception, device), sets, out, device)
             print(f"complete. Draw images:  python sample.py {out / 'ckpt.pt'}    Train longer: the same with --steps")
     except (UserError, data.DataError, CheckpointError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
