@@ -8,9 +8,9 @@
 
 Five parts: the network, its weights, the formulas, one pass over a set of images, and where images come from.
 The network is Google's Inception-v3 of December 2015 for TensorFlow, not torchvision's: other weights (1008 classes),
-other pools. All published FID figures rest on it. Definitions: Heusel et al. 2017 (FID),
-Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception Score), Kynkaanniemi et al. 2019 (precision and recall),
-Nash et al. 2021 (sFID). Compare a score only with one of as many images: FID falls as N grows, by about 1/N.
+other pools. All published FID figures rest on it. Definitions: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID),
+Salimans et al. 2016 (Inception Score), Kynkaanniemi et al. 2019 (precision and recall), Nash et al. 2021 (sFID).
+Compare a score only with one of as many images: FID falls as N grows, by about 1/N.
 """
 
 import argparse
@@ -604,17 +604,14 @@ def open_side(word, size, trained_on):
 
 
 def report(scores, n_real, n_fake):
-    """Prints the scores, each with the number of images that it rests on."""
-    count = f"{n_fake / 1000:g}k" if n_fake >= 1000 else str(n_fake)
-    print(f"FID-{count:<12} {scores['fid']:.4f}")
-    if "sfid" in scores:
-        print(f"sFID-{count:<11} {scores['sfid']:.4f}")
-    for key, name, digits in (("kid", "KID", 6), ("is", "IS", 4)):
+    """Prints the scores with the number of generated images in their names, "FID-50k"; None where it is not known."""
+    count = "" if n_fake is None else f"-{n_fake / 1000:g}k" if n_fake >= 1000 else f"-{n_fake}"
+    for key, name, digits in (("fid", "FID", 4), ("sfid", "sFID", 4), ("kid", "KID", 6), ("is", "IS", 4),
+                              ("precision", "precision", 4), ("recall", "recall", 4)):
         if key in scores:
-            print(f"{name + '-' + count:<16} {scores[key]:.{digits}f} ± {scores[key + '_std']:.{digits}f}")
-    if "precision" in scores:
-        print(f"{'precision-' + count:<16} {scores['precision']:.4f}\n{'recall-' + count:<16} {scores['recall']:.4f}")
-    if min(n_real or MIN_IMAGES, n_fake) < MIN_IMAGES:
+            spread = f" ± {scores[key + '_std']:.{digits}f}" if key + "_std" in scores else ""
+            print(f"{name + count:<16} {scores[key]:.{digits}f}{spread}")
+    if min(n_real or MIN_IMAGES, n_fake or MIN_IMAGES) < MIN_IMAGES:
         print(f"warning: fewer than {MIN_IMAGES:,} images, so the covariance of {MIN_IMAGES:,} features has not full "
               "rank and FID comes out too high, the more so the fewer they are. Do not compare it with published ones")
 
@@ -670,7 +667,7 @@ def run(args, rank):
     if len(measured) == 2:
         scores = compare(*measured, device="cpu" if device.type == "mps" else device)
         n_real, n_fake = (m.n for m in measured)
-        report(scores, n_real, n_fake or MIN_IMAGES)
+        report(scores, n_real, n_fake)
         if args.json:
             facts = {"real": args.real, "fake": args.fake, "n_real": n_real, "n_fake": n_fake, "resize": args.resize}
             Path(args.json).write_text(json.dumps(scores | facts, indent=2) + "\n")
