@@ -46,6 +46,7 @@ from vqvae import VQVAE, VectorQuantizer
 
 sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
 import fid_peers  # noqa: E402
+import published_tokenizers  # noqa: E402
 
 torch.set_num_threads(2)
 close = torch.testing.assert_close
@@ -544,6 +545,81 @@ def test_vqvae_shapes(f):
     for size, bad in (16, 0), (16, 1), (16, 3), (48, 6), (16, 32):
         with pytest.raises(ValueError, match=f"f = {bad} "):
             VQVAE(size, f=bad)
+
+
+def test_published_layouts():
+    """The weights of the original models, name by name, and what is read off them; experiments/published_tokenizers.py
+    has run the original code beside ours."""
+    digests = {}
+    for name, arguments in published_tokenizers.LAYOUTS.items():
+        shapes = published_tokenizers.layout(*arguments)
+        digests[name] = published_tokenizers.digest(shapes)
+        with torch.device("meta"):
+            model = vqvae.PublishedVQGAN(shapes, 256)
+        assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
+        f = 2 ** (len(arguments[1]) - 1)
+        assert (model.K, model.f, model.grid) == (arguments[-1], f, (256 // f, 256 // f))
+    assert digests == {"taming f16, K = 1024": "4a7b1dafb1593e7d", "latent-diffusion vq-f4": "b22ff62b5d160fdf",
+                       "latent-diffusion vq-f8": "04568b6c2a1f761a"}  # of the original models' own state dicts
+    with pytest.raises(vqvae.TokenizerError, match="reduces by 8, and 20 pixels are no multiple of it"):
+        vqvae.PublishedVQGAN(shapes, 20)
+
+
+def test_published_tokenizer(tmp_path):
+    """Tokens and images of a small model are those of the original code in float64; its checkpoint is read safely."""
+    shapes = published_tokenizers.layout(32, (1, 2), {1}, 4, 3, 16)
+    weights = published_tokenizers.random_weights(shapes)
+    extra = {"loss.discriminator.main.0.weight": torch.zeros(2), "loss.perceptual_loss.lin0.weight": torch.zeros(2)}
+    with mock.patch.dict(sys.modules):
+        published_tokenizers.stand_in(published_tokenizers.Callback.__module__, Callback=published_tokenizers.Callback)
+        callback = published_tokenizers.Callback
+        for name, prefix, zipped in (("taming.ckpt", "", True), ("whole.ckpt", "first_stage_model.", False)):
+            state = {prefix + key: value for key, value in (weights | extra).items()}
+            torch.save({"state_dict": state, "epoch": 3, "lr": np.float64(1), "callbacks": {callback: callback()}},
+                       tmp_path / name, _use_new_zipfile_serialization=zipped)
+            read = vqvae.read_published(tmp_path / name)
+            assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in weights)
+    model = vqvae.PublishedVQGAN({key: value.shape for key, value in read.items()}, 16)
+    model.load_state_dict(read)
+    images = published_tokenizers.test_images(16)
+    tokens = model.encode(images)
+    assert tokens[0].tolist() == [
+        5, 7, 7, 1, 7, 4, 13, 13, 7, 5, 1, 1, 5, 1, 4, 5, 5, 1, 1, 5, 1, 1, 7, 4, 5, 1, 5, 1, 7, 4, 7, 7,
+        1, 1, 5, 15, 9, 5, 7, 4, 15, 5, 1, 9, 4, 5, 7, 1, 7, 7, 4, 5, 1, 1, 4, 2, 5, 1, 1, 1, 7, 5, 1, 7]
+    decoded = model.decode_continuous(F.embedding(tokens, model.codebook).view(2, 8, 8, 3).permute(0, 3, 1, 2))
+    # Values of about 1 through some 40 float32 layers: a few 2^-24 each.
+    close(decoded[1, 0, 0, :6], torch.tensor([0.2534359, 0.2012962, 0.2843292, 0.7612908, 0.49224, 0.0105155]),
+          rtol=0, atol=1e-5)
+    close(decoded[1, 2, 15, :4], torch.tensor([0.4759835, 0.0624962, 0.1495462, 0.5250455]), rtol=0, atol=1e-5)
+    assert torch.equal(model.decode(tokens), vqvae.to_uint8(decoded))
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_hostile_checkpoints(tmp_path):
+    """A pickle that would run something is refused, and runs nothing."""
+    for i, hostile in enumerate([Hostile(os.system, f"touch {tmp_path / 'ran'}"), Hostile(eval, "1 + 1"),
+                                 Hostile(getattr, "a", "upper"), Hostile(subprocess.Popen, ["true"])]):
+        for zipped in (True, False):
+            path = tmp_path / f"{i}.ckpt"
+            torch.save({"state_dict": {}, "callbacks": hostile}, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(vqvae.TokenizerError, match=r"is refused: it names \w+\.\w+, which has no place"):
+                vqvae.read_published(path)
+            with pytest.raises(sample.CheckpointError, match="cannot be read as a checkpoint"):
+                sample.read_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(2)}}, tmp_path / "part.ckpt")
+    torch.save({"state_dict": {"quantize.embed.weight": torch.zeros(2)}}, tmp_path / "gumbel.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    for name, says in (("part", "it has no decoder"), ("gumbel", "Gumbel quantiser"), ("text", "cannot be read")):
+        with pytest.raises(vqvae.TokenizerError, match=says):
+            vqvae.read_published(tmp_path / f"{name}.ckpt")
 
 
 # ----------------------------------------------------------------------------

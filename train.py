@@ -438,7 +438,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
     torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
     model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
     if config["embedding_init"] == "codebook":
-        model.start_from(tokenizer.quantizer.codebook)
+        model.start_from(tokenizer.codebook)
     ema = copy.deepcopy(model).requires_grad_(False)
     schedule = ShiftedCosine(**models["schedule"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],

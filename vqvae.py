@@ -12,11 +12,17 @@ which case the third term is reported but not trained). It starts from data, and
 restart at encoder outputs of the current batch. The paper uses such a tokenizer, pre-trained; the network here is ours.
 """
 
+import pickle
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+
+class TokenizerError(ValueError):
+    """One line: what is wrong with a tokenizer's file and what to do."""
 
 
 class ResBlock(nn.Module):
@@ -59,6 +65,13 @@ def make_decoder(f, width, blocks, code_dim):
     return nn.Sequential(*layers)
 
 
+def nearest_codes(z, codebook):
+    """z (M, C), codebook (K, C) -> (M,) indices: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k, in float32."""
+    with torch.autocast(z.device.type, enabled=False):
+        z, codebook = z.detach().float(), codebook.detach().float()
+        return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
+
+
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K codes (squared Euclidean distance, computed in float32).
 
@@ -80,10 +93,8 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def nearest(self, z):
-        """z (M, C) -> indices (M,) of the nearest codes: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k."""
-        with torch.autocast(z.device.type, enabled=False):
-            codebook = self.codebook.detach().float()
-            return (codebook.square().sum(1) - 2 * z.detach().float() @ codebook.T).argmin(1)
+        """z (M, C) -> indices (M,) of the nearest codes."""
+        return nearest_codes(z, self.codebook)
 
     def forward(self, z_e, generator=None):
         """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), commitment and codebook loss.
@@ -171,6 +182,11 @@ class VQVAE(nn.Module):
         self.decoder = make_decoder(f, width, blocks, code_dim)
         self.to(memory_format=torch.channels_last)  # convolutions run faster in this layout, on CPU and GPU
 
+    @property
+    def codebook(self):
+        """(K, C)"""
+        return self.quantizer.codebook
+
     def encode_continuous(self, images):
         """uint8 images (B, 3, H, W) -> z_e (B, C, h, w) in float32."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -193,14 +209,184 @@ class VQVAE(nn.Module):
     def encode(self, images):
         """uint8 images (B, 3, H, W) -> tokens (B, N) int64, row by row."""
         z = self.encode_continuous(images).permute(0, 2, 3, 1)                                     # (B, h, w, C)
-        return self.quantizer.nearest(z.reshape(-1, z.shape[-1])).view(len(images), -1)
+        return nearest_codes(z.reshape(-1, z.shape[-1]), self.codebook).view(len(images), -1)
 
     @torch.no_grad()
     def decode(self, tokens):
         """tokens (B, N) int64 -> uint8 images (B, 3, H, W)."""
-        codes = F.embedding(tokens, self.quantizer.codebook).view(len(tokens), *self.grid, -1)
+        codes = F.embedding(tokens, self.codebook).view(len(tokens), *self.grid, -1)
         return to_uint8(self.decode_continuous(codes.permute(0, 3, 1, 2)))
 
+
+# ----------------------------------------------------------------------------
+# Published tokenizers: the VQGANs of taming-transformers (Esser et al. 2021) and the vq-f4, f8, f16 first stages of
+# latent-diffusion (Rombach et al. 2022), which share one layout.
+
+class PublishedVQGAN(nn.Module):
+    """A published first stage, to encode and decode with. The same interface as VQVAE, without training.
+
+    shapes: {published name: shape} of its weights, as read_published returns them; there is no other configuration:
+    levels, attention and widths are read off the names and shapes. size: pixels a side.
+    """
+
+    def __init__(self, shapes, size, bf16=False):
+        super().__init__()
+        for name, shape in shapes.items():
+            *path, last = name.split(".")
+            module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.register_parameter(last, nn.Parameter(torch.zeros(shape), requires_grad=False))
+        self.shapes, self.size, self.bf16 = {name: list(shape) for name, shape in shapes.items()}, size, bf16
+        self.K = shapes["quantize.embedding.weight"][0]
+        self.f = 2 ** sum("downsample.conv.weight" in name for name in shapes)
+        if size % self.f:
+            raise TokenizerError(f"this tokenizer reduces by {self.f}, and {size} pixels are no multiple of it")
+        self.grid = (size // self.f, size // self.f)
+
+    @property
+    def codebook(self):
+        return self.quantize.embedding.weight
+
+    def encode_continuous(self, images):
+        """uint8 images (B, 3, H, W) -> z_e (B, C, h, w) in float32."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            h = conv(to_float(images), self.encoder.conv_in)
+            for _, level in sorted(self.encoder.down.named_children(), key=by_number):
+                h = through_level(h, level)
+                if hasattr(level, "downsample"):
+                    h = conv(F.pad(h, (0, 1, 0, 1)), level.downsample.conv, stride=2, padding=0)
+            return conv(through_end(h, self.encoder, self.encoder.mid), self.quant_conv, padding=0).float()
+
+    def decode_continuous(self, z_q):
+        """Codes (B, C, h, w) -> images (B, 3, H, W) in float32, about [-1, 1]."""
+        with torch.autocast(z_q.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            h = z_q.contiguous()  # channels first: PyTorch's group norm rounds less in this layout
+            h = conv(conv(h, self.post_quant_conv, padding=0), self.decoder.conv_in)
+            h = through_middle(h, self.decoder.mid)
+            for _, level in sorted(self.decoder.up.named_children(), key=by_number, reverse=True):
+                h = through_level(h, level)
+                if hasattr(level, "upsample"):
+                    h = conv(F.interpolate(h, scale_factor=2.0, mode="nearest"), level.upsample.conv)
+            return through_end(h, self.decoder).float()
+
+    encode = VQVAE.encode
+    decode = VQVAE.decode
+
+
+def by_number(item):
+    return int(item[0])
+
+
+def conv(x, weights, stride=1, padding=1):
+    return F.conv2d(x, weights.weight, weights.bias, stride, padding)
+
+
+def norm(x, weights):
+    return F.group_norm(x, 32, weights.weight, weights.bias, eps=1e-6)
+
+
+def residual(x, weights):
+    h = conv(F.silu(norm(x, weights.norm1)), weights.conv1)
+    h = conv(F.silu(norm(h, weights.norm2)), weights.conv2)
+    return h + (conv(x, weights.nin_shortcut, padding=0) if hasattr(weights, "nin_shortcut") else x)
+
+
+def attention(x, weights):
+    """One head over all positions, as wide as there are channels."""
+    h = norm(x, weights.norm)
+    q, k, v = (conv(h, w, padding=0).flatten(2).transpose(1, 2) for w in (weights.q, weights.k, weights.v))
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)                   # (B, C, h, w)
+    return x + conv(h, weights.proj_out, padding=0)
+
+
+def through_level(h, level):
+    attentions = dict(level.attn.named_children()) if hasattr(level, "attn") else {}
+    for name, block in sorted(level.block.named_children(), key=by_number):
+        h = residual(h, block)
+        if name in attentions:
+            h = attention(h, attentions[name])
+    return h
+
+
+def through_middle(h, mid):
+    return residual(attention(residual(h, mid.block_1), mid.attn_1), mid.block_2)
+
+
+def through_end(h, part, mid=None):
+    return conv(F.silu(norm(through_middle(h, mid) if mid else h, part.norm_out)), part.conv_out)
+
+
+class Inert:
+    """Stands for what a pickle names beside tensors: it can be called and filled, and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def ignore(self, *args, **kwargs):
+        return self
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = update = ignore
+
+
+class InertPickle:
+    """A pickle module for torch.load that builds tensors and plain containers, and imports nothing.
+
+    What the libraries that wrote such files left in them becomes Inert; any other name in the pickle is refused.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        BUILT = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
+                 ("torch._utils", "_rebuild_parameter"), ("torch", "Size")}
+        LEFT_ALONE = {"pytorch_lightning", "lightning", "omegaconf", "numpy", "argparse", "pathlib", "collections",
+                      "torch", "taming", "ldm", "main", "_codecs", "copyreg"}
+        PLAIN = {"set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "bool", "complex", "bytearray"}
+
+        def find_class(self, module, name):
+            is_storage = module == "torch" and name.isidentifier() and name.endswith("Storage")
+            if (module, name) in self.BUILT or is_storage:
+                return super().find_class(module, name)
+            plain = module in ("builtins", "__builtin__") and name in self.PLAIN
+            if plain or module.split(".")[0] in self.LEFT_ALONE:
+                return Inert
+            raise TokenizerError(f"it names {module}.{name}, which has no place in a checkpoint")
+
+    @classmethod
+    def load(cls, file, **options):
+        return cls.Unpickler(file, **options).load()
+
+
+PUBLISHED_PARTS = ("encoder.", "decoder.", "quantize.embedding.weight", "quant_conv.", "post_quant_conv.")
+
+
+def read_published(path):
+    """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
+
+    Such files hold pickled objects of other libraries beside the weights. Nothing of theirs is imported or executed.
+    Discriminator and LPIPS weights are left out. TokenizerError if this is no such file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", pickle_module=InertPickle, weights_only=False)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path} is refused: {error}") from error
+    except Exception as error:  # damaged files raise all sorts of things here
+        raise TokenizerError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {str(name).removeprefix("first_stage_model."): value for name, value in state.items()}
+    if "quantize.embed.weight" in state:
+        raise TokenizerError(f"{path} is a VQGAN with Gumbel quantiser, which is not supported: take one without")
+    state = {name: value.float() for name, value in state.items()
+             if name.startswith(PUBLISHED_PARTS) and isinstance(value, torch.Tensor)}
+    missing = [part for part in PUBLISHED_PARTS if not any(name.startswith(part) for name in state)]
+    if missing:
+        raise TokenizerError(f"{path} is neither a tokenizer of train.py nor a VQGAN of taming-transformers or "
+                             f"latent-diffusion: it has no {missing[0].rstrip('.')}")
+    return state
+
+
+# ----------------------------------------------------------------------------
 
 def to_float(images):
     """uint8 0 ... 255 -> float32 -1 ... 1."""
