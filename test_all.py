@@ -7,15 +7,21 @@ images in, images out, every flag, interrupted and continued, and what they say 
 import argparse
 import copy
 import csv
+import gzip
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -591,10 +597,9 @@ def test_folder(tmp_path, monkeypatch):
     source = data.find(str(make_folder(tmp_path / "a")))
     train_set, test_set = source.load(8)
     assert source.class_names == ["cat", "dog"] and source.counts() == (38, 2) == (len(train_set), len(test_set))
-    assert sorted(source.train[1] + source.test[1]) == data.image_paths(tmp_path / "a")
-    assert not set(source.train[1]) & set(source.test[1])
+    assert sorted([*source.train, *source.test]) == list(range(40)) and len(set(source.names)) == 40
     assert torch.bincount(train_set.labels).tolist() == [19, 19] and test_set.labels.tolist() == [0, 1]
-    assert "38 images + 2 held out, 2 classes (cat, dog), shorter side 10 px" in source.describe()
+    assert "38 images + 2 held out, 2 classes: cat (20), dog (20), shorter side 10 px" in source.describe()
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
     on_demand, _ = source.load(8)
     assert on_demand.pixels is None and torch.equal(on_demand.batch([5, 0, 37]), train_set.pixels[[5, 0, 37]])
@@ -604,6 +609,214 @@ def test_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "c" / "val", each=4)
     split = data.find(str(tmp_path / "c"))
     assert split.counts() == (40, 8) and split.class_names == ["cat", "dog"]
+
+
+def noise(n, height=10, width=10, seed=0):
+    """uint8 images (n, height, width, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "png")
+    return file.getvalue()
+
+
+def write_images(root, names, images):
+    for name, image in zip(names, images, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(image))
+    return root
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_lmdb(path, images):
+    lmdb = pytest.importorskip("lmdb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lmdb.open(str(path), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        for i, image in enumerate(images):
+            transaction.put(f"{i:040x}".encode(), png(image))
+    (path / "lock.mdb").unlink()
+    return path
+
+
+def write_idx(folder, train, test, gzipped):
+    """Grey images (n, H, W) as MNIST's four files; image i has the label i mod 10."""
+    folder.mkdir(parents=True)
+    for stem, images in (("train", train), ("t10k", test)):
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(len(images), dtype=np.uint8) % 10)):
+            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            file = folder / f"{stem}-{kind}-ubyte"
+            file.with_suffix(".gz" * gzipped).write_bytes(gzip.compress(content) if gzipped else content)
+    return folder
+
+
+def write_cifar(folder, images, ending=""):
+    """(6 n, 32, 32, 3) images as CIFAR-10's batches, python or binary (.bin); image i has the label i mod 10."""
+    folder.mkdir(parents=True)
+    labels = np.arange(len(images)) % 10
+    rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name, x, y in zip(names, np.split(rows, 6), np.split(labels, 6), strict=True):
+        packed = np.concatenate([y[:, None].astype(np.uint8), x], 1).tobytes()
+        (folder / (name + ending)).write_bytes(packed if ending else pickle.dumps({b"data": x, b"labels": y.tolist()},
+                                                                                 protocol=2))
+    return folder
+
+
+def pixels_of(source, size):
+    """All of a source's pixels and labels in the order of its images."""
+    order = np.argsort(np.concatenate([source.train, source.test]))
+    sets = source.load(size)
+    return torch.cat([s.pixels for s in sets])[order], torch.cat([s.labels for s in sets])[order]
+
+
+def test_forms(tmp_path):
+    """Folder, zip, LMDB, arrays, idx, CIFAR-10's batches: the same images are the same pixels, labels and splits."""
+    images = noise(44, 32, 32)
+    names = [f"{'ab'[i // 22]}/{i:02d}.png" for i in range(44)]
+    folder = data.find(str(write_images(tmp_path / "folder", names, images)))
+    pixels, labels = pixels_of(folder, 32)
+    assert torch.equal(pixels, torch.from_numpy(images).permute(0, 3, 1, 2)) and labels.tolist() == [0] * 22 + [1] * 22
+    pixels, _ = pixels_of(folder, 8)
+    assert torch.equal(pixels[7], torch.from_numpy(data.load_image(images[7], 8)))
+    files = {name: png(image) for name, image in zip(names, images, strict=True)}
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "b.npy", images.transpose(0, 3, 1, 2))
+    np.savez(tmp_path / "c.npz", images=images, labels=labels)
+    for path, classes in [(write_zip(tmp_path / "a.zip", files), ["a", "b"]), (tmp_path / "c.npz", ["0", "1"]),
+                          (write_zip(tmp_path / "around.zip", {f"all/{k}": v for k, v in files.items()}), ["a", "b"]),
+                          (write_lmdb(tmp_path / "x_lmdb", images), []),
+                          (tmp_path / "a.npy", []), (tmp_path / "b.npy", [])]:
+        source = data.find(str(path))
+        assert source.class_names == classes and source.counts() == folder.counts(), path
+        found, numbers = pixels_of(source, 8)
+        assert torch.equal(found, pixels) and torch.equal(numbers, labels * bool(classes)), path
+        assert source.sizes() == (32, 32, 32) and "first: " in source.describe()
+    for i, (kind, ending) in enumerate([("py", ""), ("bin", ".bin")]):
+        cifar = write_cifar(tmp_path / str(i) / f"cifar-10-batches-{kind}", images[:42], ending)
+        archive = tmp_path / str(i + 2) / f"cifar-10-{('python', 'binary')[i]}.tar.gz"
+        archive.parent.mkdir()
+        with tarfile.open(archive, "w:gz") as packed:
+            packed.add(cifar, cifar.name)
+        for path in (cifar, cifar.parent, archive, archive.parent):
+            source = data.find(str(path))
+            assert source.counts() == (35, 7) and source.class_names[3] == "cat"
+            found, numbers = pixels_of(source, 32)
+            assert torch.equal(found, torch.from_numpy(images[:42]).permute(0, 3, 1, 2)), path
+            assert numbers.tolist() == [i % 10 for i in range(42)]
+    grey = images[:, :28, :28, 0]
+    for gzipped in (False, True):
+        source = data.find(str(write_idx(tmp_path / f"idx{gzipped}" / "MNIST" / "raw", grey[:40], grey[40:], gzipped)))
+        found, numbers = pixels_of(source, 28)
+        assert source.counts() == (40, 4) and torch.equal(found, torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1))
+        assert numbers.tolist() == [i % 10 for i in range(40)] + [0, 1, 2, 3]
+
+
+def test_layouts(tmp_path):
+    """FFHQ's folders are no classes; ImageNet's are, a flat val/ is left alone; StyleGAN's labels; LSUN's splits."""
+    images = noise(6)
+    ffhq = data.find(str(write_images(tmp_path / "f", [f"{i // 3 * 1000:05d}/{i:05d}.png" for i in range(6)], images)))
+    assert ffhq.class_names == [] and ffhq.counts() == (5, 1)
+    names = [f"train/n0144{i % 3}/n0144{i % 3}_{i}.png" for i in range(6)]
+    root = write_images(tmp_path / "i", names, images)
+    write_images(root, ["val/ILSVRC2012_val_00000001.png"], images[:1])
+    imagenet = data.find("imagenet", root)
+    assert imagenet.class_names == ["n01440", "n01441", "n01442"] and imagenet.counts() == (5, 1)
+    for says in ("val/ has no class sub-folders", "6 images, but 1,281,167 are published: is it complete?"):
+        assert says in imagenet.describe()
+    write_images(root, ["val/n01441/x.png"], images[:1])
+    with pytest.raises(data.DataError, match="both must have the same sub-folders"):
+        data.find("imagenet", root)
+    (root / "val" / "ILSVRC2012_val_00000001.png").unlink()
+    split = data.find("imagenet", root)
+    assert split.counts() == (6, 1) and split.load(8)[1].labels.tolist() == [1]
+    names = [f"00000/img{i:08d}.png" for i in range(6)]
+    files = {name: png(image) for name, image in zip(names, images, strict=True)}
+    labels = [[name, i % 4] for i, name in enumerate(names)]
+    labelled = data.find(str(write_zip(tmp_path / "l.zip", files | {"dataset.json": json.dumps({"labels": labels})})))
+    assert labelled.class_names == list("0123") and pixels_of(labelled, 8)[1].tolist() == [0, 1, 2, 3, 0, 1]
+    plain = data.find(str(write_zip(tmp_path / "p.zip", files | {"dataset.json": json.dumps({"labels": None})})))
+    assert plain.class_names == []
+    with pytest.raises(data.DataError, match="has no whole-number label for every image"):
+        data.find(str(write_zip(tmp_path / "q.zip", files | {"dataset.json": json.dumps({"labels": labels[:4]})})))
+    write_lmdb(tmp_path / "lsun" / "church_outdoor_val_lmdb", images[:2])
+    write_lmdb(tmp_path / "lsun" / "church_outdoor_train_lmdb", images)
+    lsun = data.find("lsun-churches", tmp_path)
+    assert lsun.counts() == (6, 2) and torch.equal(lsun.load(10)[1].pixels, lsun.load(10)[0].pixels[:2])
+    (tmp_path / "f" / "00000" / "up").symlink_to(tmp_path / "f")  # a loop ends
+    assert data.find(str(tmp_path / "f")).counts() == (5, 1)
+
+
+def test_damaged_forms(tmp_path):
+    """Archives and arrays that are not what they seem: one line says what to do, and no program in a pickle runs."""
+    images = noise(6, 32, 32)
+    archive = write_zip(tmp_path / "a.zip", {f"{i}.png": png(image) for i, image in enumerate(images)})
+    (tmp_path / "half.zip").write_bytes(archive.read_bytes()[:2000])
+    write_zip(tmp_path / "text.zip", {"a.txt": "a"})
+    np.save(tmp_path / "float.npy", images / 255)
+    np.save(tmp_path / "thin.npy", images[..., :2])
+    np.save(tmp_path / "object.npy", np.array([{}]))
+    np.savez(tmp_path / "other.npz", weights=images)
+    np.savez(tmp_path / "labels.npz", images=images, labels=[1, 2])
+    idx = write_idx(tmp_path / "idx", images[..., 0], images[..., 0], True)
+    (idx / "t10k-labels-idx1-ubyte.gz").unlink()
+    cut = write_idx(tmp_path / "cut", images[..., 0], images[..., 0], False)
+    (cut / "train-images-idx3-ubyte").write_bytes((cut / "train-images-idx3-ubyte").read_bytes()[:-1])
+    evil = write_cifar(tmp_path / "evil", images)
+    (evil / "test_batch").write_bytes(pickle.dumps(Path(tmp_path), protocol=2))
+    for name, says in [("half.zip", "cannot be read as a zip"), ("text.zip", "it holds only files like .txt"),
+                       ("float.npy", "of float64: expected uint8"), ("thin.npy", "none of its axes is 1, 3 or 4"),
+                       ("object.npy", "cannot be read as an array"), ("other.npz", "holds weights: expected images"),
+                       ("labels.npz", "2 labels for 6 images"), ("idx", "lacks t10k-labels-idx1-ubyte"),
+                       ("cut", "is no complete idx file"), ("evil", "it wants pathlib")]:
+        with pytest.raises(data.DataError, match=says) as caught:
+            data.find(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    content = bytearray(archive.read_bytes())
+    content[200] ^= 1  # inside the first image
+    (tmp_path / "flip.zip").write_bytes(content)
+    source = data.find(str(tmp_path / "flip.zip"))
+    source.load(8)
+    assert list(source.skipped) == [f"{tmp_path}/flip.zip/0.png"]
+    with mock.patch.dict(sys.modules, {"lmdb": None}), pytest.raises(data.DataError, match="pip install lmdb"):
+        (tmp_path / "x_lmdb").mkdir()
+        (tmp_path / "x_lmdb" / "data.mdb").touch()
+        data.find(str(tmp_path / "x_lmdb"))
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_a_name_without_its_data(name, tmp_path, capsys, monkeypatch):
+    """What it is, its licence, where it is published, how to get it, the layout; exit status 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VQLCMD_DATA", raising=False)
+    assert call(train, "--data", name, "--root", tmp_path / "nowhere") == 2
+    error, facts = capsys.readouterr().err, data.DATASETS[name]
+    for what in ("what", "licence", "where", "layout", "command"):
+        assert facts.get(what, "downloads it") in error
+    assert str(tmp_path / "nowhere" / name) in error and f"or data/{name}" in error
+    assert f"{facts['count']:,}" in facts["what"] and not list(tmp_path.iterdir())
+
+
+def test_where_names_are_looked_for(tmp_path, monkeypatch):
+    """--root, itself or a folder of sets; $VQLCMD_DATA; data/ here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VQLCMD_DATA", raising=False)
+    grey = noise(12, 28, 28)[..., 0]
+    for parent in ("data", "env", "root"):
+        write_idx(tmp_path / parent / "fashion-mnist", grey, grey[:len(parent)], False)
+    assert data.find("fashion-mnist").counts() == (12, 4)
+    monkeypatch.setenv("VQLCMD_DATA", str(tmp_path / "env"))
+    assert data.find("fashion-mnist").counts() == (12, 3)
+    for root in ("root", "root/fashion-mnist"):
+        source = data.find("fashion-mnist", tmp_path / root)
+        assert source.counts() == (12, 4) and source.name == "fashion-mnist" and source.class_names[9] == "boot"
 
 
 def test_evaluate():
@@ -695,12 +908,14 @@ def test_commands(folder, tmp_path):
 
     once = [HERE / "train.py", "--data", folder, *flags(TINY)]
     text = command(*once)
-    assert "38 images + 2 held out, 2 classes (cat, dog)" in text and "python sample.py runs/pets/ckpt.pt" in text
+    assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
+    assert "python sample.py runs/pets/ckpt.pt" in text
     out = tmp_path / "runs" / "pets"
     times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "config.json"}
     assert {path.name for path in times} == {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
-        "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png"}
+        "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png",
+        "data.png", "skipped.txt"}
     again = command(*once)
     assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
     text = command(HERE / "sample.py", "runs/pets/ckpt.pt", "--class", "dog")
@@ -770,7 +985,7 @@ CHANGED = dict(
     depth=2, heads=4, likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
     max_snr=1.0, rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7,
     lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0, sampler="ddim",
-    log_every=3, sample_every=3, save_every=1)
+    log_every=3, sample_every=3, save_every=1, flip=True)
 
 
 def parser_flags(program):
@@ -785,7 +1000,7 @@ def parser_flags(program):
 
 def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
-    others = ["data", "device", "dry_run", "out", "preset", "seed", "stage", "tokenizer"]
+    others = ["allow_bad", "data", "device", "dry_run", "out", "preset", "root", "seed", "stage", "tokenizer"]
     assert parser_flags(train) == sorted([*CHANGED, *others])
     baseline = contents(run)
     for name, value in CHANGED.items():
@@ -877,13 +1092,13 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     before = state()
     same = ["--data", folder, *flags(TINY), "--out"]
     for program, words, says in [
-        (train, ["--data", "nowhere"], "no such folder"),
+        (train, ["--data", "nowhere"], "no such folder or file"),
         (train, ["--data", "toyy"], "Did you mean toy?"),
         (train, ["--data", "emty"], "Did you mean empty?"),
         (train, ["--data", "empty"], "it holds no files; expected files that end in"),
         (train, ["--data", "texts"], "it holds only files like .txt"),
-        (train, ["--data", "text.pt"], "is a file: give the folder"),
-        (train, ["--data", "hurt"], "take it out"),
+        (train, ["--data", "text.pt"], "is a file of no form that is known: give a folder"),
+        (train, ["--data", "hurt"], "no image in hurt can be read, e.g. hurt/0.png"),
         (train, [*same, "foreign"], "is no run of train.py: give another --out"),
         (train, [*same, "run", "--K", 9], "was made with K 8, now K is 9"),
         (train, [*same, "run", "--seed", 3], "was made with seed 0, now seed is 3"),
