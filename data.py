@@ -41,6 +41,7 @@ from tqdm import tqdm
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS and the like, which start other programs
 IN_MEMORY_BYTES = 2 << 30  # a set that is smaller than this is decoded once; a larger one image by image, each time
+WORKERS = min(16, os.cpu_count() or 4)
 MAX_PIXELS = 50_000_000  # decoded, per image; JPEG files may be larger, since they are decoded at a fraction
 MIN_SIDE = 4  # a 1x1 file is a tracking pixel or a placeholder, not a picture
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit counts a JPEG before it is reduced; ours replaces it
@@ -148,7 +149,7 @@ def printable(text):
 @functools.cache
 def decoders():
     """Threads, not processes: Pillow decodes and resizes outside Python's lock (measured: experiments/loader.py)."""
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 4), "decode")
+    return ThreadPoolExecutor(WORKERS, "decode")
 
 
 def decode_all(read, items, size, pixels=None, progress=False):
@@ -166,7 +167,7 @@ def decode_all(read, items, size, pixels=None, progress=False):
         return len(positions)
 
     n, block = len(items), 4096  # block by block, so that a million images are not a million waiting jobs
-    chunk = max(1, min(16, n // (4 * decoders()._max_workers)))
+    chunk = max(1, min(16, n // (4 * WORKERS)))
     with tqdm(total=n, desc="decoding", unit="img", leave=False, disable=None if progress else True) as bar:
         for first in range(0, n, block):
             last = min(first + block, n)

@@ -8,6 +8,8 @@ import argparse
 import copy
 import csv
 import gzip
+import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -21,6 +23,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -819,6 +823,179 @@ def test_where_names_are_looked_for(tmp_path, monkeypatch):
         assert source.counts() == (12, 4) and source.name == "fashion-mnist" and source.class_names[9] == "boot"
 
 
+def test_what_can_be_converted(tmp_path):
+    """CMYK, palette, first frame of an animation, damaged EXIF, a JPEG of 60 megapixels; from a file or from bytes."""
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    image = Image.fromarray(red)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    image.convert("P").save(tmp_path / "palette.png")
+    image.save(tmp_path / "frames.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    image.save(tmp_path / "exif.jpg", quality=100, exif=b"Exif\0\0no directory of tags")
+    Image.new("RGB", (7752, 7752), (255, 0, 0)).save(tmp_path / "large.jpg")  # 60 megapixels
+    for path in tmp_path.iterdir():
+        pixels = data.load_image(path, 8)
+        assert np.abs(pixels.astype(int) - red.transpose(2, 0, 1)).max() < 4, path
+        assert np.array_equal(pixels, data.load_image(path.read_bytes(), 8))
+
+
+def spoil(root, good):
+    """Fifteen entries in root that no image comes of: {name: a word of the reason}."""
+    def damaged(form, cut=slice(None), flip=None):
+        file = io.BytesIO()
+        Image.fromarray(noise(1, 40, 40)[0]).save(file, form)
+        content = bytearray(file.getvalue()[cut])
+        if flip:
+            content[flip] ^= 255
+        return bytes(content)
+
+    files = {"truncated.jpg": (damaged("jpeg", slice(900)), "truncated"),
+             "truncated.png": (png(good)[:200], "truncated"),
+             "truncated.gif": (damaged("gif", slice(1000)), "truncated"),
+             "half.webp": (damaged("webp", slice(300)), ""),
+             "header.bmp": (damaged("bmp", slice(30)), ""), "checksum.png": (damaged("png", flip=900), ""),
+             "empty.png": (b"", "empty"), "empty.jpg": (b"", "empty"), "text.jpg": (b"not an image\n", "no image of"),
+             "page.png": (b"<html>404</html>", "no image of"), "dot.png": (png(good[:1, :1]), "1 x 1 pixels, a side"),
+             "line.png": (png(noise(1, 300, 2)[0]), "2 x 300 pixels, a side of less than 4")}
+    for name, (content, _) in files.items():
+        (root / name).write_bytes(content)
+    Image.new("1", (10000, 10000)).save(root / "bomb.png")
+    (root / "link.png").symlink_to("nowhere.png")
+    (root / "x.png").mkdir()
+    return {name: reason for name, (_, reason) in files.items()} | {
+        "bomb.png": "10000 x 10000 pixels, more than 50,000,000", "link.png": "a link to nothing", "x.png": "directory"}
+
+
+@pytest.mark.parametrize("memory", [2 << 30, 0])
+def test_bad_files(memory, tmp_path, capsys, monkeypatch):
+    """2,000 entries, 15 of them bad: the run finishes, skipped.txt names all 15, and none is opened again."""
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", memory)
+    root = tmp_path / "mixed"
+    images = noise(1985)
+    write_images(root, [f"{i:04d}.png" for i in range(1984)], images[:-1])
+    with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:  # a name that is no UTF-8
+        file.write(png(images[-1]))
+    expected = spoil(root, images[0])
+    words = ["--data", root, "--out", tmp_path / "out", *flags(TINY)]
+    with mock.patch.object(data, "load_image", side_effect=data.load_image) as opened:
+        assert call(train, *words) == 0
+    text = capsys.readouterr().out
+    assert f"15 of 2,000 images (0.75%) cannot be used and are left out: {tmp_path / 'out' / 'skipped.txt'}" in text
+    skipped = data.read_skipped(tmp_path / "out" / "skipped.txt")
+    assert {Path(title).name for title in skipped} == set(expected)
+    for title, reason in skipped.items():
+        assert expected[Path(title).name] in reason and len(reason) > 4, title
+    assert memory == 0 or opened.call_count == 2000  # each was decoded once
+    assert (tmp_path / "out" / "data.png").exists()
+    assert len(np.load(tmp_path / "out" / "tokens.npy", mmap_mode="r")) == 1985
+    complete = contents(tmp_path / "out")
+    for name in ("tokens.npy", "ckpt.pt", "evaluation.csv", "diffusion.csv", "metrics.json"):
+        (tmp_path / "out" / name).unlink()
+    (root / "0007.png").write_bytes(b"")  # after the check: that stops nothing
+    with mock.patch.object(data, "load_image", side_effect=data.load_image) as opened:
+        assert call(train, *words) == 0
+    assert len(np.load(tmp_path / "out" / "tokens.npy", mmap_mode="r")) == 1985 and opened.call_count < 1990
+    assert "0007.png: empty, 0 bytes; it was sound before. Its neighbour takes its place" in capsys.readouterr().out
+    assert contents(tmp_path / "out")["skipped.txt"] == complete["skipped.txt"]
+    with mock.patch.object(Image, "open", side_effect=AssertionError):  # with the tokens there, none is opened again
+        assert call(train, *words[:-2], "--save-every", 4, "--steps", 9) == 0
+
+
+def test_too_many_bad_files(tmp_path, capsys, monkeypatch):
+    """More than 1 %: status 2 before training, with the list; --allow-bad trains; repaired, it trains without."""
+    root, out = make_folder(tmp_path / "pets"), tmp_path / "out"
+    locked = root / "cat" / "00.png"
+    if os.geteuid():
+        locked.chmod(0)
+    else:  # for root there is no file that may not be read
+        read = data.Folder.read
+
+        def refuse(self, i):
+            if self.names[i] == "cat/00.png":
+                raise PermissionError(13, "Permission denied")
+            return read(self, i)
+        monkeypatch.setattr(data.Folder, "read", refuse)
+    words = ["--data", root, "--out", out, *flags(TINY)]
+    assert call(train, *words) == 2
+    error = capsys.readouterr().err
+    assert "1 of 40 images cannot be used, more than 1 %" in error and error.count("\n") == 1
+    assert (out / "skipped.txt").read_text() == f"{locked}\tPermission denied\n" and len(list(out.iterdir())) == 1
+    assert call(train, *words, "--allow-bad") == 0
+    assert len(np.load(out / "tokens.npy")) == 39
+    monkeypatch.undo()
+    locked.chmod(0o644)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "skipped.txt").write_text(f"{locked}\tPermission denied\n")  # as the refused start left it
+    assert call(train, *words) == 0
+    assert (out / "skipped.txt").read_text() == "" and len(np.load(out / "tokens.npy")) == 40
+
+
+@pytest.fixture
+def server():
+    """A web server that knows ranges, fails on request and remembers what it was asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, asked, breaks = {}, [], []  # breaks: after how many bytes each next answer ends
+
+        def do_GET(self):
+            name, given = self.path.lstrip("/"), self.headers.get("Range")
+            self.asked.append((name, given))
+            if name not in self.files:
+                return self.send_error(404)
+            first = int(given[6:-1]) if given else 0
+            content = self.files[name][first:]
+            if given and not content:
+                return self.send_error(416)
+            self.send_response(206 if given else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:self.breaks.pop(0)] if self.breaks else content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        Handler.url = f"http://127.0.0.1:{web.server_port}/"
+        yield Handler
+        web.shutdown()
+
+
+def test_download(server, tmp_path, monkeypatch, capsys):
+    """Resumed where it broke off, checked, and there only when it is right; offline and damaged say what to do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VQLCMD_DATA", raising=False)
+    grey = noise(24, 28, 28)[..., 0]
+    made = write_idx(tmp_path / "made", grey[:20], grey[20:], True)
+    server.files = {path.name: path.read_bytes() for path in made.iterdir()}
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in server.files.items()}
+    monkeypatch.setitem(data.DATASETS, "mnist", data.DATASETS["mnist"] | {"files": sums, "urls": [server.url]})
+    target, first = tmp_path / "data" / "mnist", next(iter(sums))
+    server.breaks = [100, 50, 7]  # all three tries of the first file break off
+    with pytest.raises(data.DataError, match="the connection broke.*put them into data/mnist, or name.*--root"):
+        data.find("mnist")
+    assert [path.name for path in target.iterdir()] == [first + ".part"]
+    assert server.asked == [(first, None), (first, "bytes=100-"), (first, "bytes=150-")]
+    source = data.find("mnist")
+    assert server.asked[3] == (first, "bytes=157-") and len(server.asked) == 7
+    assert source.counts() == (20, 4) and source.name == "mnist" and not list(target.glob("*.part"))
+    assert torch.equal(source.load(28)[0].pixels[:, 0], torch.from_numpy(grey[:20]))
+    assert data.find("mnist").counts() == (20, 4) and len(server.asked) == 7  # it is there now
+    (target / first).rename(target / (first + ".part"))  # complete, but killed before its name
+    data.find("mnist")
+    assert server.asked[7:] == [(first, f"bytes={len(server.files[first])}-")] and (target / first).exists()
+    (target / first).unlink()
+    server.files[first] = b"a login page"
+    assert call(train, "--data", "mnist", "--dry-run") == 2
+    assert "it was damaged on the way, or changed" in capsys.readouterr().err
+    assert first not in {path.name.removesuffix(".part") for path in target.iterdir()}
+    server.files.clear()
+    with pytest.raises(data.DataError, match="HTTP 404"):
+        data.find("mnist")
+    with pytest.raises(data.DataError, match="the same command without --root downloads it"):
+        data.find("mnist", tmp_path / "elsewhere")
+
+
 def test_evaluate():
     """PSNR over all pixels of the set, in batches: 10 log10(255^2 / MSE), with the codes counted over all tokens."""
     images = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
@@ -967,6 +1144,105 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
     assert (tmp_path / "pets" / "tokens.npy").exists() == (stage == "diffusion")
     assert call(train, *words) == 0
     assert contents(tmp_path / "pets") == contents(run)
+
+
+def test_killed_while_tokens_are_written(folder, run, tmp_path):
+    """SIGKILL, then the same command: what was finished is kept, the rest is done, the file is the undisturbed one."""
+    out, part = tmp_path / "pets", tmp_path / "pets" / "tokens.part.npy"
+    words = [str(word) for word in ["--data", folder, "--out", out, *flags(TINY)]]
+    slow = ("import sys, time, train, vqvae\n"
+            "whole, encode = vqvae.encode_sets, vqvae.VQVAE.encode\n"
+            "vqvae.encode_sets = lambda *args, **kwargs: whole(*args, **kwargs, batch=2)\n"
+            "def crawl(self, images):\n"
+            "    time.sleep(0.1 if len(images) == 2 else 0)\n"
+            "    return encode(self, images)\n"
+            "vqvae.VQVAE.encode = crawl\n"
+            "train.main()\n")
+    with subprocess.Popen([sys.executable, "-c", slow, *words], cwd=HERE, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not part.exists() or (np.load(part, mmap_mode="r")["label"] >= 0).sum() < 8:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    done = int((np.load(part, mmap_mode="r")["label"] >= 0).sum())
+    assert 8 <= done < 40 and not (out / "tokens.npy").exists()
+    small, encoded = vqvae.encode_sets, []
+    with mock.patch.object(vqvae, "encode_sets", lambda *a, **k: small(*a, **k, batch=2)), mock.patch.object(
+            VQVAE, "encode", lambda self, x, f=VQVAE.encode: encoded.append(len(x)) or f(self, x)):
+        assert call(train, *words, "--stage", "tokens") == 0
+    assert sum(encoded) == 40 - done and (out / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
+
+
+def test_flip(folder, run, tmp_path):
+    """--flip: the training images once more, mirrored, with their labels; held-out images only as they are."""
+    out = tmp_path / "flip"
+    assert call(train, "--data", folder, "--out", out, "--flip", "--tokenizer", run / "tokenizer.pt",
+                "--stage", "tokens", *flags(TINY)) == 0
+    plain, both = np.load(run / "tokens.npy"), np.load(out / "tokens.npy")
+    assert len(both) == 2 * 38 + 2 and np.array_equal(both[:38], plain[:38]) and np.array_equal(both[-2:], plain[-2:])
+    assert np.array_equal(both["label"][38:76], plain["label"][:38]) and not both["test"][:76].any()
+    tokenizer, _ = train.load_tokenizer({"tokenizer": json.loads(json.dumps(torch.load(
+        run / "tokenizer.pt", weights_only=True)["config"]))}, run, torch.device("cpu"))
+    mirrored = data.find(str(folder)).load(8)[0].pixels.flip(3)
+    assert np.array_equal(both["x"][38:76], tokenizer.encode(mirrored).numpy())
+
+
+def test_tokens_of_another_run(run, tmp_path, capsys):
+    """--data RUN/tokens.npy trains the same denoiser without images; the tokenizer lies beside it or is named."""
+    settings = {k: v for k, v in TINY.items() if k not in train.TOKENIZER_OPTIONS.values()}
+    assert call(train, "--data", run / "tokens.npy", "--out", tmp_path / "a", *flags(settings)) == 0
+    assert contents(tmp_path / "a")["ckpt.pt"] == contents(run)["ckpt.pt"]
+    shutil.copy(run / "tokens.npy", tmp_path / "tokens.npy")
+    words = ["--data", tmp_path / "tokens.npy", "--out", tmp_path / "b"]
+    assert call(train, *words, *flags(settings)) == 2 and "no checkpoint at" in capsys.readouterr().err
+    assert call(train, *words, "--tokenizer", run / "tokenizer.pt", "--stage", "tokens", *flags(settings)) == 0
+    assert (tmp_path / "b" / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
+    rows = np.load(run / "tokens.npy")
+    rows["x"][0] = 8
+    np.save(tmp_path / "tokens.npy", rows)
+    words[-1] = tmp_path / "c"
+    assert call(train, *words, "--tokenizer", run / "tokenizer.pt", *flags(settings)) == 2
+    assert "they do not belong together" in capsys.readouterr().err
+
+
+# What a preset may be cut down to so that two steps of it are quick; sizes of images and token grids stay.
+SMALL = dict(tokenizer_width=16, tokenizer_steps=2, tokenizer_batch=2, steps=2, batch=2, width=32, depth=1, heads=2,
+             sample_steps=1)
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets(preset, tmp_path, monkeypatch, capsys):
+    """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
+    monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-1], 4))
+    monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
+    monkeypatch.setattr(data.Toy, "n_train", 24)
+    monkeypatch.setattr(data.Toy, "n_test", 2)
+    images, side, root = noise(6, 40, 44), train.PRESETS[preset]["size"], tmp_path
+    if preset in ("mnist", "fashion-mnist"):
+        write_idx(tmp_path / preset, images[:4, :28, :28, 0], images[4:, :28, :28, 0], True)
+    elif preset == "cifar10":
+        write_cifar(tmp_path / "cifar-10-batches-py", images[:, :32, :32])
+    elif preset.startswith("lsun"):
+        write_lmdb(tmp_path / {"lsun-churches": "church_outdoor_train_lmdb"}.get(preset, "bedroom_train_lmdb"), images)
+    elif preset == "imagenet":
+        write_images(tmp_path / preset / "train", [f"n0144{i % 2}/{i}.png" for i in range(6)], images)
+    elif preset == "ffhq":
+        write_images(tmp_path / preset, [f"00000/{i:05d}.png" for i in range(6)], images)
+    elif preset != "toy":
+        root = write_images(tmp_path / "images", [f"{i}.png" for i in range(6)], noise(6, side, side))
+    name = root if root != tmp_path else preset
+    assert call(train, "--data", name, "--root", tmp_path, "--preset", preset, "--out", tmp_path / "run",
+                *flags(SMALL)) == 0
+    tokens = np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1]
+    assert tokens == {"toy": 25, "mnist": 49, "fashion-mnist": 49}.get(preset, 256 if side == 256 else 64)
+    source, args = data.find(str(name), tmp_path), SimpleNamespace(preset=None, **dict.fromkeys(train.OPTIONS))
+    for device in ("cpu", "cuda"):
+        by_size = "32-cpu" if device == "cpu" else preset
+        chosen = by_size if root != tmp_path or preset in train.SMALL_SETS else preset
+        if device == "cpu" or preset != "32-cpu":  # which no GPU gets
+            config = train.resolve(args, source, torch.device(device), {})
+            assert f"preset {chosen}: chosen for" in capsys.readouterr().out
+            assert config["size"] == train.PRESETS[chosen]["size"]
 
 
 def test_raising_the_steps_goes_on(folder, run, tmp_path):
