@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -241,7 +239,7 @@ def fold_batch_norm(network):
 # 2. The weights, 96 MB.
 
 def find_weights(path=None):
-    """--weights, or $FID_WEIGHTS, or the cache that pytorch-fid uses too, or a download into it; or FIDError."""
+    """--weights, or $FID_WEIGHTS, or the cache that pytorch-fid uses too, or a download into it; else an error."""
     given = path or os.environ.get("FID_WEIGHTS")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
     path = Path(given).expanduser() if given else cached
@@ -249,7 +247,8 @@ def find_weights(path=None):
         raise FIDError(f"no Inception weights at {path}: download {WEIGHTS_URL} to there, or leave --weights and "
                        "$FID_WEIGHTS away")
     if not path.is_file():
-        download(WEIGHTS_URL, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.fetch([WEIGHTS_URL], path, WEIGHTS_SHA256, "anywhere, and give --weights PATH or set $FID_WEIGHTS")
     if hashlib.sha256(path.read_bytes()).hexdigest() != WEIGHTS_SHA256:
         raise FIDError(f"{path} is not the published file of Inception weights (its SHA-256 does not begin with "
                        f"{WEIGHTS_SHA256[:8]}): cut short or altered; delete it, and download {WEIGHTS_URL}")
@@ -262,29 +261,6 @@ def load_inception(path, device, resize="tf"):
     state = torch.load(path, map_location="cpu", weights_only=True)
     network.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, which nothing here needs
     return fold_batch_norm(network).to(device)
-
-
-def download(url, path):
-    """Fetches url to path: with a progress bar, going on where an earlier call stopped; the file appears when whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            have = have if answer.status == 206 else 0  # 200: the server sends everything again
-            total = have + int(answer.headers.get("Content-Length", 0))
-            with part.open("ab" if have else "wb") as file, tqdm(
-                    total=total, initial=have, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if part.stat().st_size < total:
-            raise FIDError(f"{url} broke off at {part.stat().st_size:,} of {total:,} bytes: the same command goes on")
-    except OSError as error:  # urllib's errors are among them
-        raise FIDError(f"cannot download the Inception weights ({error}): get {url} on a machine with a network, "
-                       f"put it at {path}, or anywhere and give --weights PATH or set $FID_WEIGHTS") from error
-    part.replace(path)
 
 
 # ----------------------------------------------------------------------------
@@ -499,21 +475,23 @@ def compare(real, fake, device="cpu"):
 # 5. Where images come from. A source has n, chunk (images to read at a time) and read(i, j) -> the images i ... j - 1,
 #    a uint8 tensor (j - i, 3, H, W) or a list of (3, H, W); it is read forwards only.
 
-class Files:
-    """Image files on disk or in a zip, as they are (size None) or centre-cropped and resized as for training."""
+class Pictures:
+    """All images of a source of data.py, as they are (size None) or centre-cropped and resized as for training."""
 
     chunk = 64
 
-    def __init__(self, paths, size=None, archive=None):
-        self.paths, self.size, self.archive, self.n = paths, size, archive, len(paths)
-        self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 4))
+    def __init__(self, source, size=None):
+        self.source, self.size, self.items = source, size, np.sort(np.concatenate([source.train, source.test]))
+        self.n = len(self.items)
 
-    def load(self, path):
-        content = self.archive.read(str(path)) if self.archive else None
-        return torch.from_numpy(data.load_image(path, self.size, content))
+    def load(self, item):
+        try:
+            return torch.from_numpy(data.load_image(self.source.read(item), self.size))
+        except data.DataError as error:
+            raise FIDError(f"{self.source.title(item)} cannot be used ({error}): repair it or take it out") from error
 
     def read(self, i, j):
-        return list(self.pool.map(self.load, self.paths[i:j]))
+        return list(data.decoders().map(self.load, self.items[i:j]))
 
 
 class Array:
@@ -573,10 +551,10 @@ class Samples:
                              **self.settings)
 
 
-def open_side(word, size, trained_on):
+def open_side(word, root, size, trained_on):
     """A word of the command line -> (Statistics or None, source of images or None, a few words on it).
 
-    size: None for files as they are. trained_on: read a folder as training did, without its held-out part.
+    size: None for images as they are. trained_on: read them as training did, without its held-out part.
     """
     path = Path(word).expanduser()
     if path.suffix == ".npz" and path.is_file():
@@ -587,20 +565,13 @@ def open_side(word, size, trained_on):
                            "sigma (statistics)")
         statistics, source = Statistics.load(path) if "mu" in names else None, Array(path) if "arr_0" in names else None
         return statistics, source, "statistics" if statistics else f"{source.n:,} images, {source.shape[0]} px"
-    if path.suffix == ".zip" and path.is_file():
-        archive = zipfile.ZipFile(path)
-        paths = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in data.EXTENSIONS)
-    elif path.is_dir() and not trained_on:
-        archive, paths = None, data.image_paths(path)
-    else:
-        found = data.find(word)
-        size = size or found.sizes()[1]
-        train, _ = found.load(size)
+    source = data.find(word, root)
+    if trained_on or word in ("toy", *data.DATASETS):
+        size = size or source.sizes()[1]
+        train, _ = source.load(size)
         return None, Decoded(train), f"{len(train):,} training images, cropped and resized to {size} px"
-    if not paths:
-        raise FIDError(f"no images in {path}: expected files that end in {', '.join(sorted(data.EXTENSIONS))}")
-    how = f"cropped and resized to {size} px" if size else "as they are"
-    return None, Files(paths, size, archive), f"{len(paths):,} images, {how}"
+    source = Pictures(source, size)
+    return None, source, f"{source.n:,} images, " + (f"cropped and resized to {size} px" if size else "as they are")
 
 
 def report(scores, n_real, n_fake):
@@ -631,7 +602,7 @@ def run(args, rank):
         raise FIDError("--n, --steps and --guidance are for a checkpoint at FAKE")
     bundle = sample.load_checkpoint(args.fake, device) if checkpoints else None
     size = args.size or (bundle.tokenizer.size if bundle else None)
-    sides = [open_side(word, size, bool(bundle)) for word in words if word not in checkpoints]
+    sides = [open_side(word, args.root, size, bool(bundle)) for word in words if word not in checkpoints]
     if bundle:
         settings = {key: getattr(args, key) for key in ("steps", "guidance") if getattr(args, key) is not None}
         source = Samples(bundle, args.n or 50_000, getattr(sides[0][1], "labels", None), args.seed, **settings)
@@ -675,8 +646,8 @@ def run(args, rank):
 
 def main():
     parser = argparse.ArgumentParser(description="FID, sFID, KID, Inception Score, precision and recall.")
-    parser.add_argument("real", metavar="REAL", help="a folder or zip of images; an .npz with arr_0 (images), or "
-                        "mu and sigma; or a name that --data of train.py takes (then its training images)")
+    parser.add_argument("real", metavar="REAL", help="a folder, zip, ... of images, whatever train.py takes as --data "
+                        "(of a named set, its training images); or an .npz with arr_0 (images), or mu and sigma")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
     parser.add_argument("--n", type=int, help="samples to draw from a checkpoint (default: 50000)")
     parser.add_argument("--steps", type=int, help="calls of its network per image (default: in the checkpoint)")
@@ -684,6 +655,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--size", type=int, help="centre-crop and resize files to so many pixels, as for training "
                         "(default: the checkpoint's, if there is one; else files are taken as they are)")
+    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--resize", choices=list(PREPROCESS), default="tf", help="how images become 299 pixels: as "
                         "TensorFlow, ADM and torch-fidelity do, as pytorch-fid, or as clean-fid (default: tf)")
     parser.add_argument("--weights", help="file of the Inception weights (default: $FID_WEIGHTS, or the cache, or "

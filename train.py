@@ -2,10 +2,12 @@
 
     python train.py                          the built-in set, minutes on two CPU cores
     python train.py --data FOLDER            your own images; a preset is chosen by their size and your device
+    python train.py --data ffhq --root DIR   a published set by its name; it says how to get it if it is not there
     python train.py --data FOLDER --preset 64 --out runs/faces --device cuda
 
 Three stages in one run directory (--out):
 
+    (before)    what was found                         data.png, skipped.txt: images that cannot be used
     tokenizer   images -> VQ-VAE                       tokenizer.pt, reconstructions_*.png, tokenizer.csv
     tokens      every image encoded once               tokens.npy, one memory-mapped array
     diffusion   tokens -> embeddings and denoiser      ckpt.pt, samples_*.png, diffusion.csv, evaluation.csv
@@ -19,6 +21,7 @@ import csv
 import functools
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -56,6 +59,7 @@ TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"
 
 OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "size": (int, 32, "pixels a side; images are centre-cropped and resized"),
+    "flip": (bool, False, "train on both orientations; tokens of the mirrored training images are written too"),
     # tokenizer
     "f": (int, 4, "down-sampling factor, a power of two: N = (size / f)^2 tokens"),
     "K": (int, 512, "codebook size"),
@@ -105,6 +109,9 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "sample_every": (int, 1000, "steps between pictures and evaluations"),
     "save_every": (int, 500, "steps between checkpoints"),
 }
+LARGE = dict(size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000, tokenizer_batch=32,
+             D=32, width=768, depth=12, heads=12, steps=400000, batch=128, lr=2e-4, ema_decay=0.9999)
+GREY = dict(size=28, K=256, tokenizer_steps=10000, width=256, depth=6, heads=4, steps=30000)  # 7 x 7 tokens
 PRESETS = {
     "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
                 embedding_init="codebook", width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
@@ -112,9 +119,19 @@ PRESETS = {
                    embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
     "32": dict(size=32),
     "64": dict(size=64, f=8, K=1024, tokenizer_width=96),
-    "256": dict(size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000, tokenizer_batch=32,
-                D=32, width=768, depth=12, heads=12, steps=400000, lr=2e-4, ema_decay=0.9999),
+    "256": LARGE,
+    "cifar10": dict(size=32, flip=True, steps=100000),
+    "mnist": GREY,
+    "fashion-mnist": GREY,
+    # For one GPU of 24 GB. With eight: eight times the batch at --lr 4e-4, and a quarter of the steps.
+    "ffhq": LARGE | dict(flip=True, width=512, heads=8, steps=300000),  # few images, a smaller network
+    "lsun-churches": LARGE | dict(width=512, heads=8, steps=300000),
+    "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
+    "imagenet": LARGE | dict(flip=True, K=4096, tokenizer_steps=300000, steps=1000000),
 }
+SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
+TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
+                     "blocks": "tokenizer_blocks", "update": "codebook_update"}  # argument of VQVAE: option
 CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler"}
 
 
@@ -125,8 +142,12 @@ class UserError(ValueError):
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again "
                                      "continues. Defaults are those without a preset; a preset may set others.")
-    parser.add_argument("--data", default="toy", help="toy (built in) or a folder of images (default: toy)")
-    parser.add_argument("--preset", choices=list(PRESETS), help="default: by image size and device")
+    parser.add_argument("--data", default="toy", help=f"toy (built in), {', '.join(data.DATASETS)}, or a path: a "
+                        "folder of images, a zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
+    parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: by name or image size, and device. Those of "
+                        "256 pixels are for one 24 GB GPU; with eight: 8 times --batch, twice --lr, 1/4 of --steps")
     parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")
@@ -147,17 +168,22 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def resolve(args, source, device):
-    """Defaults, then the preset, then what the command line gave: a dict with the keys of OPTIONS. Checks them all."""
+def resolve(args, source, device, fixed):
+    """Defaults, then the preset, then fixed (of a tokenizer that is given), then what the command line gave.
+
+    -> a dict with the keys of OPTIONS, all checked.
+    """
     preset = args.preset
     if preset is None:
-        low, median, high = source.sizes()
-        on_cpu, by_size = device.type == "cpu", "32" if median <= 40 else "64" if median <= 128 else "256"
-        preset = "toy" if source.name == "toy" else "32-cpu" if on_cpu else by_size
-        hint = f"; on a GPU it would be {by_size}" if preset == "32-cpu" else ""
-        print(f"preset {preset}: chosen for images of {median} pixels on {device.type}{hint} (--preset)")
+        median = fixed.get("size") or source.sizes()[1]
+        on_gpu = source.dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
+        own = source.dataset and source.dataset not in SMALL_SETS
+        preset = on_gpu if own or device.type != "cpu" else "32-cpu"
+        hint = f"; on a GPU it would be {on_gpu}" if preset == "32-cpu" else ""
+        print(f"preset {preset}: chosen for {source.dataset or 'images'} of {median} pixels on {device.type}{hint} "
+              "(--preset)")
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    config = {name: default for name, (_, default, _) in OPTIONS.items()} | PRESETS[preset] | given
+    config = {name: default for name, (_, default, _) in OPTIONS.items()} | PRESETS[preset] | fixed | given
     for name, value in config.items():
         kind, low, high = OPTIONS[name][0], 0, math.inf
         if kind not in (int, float) or name.startswith("log_snr"):
@@ -175,34 +201,51 @@ def resolve(args, source, device):
 
 def describe_models(config, num_classes):
     """Keyword arguments of the three parts, as the checkpoint stores them."""
-    tokenizer = dict(size=config["size"], f=config["f"], K=config["K"], code_dim=config["code_dim"],
-                     width=config["tokenizer_width"], blocks=config["tokenizer_blocks"],
-                     update=config["codebook_update"])
+    tokenizer = {name: config[option] for name, option in TOKENIZER_OPTIONS.items()}
     denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
                     **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "likelihood")})
     schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
     return {"tokenizer": tokenizer, "denoiser": denoiser, "schedule": schedule}
 
 
-def open_run(out, config, facts):
-    """Makes the run directory, or compares it with what is asked for now. facts: seed and data of the run."""
-    path, asked = out / "config.json", facts | config
+def read_config(out):
+    """What an earlier start of this run was asked for; {} if there was none."""
+    path = out / "config.json"
     if path.exists():
-        stored = json.loads(path.read_text())
-        for name, value in asked.items():
-            if name not in CHANGEABLE and stored.get(name) != value:
-                raise UserError(f"{out} was made with {name} {stored.get(name)}, now {name} is {value}: give another "
-                                "--out, or the old setting to continue it")
-    elif out.exists() and any(out.iterdir()):
+        return json.loads(path.read_text())
+    if out.exists() and any(p.name != "skipped.txt" for p in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
+    return {}
+
+
+def compare(out, stored, asked):
+    """An existing run is continued only as it was begun."""
+    for name, value in asked.items():
+        if name in stored and name not in CHANGEABLE and stored[name] != value:
+            raise UserError(f"{out} was made with {name} {stored[name]}, now {name} is {value}: give another --out, or "
+                            "the old setting to continue it")
+
+
+def look_at_images(source, sets, out, allow_bad):
+    """The first start of a run: every image is decoded once. Leaves skipped.txt and data.png in the run directory."""
+    train, _ = sets()
+    bad, total = source.skipped, sum(source.counts())
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(asked, indent=2) + "\n"))
+    write_atomically(out / "skipped.txt", lambda partial: data.write_skipped(partial, bad))
+    if bad:
+        print(f"{len(bad):,} of {total:,} images ({len(bad) / total:.2%}) cannot be used and are left out: "
+              f"{out / 'skipped.txt'}")
+    if len(bad) > 0.01 * total and not allow_bad:
+        title, reason = next(iter(bad.items()))
+        raise UserError(f"{len(bad):,} of {total:,} images cannot be used, more than 1 %, e.g. {title} ({reason}); all "
+                        f"are in {out / 'skipped.txt'}: repair them or take them out, or add --allow-bad")
+    data.contact_sheet(train, out / "data.png")
 
 
 # ----------------------------------------------------------------------------
 # What both training loops need: randomness by step, learning rate, files that are never half written, signals.
 
-STAGES = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3}
+STAGES = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3, "flips": 4}
 SIGNALS = []  # received so far; the loops look at it once per step
 
 
@@ -287,15 +330,19 @@ def batches_ahead(dataset, batch, seed, start, steps):
             yield step, images
 
 
-def read_tokenizer(file, models):
-    """The content of another run's tokenizer.pt, after making sure that it is complete and fits this run."""
+def read_tokenizer(file):
+    """The content of another run's tokenizer.pt, after making sure that it is complete."""
     state = read_checkpoint(file, TOKENIZER_FORMAT)
     if not state["metrics"]:
         raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
+    return state
+
+
+def adopt_tokenizer(file, state, models):
+    """Makes sure that another run's tokenizer fits this one."""
     for name, value in models["tokenizer"].items():
         if state["config"][name] != value:
             raise UserError(f"--tokenizer {file} has {name} {state['config'][name]}, this run {value}: make them equal")
-    return state
 
 
 def train_tokenizer(config, models, sets, out, seed, device):
@@ -337,6 +384,9 @@ def train_tokenizer(config, models, sets, out, seed, device):
             lr = learning_rate(step, steps, config["warmup"], config["tokenizer_lr"])
             optimizer.param_groups[0]["lr"] = lr
             generator = generator_for(seed, "tokenizer", step)
+            if config["flip"]:
+                mirrored = torch.rand(len(images), 1, 1, 1, generator=generator_for(seed, "flips", step)) < 0.5
+                images = torch.where(mirrored, images.flip(3), images)
             terms = model(images.to(device, non_blocking=True), generator)
             loss = terms["reconstruction"] + config["beta"] * terms["commitment"]
             if config["codebook_update"] == "gradient":
@@ -401,14 +451,21 @@ def load_tokenizer(models, out, device):
     return tokenizer, state["metrics"]
 
 
-def encode_tokens(models, sets, out, device):
-    """Writes tokens.npy (vqvae.encode_sets), unless it is there."""
+def encode_tokens(config, models, source, sets, out, device):
+    """Writes tokens.npy (vqvae.encode_sets), unless it is there. A token file made earlier is checked and copied."""
     path = out / "tokens.npy"
     if path.exists():
         return print(f"tokens: complete ({len(np.load(path, mmap_mode='r')):,} images)")
     tokenizer, _ = load_tokenizer(models, out, device)
-    while not vqvae.encode_sets(tokenizer, *sets(), path, device, should_stop=lambda: bool(SIGNALS)):
-        stop_if_asked()
+    if isinstance(source, data.Tokens):
+        x, (h, w) = np.load(source.path, mmap_mode="r")["x"], tokenizer.grid
+        if x.shape[1] != h * w or x.max() >= tokenizer.K:
+            raise UserError(f"{source.path} has {x.shape[1]} tokens per image up to {x.max()}, the tokenizer {h * w} "
+                            f"below {tokenizer.K}: they do not belong together")
+        write_atomically(path, lambda partial: shutil.copyfile(source.path, partial))
+    else:
+        while not vqvae.encode_sets(tokenizer, *sets(), path, device, lambda: bool(SIGNALS), flip=config["flip"]):
+            stop_if_asked()
     rows = np.load(path, mmap_mode="r")
     print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
 
@@ -551,34 +608,52 @@ def main():
         if args.eval_fid is not None and args.eval_fid < 2:
             raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
         device = choose_device(args.device)
-        source = data.find(args.data)
+        source = data.find(args.data, args.root)
+        has_images, tokenizer_file, fixed = not isinstance(source, data.Tokens), args.tokenizer, {}
+        out = Path(args.out or Path("runs") / source.name)
+        stored = read_config(out)
+        if "sides" in stored:  # known since the first start: no image is opened for it again
+            source.sides = tuple(stored["sides"])
         print(source.describe())
-        config = resolve(args, source, device)
+        if not has_images:  # tokens mean nothing without their tokenizer, so it decides
+            tokenizer_file = args.tokenizer or source.path.parent / "tokenizer.pt"
+        given_tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
+        if not has_images:
+            fixed = {option: given_tokenizer["config"][name] for name, option in TOKENIZER_OPTIONS.items()}
+        config = resolve(args, source, device, fixed)
         models = describe_models(config, len(source.class_names))
         with torch.device("meta"):  # every size is checked here, before any work
             parts = VQVAE(**models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
             ShiftedCosine(**models["schedule"])
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
-        out = Path(args.out or Path("runs") / source.name)
         print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
               f"denoiser {sizes[1]:.2f} M, on {device}")
         if args.dry_run:
             print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
             return
         counts = source.counts()
+        if args.eval_fid and not has_images:
+            raise UserError("--eval-fid needs the images: give them instead of their tokens")
         inception = fid.find_weights() if args.eval_fid else None
-        given_tokenizer = read_tokenizer(args.tokenizer, models) if args.tokenizer else None
-        open_run(out, config, {"seed": args.seed, "data": source.name, "train_images": counts[0],
-                               "held_out_images": counts[1], "classes": source.class_names})
+        asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
+                 "classes": source.class_names, **({"sides": list(source.sizes())} if has_images else {}), **config}
+        compare(out, stored, asked)
+        if given_tokenizer:
+            adopt_tokenizer(tokenizer_file, given_tokenizer, models)
+        skipped = data.read_skipped(out / "skipped.txt") if stored else None
+        sets = functools.lru_cache(lambda: source.load(config["size"], skipped))  # decoded only if a stage needs images
+        if has_images and not stored:
+            look_at_images(source, sets, out, args.allow_bad)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", lambda partial: partial.write_text(json.dumps(asked, indent=2) + "\n"))
         if given_tokenizer and not (out / "tokenizer.pt").exists():
             write_atomically(out / "tokenizer.pt", lambda partial: torch.save(given_tokenizer, partial))
-        sets = functools.lru_cache(lambda: source.load(config["size"]))  # decoded only if a stage needs images
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
         if args.stage in ("all", "tokenizer"):
             train_tokenizer(config, models, sets, out, args.seed, device)
         if args.stage in ("all", "tokens"):
-            encode_tokens(models, sets, out, device)
+            encode_tokens(config, models, source, sets, out, device)
         if args.stage in ("all", "diffusion"):
             train_diffusion(config, models, source.class_names, out, args.seed, device)
             if args.eval_fid:
@@ -590,6 +665,9 @@ def main():
     except (UserError, data.DataError, CheckpointError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step, or twice
+        print("train.py: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

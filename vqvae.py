@@ -13,6 +13,7 @@ restart at encoder outputs of the current batch. The paper uses such a tokenizer
 """
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -429,32 +430,50 @@ def evaluate(model, dataset, device, batch=256):
 
 
 @torch.no_grad()
-def encode_sets(model, train, test, path, device, should_stop=lambda: False, batch=256):
+def encode_sets(model, train, test, path, device, should_stop=lambda: False, batch=256, flip=False):
     """Encodes two data.ImageSets into one memory-mapped file, training images first. True when it is complete.
 
-    path: a .npy of one structured row per image: x (N,) uint16, label int32, test bool. It appears when all is done;
-    till then a .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first stopped.
+    path: a .npy of one structured row per image: x (N,) uint16, label int32, test bool. With flip, all training images
+    follow once more, mirrored. The file appears when all is done; till then a .part.npy, in which label -1 marks the
+    rows to do, lets a second call go on where the first stopped. The next images are read while these are encoded.
     """
     model.eval()
-    partial, total = path.with_suffix(".part.npy"), len(train) + len(test)
+    partial, starts = path.with_suffix(".part.npy"), [0, len(train)][:1 + flip]
+    total = len(starts) * len(train) + len(test)
     dtype = [("x", np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
-    if partial.exists():
-        rows = np.load(partial, mmap_mode="r+")
-    else:
-        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(total,))
-        rows["label"] = -1
-    with tqdm(total=total, desc="tokens", unit="img", disable=None, leave=False) as bar:
-        for dataset, offset in ((train, 0), (test, len(train))):
-            for first in range(0, len(dataset), batch):
-                indices = range(first, min(first + batch, len(dataset)))
-                here = slice(offset + indices.start, offset + indices.stop)
-                if (rows["label"][here] < 0).any():
-                    if should_stop():
-                        return False
-                    rows["x"][here] = model.encode(dataset.batch(indices).to(device)).cpu().numpy()
-                    rows["test"][here] = dataset is test
-                    rows["label"][here] = dataset.labels[here.start - offset:here.stop - offset].numpy()
-                bar.update(len(indices))
+    if not partial.exists():
+        fresh = path.with_suffix(".new.npy")  # half a file without marks would look like a finished one
+        np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=(total,))["label"] = -1
+        fresh.replace(partial)
+    rows, todo = np.load(partial, mmap_mode="r+"), []
+    if rows.shape != (total,) or rows.dtype != np.dtype(dtype):
+        raise ValueError(f"{partial} is of other images or another tokenizer: delete it")
+    for dataset, offsets in ((train, starts), (test, [total - len(test)])):
+        for first in range(0, len(dataset), batch):
+            indices = range(first, min(first + batch, len(dataset)))
+            places = [slice(offset + first, offset + indices.stop) for offset in offsets]
+            if any((rows["label"][here] < 0).any() for here in places):
+                todo.append((dataset, indices, places))
+
+    def read(i):
+        return todo[i][0].batch(todo[i][1]) if i < len(todo) else None
+
+    remaining = sum(len(indices) * len(places) for _, indices, places in todo)
+    with ThreadPoolExecutor(1) as reader, tqdm(total=total, initial=total - remaining, desc="tokens", unit="img",
+                                               disable=None, leave=False) as bar:
+        ahead = reader.submit(read, 0)
+        for i, (dataset, indices, places) in enumerate(todo):
+            if should_stop():
+                return False
+            images, ahead = ahead.result().to(device), reader.submit(read, i + 1)
+            for here, oriented in zip(places, (images, images.flip(3)), strict=False):
+                rows["x"][here] = model.encode(oriented).cpu().numpy()
+                rows["test"][here] = dataset is test
+                bar.update(len(images))
+            rows.flush()  # tokens are on the disk before the labels say so, whatever happens in between
+            for here in places:
+                rows["label"][here] = dataset.labels[indices.start:indices.stop].numpy()
     rows.flush()
+    del rows
     partial.replace(path)
     return True

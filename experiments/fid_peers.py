@@ -136,7 +136,7 @@ def folders(args, device, peers):
         torch.save(torch.load(args.weights, weights_only=True) if args.weights else random_weights(),
                    Path(place, "weights.pth"))
         network = fid.load_inception(Path(place, "weights.pth"), device)
-        real, fake = (fid.measure(fid.Files(fid.data.image_paths(folder)), network, name=folder)
+        real, fake = (fid.measure(fid.Pictures(fid.data.find(folder)), network, name=folder)
                       for folder in args.folders)
         ours = fid.compare(real, fake)
         theirs = torch_fidelity.calculate_metrics(
