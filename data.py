@@ -192,7 +192,7 @@ class Source:
 
     def __init__(self, path, class_names, labels, train, test=None):
         self.path, self.class_names, self.labels = Path(path), class_names, np.asarray(labels, np.int64)
-        self.name = printable(self.path.resolve().name.split(".")[0])
+        self.name = printable(self.path.resolve().stem if self.path.is_file() else self.path.resolve().name)
         self.total = len(train)  # as publishers count them
         if test is None:
             if len(train) < 2:
@@ -207,8 +207,8 @@ class Source:
         raise NotImplementedError
 
     def title(self, i):
-        """Where image number i lies, for lists and messages."""
-        return printable(f"{self.path}/{self.names[i]}")
+        """Name of image number i within the set, for lists and messages; the same wherever the set lies."""
+        return printable(self.names[i])
 
     def counts(self):
         return len(self.train), len(self.test)
@@ -445,7 +445,7 @@ class Lmdb(Source):
             return transaction.get(self.names[i])
 
     def title(self, i):
-        return printable(f"{self.path}/{self.names[i].decode('utf-8', 'backslashreplace')}")
+        return printable(self.names[i].decode("utf-8", "backslashreplace"))
 
 
 class Arrays(Source):
@@ -467,7 +467,7 @@ class Arrays(Source):
         return np.asarray(self.arrays[0][i] if i < n else self.arrays[1][i - n])
 
     def title(self, i):
-        return printable(f"{self.path}[{i}]")
+        return f"image {i}"
 
 
 def as_images(array, where):

@@ -5,7 +5,8 @@
 
 Speed: JPEG files of 256 x 256 pixels, made here, are read in four ways, in turn, several times over; the best time of
 each counts. The plain loop is what one writes without thinking about speed: open, convert to RGB, crop, resize with
-LANCZOS, numpy array, in one process. Memory: each count in a process of its own, by the largest resident set.
+LANCZOS, numpy array, in one process. The end of a line says how many cores data.py really had. Memory:
+each count in a process of its own, by the largest resident set.
 """
 
 import argparse
@@ -67,15 +68,16 @@ def speed(args):
                     "load_image": lambda s=size: [data.load_image(path, s) for path in paths],
                     "processes": lambda j=jobs: list(processes.map(in_a_process, j)),
                     "data.py": lambda s=size, p=pixels: data.decode_all(source.read, items, s, p)}
-            best = dict.fromkeys(ways, float("inf"))
+            best = {name: (float("inf"), 0) for name in ways}
             for _ in range(args.repeat):
                 for name, way in ways.items():
-                    start = time.perf_counter()
+                    start, used = time.perf_counter(), time.process_time()
                     way()
-                    best[name] = min(best[name], time.perf_counter() - start)
+                    seconds = time.perf_counter() - start
+                    best[name] = min(best[name], (seconds, (time.process_time() - used) / seconds))
             print(f"to {size:3} pixels:  " + "   ".join(
-                f"{name} {seconds / args.n * 1e3:.3f} ({best['plain loop'] / seconds:.2f}x)"
-                for name, seconds in best.items()))
+                f"{name} {seconds / args.n * 1e3:.3f} ({best['plain loop'][0] / seconds:.2f}x)"
+                for name, (seconds, _) in best.items()) + f"   on {best['data.py'][1]:.2f} cores")
 
 
 def memory(args):
