@@ -237,7 +237,7 @@ class Source:
         classes = f"{len(self.class_names)} classes: {some}{more}" if self.class_names else "no classes"
         pixels = f"{low} px" if low == high else f"{low} to {high} px, median {median}"
         lines = [f"{printable(str(self.path))}: {n_train:,} images + {n_test:,} held out, {classes}, shorter side "
-                 f"{pixels}", f"  first: {self.title(self.train[0])}"]
+                 f"{pixels}", f"  first: {printable(str(self.path))}/{self.title(self.train[0])}"]
         if self.dataset:
             expected = DATASETS[self.dataset]["count"]
             verdict = "as published" if self.total == expected else f"but {expected:,} are published: is it complete?"
