@@ -133,6 +133,7 @@ PRESETS = {
 SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
 TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
                      "blocks": "tokenizer_blocks", "update": "codebook_update"}  # argument of VQVAE: option
+DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, now and then and at the end
 CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler"}
 
 
@@ -538,7 +539,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
         data.save_grid(images, out / f"samples_{at:06d}.png", COLUMNS, row_labels=words)
 
     if start == 0:
-        evaluate(0, 1000)
+        evaluate(0, DRAWS)
     loss_options = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "rec_fraction", "max_snr", "coupling",
                                                     "p_drop", "label_drop")}
     sums, since, clock = torch.zeros(3, device=device), 0, time.time()
@@ -572,14 +573,14 @@ def train_diffusion(config, models, class_names, out, seed, device):
                 status("diffusion", row.pop("step"), steps, row)
                 sums, since, clock = torch.zeros_like(sums), 0, time.time()
             if done % config["sample_every"] == 0 and done < steps:
-                evaluate(done, 1000)
+                evaluate(done, DRAWS)
                 picture(done)
             if done % config["save_every"] == 0 and done < steps:
                 check_finite(sums, "denoiser", done)
                 save(done)
     save(steps)
     picture(steps)
-    metrics = evaluate(steps, 10000)
+    metrics = evaluate(steps, FINAL_DRAWS)
     write_atomically(out / "metrics.json", lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))
     save(steps)
 
