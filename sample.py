@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import vqvae
 from data import save_grid
 from embedding_diffusion import EmbeddingDiffusion
 from schedule import ShiftedCosine, alpha_sigma, posterior
-from vqvae import VQVAE
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"
 COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
@@ -111,7 +111,9 @@ def default_labels(n, num_classes):
 # Checkpoints and the command line.
 
 class CheckpointError(ValueError):
-    """One line: what is wrong with the file and what to do."""
+    """One line: what is wrong with the file and what to do. found: the format it is of, if it is of this project."""
+
+    found = None
 
 
 def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
@@ -126,8 +128,10 @@ def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
                               "train.py, or it is damaged") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != expected:
-        raise CheckpointError(f"{path} is {found or 'a file of another program'!r}, not {expected!r}: "
-                              "give the ckpt.pt that train.py wrote at the end")
+        error = CheckpointError(f"{path} is {found or 'a file of another program'!r}, not {expected!r}: "
+                                "give the ckpt.pt that train.py wrote at the end")
+        error.found = found
+        raise error
     return checkpoint
 
 
@@ -146,7 +150,7 @@ def load_checkpoint(path, device):
     """Everything needed to sample: tokenizer, model (EMA weights), schedule, class_names, sampling, config, device."""
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    tokenizer, model = VQVAE(**config["tokenizer"]), EmbeddingDiffusion(**config["denoiser"])
+    tokenizer, model = vqvae.make(config["tokenizer"]), EmbeddingDiffusion(**config["denoiser"])
     tokenizer.load_state_dict(checkpoint["tokenizer"])
     model.load_state_dict(checkpoint["ema"])
     tokenizer.bf16 = model.bf16 = bf16_works(device)

@@ -1402,6 +1402,30 @@ def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
+    """--tokenizer takes a VQGAN's checkpoint: it decides f and K, is measured, encodes, and lies in ckpt.pt."""
+    weights = published_tokenizers.random_weights(published_tokenizers.layout(32, (1, 2), set(), 4, 3, 16))
+    torch.save({"state_dict": weights}, tmp_path / "vqgan.ckpt")
+    options = flags({name: value for name, value in TINY.items() if name not in ("f", "K", "code_dim")})
+    words = ["--data", folder, "--out", tmp_path / "a", "--tokenizer", tmp_path / "vqgan.ckpt", *options]
+    assert call(train, *words) == 0
+    text = capsys.readouterr().out
+    assert "16 tokens of 16 codes per image" in text and "tokenizer: psnr" in text
+    again = contents(tmp_path / "a")
+    assert call(train, *words) == 0 and contents(tmp_path / "a") == again
+    bundle = sample.load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))
+    assert isinstance(bundle.tokenizer, vqvae.PublishedVQGAN) and bundle.model.K == 16
+    tokens = np.load(tmp_path / "a" / "tokens.npy")
+    images, _ = data.find(str(folder)).load(8)
+    assert torch.equal(bundle.tokenizer.encode(images.batch(range(5))), torch.from_numpy(tokens["x"][:5].astype("i8")))
+    assert call(sample, tmp_path / "a" / "ckpt.pt", "--n", 2, "--out", tmp_path / "s.png") == 0
+    capsys.readouterr()
+    assert call(train, *words[:4], *flags(TINY | {"f": 2, "K": 16, "code_dim": 3})) == 2
+    assert "was made with published_tokenizer True, now published_tokenizer is False" in capsys.readouterr().err
+    assert call(train, *words[:3], tmp_path / "b", *words[4:], "--K", 9) == 2
+    assert "has K 16, this run 9: leave --K away" in capsys.readouterr().err
+
+
 def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     """Each changes the picture, but --batch and --device do not (item 14); --n adds images after the others."""
     def picture(**options):
@@ -1475,7 +1499,7 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         (train, [*same, "new", "--device", "abacus"], "device 'abacus' is not available here"),
         (train, [*same, "new", "--stage", "tokens"], "not there or not complete: run --stage tokenizer (or all)"),
         (train, [*same, "new", "--tokenizer", "run/ckpt.pt"], "not 'vq-lcmd tokenizer 1'"),
-        (train, [*same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9], "has K 8, this run 9: make them equal"),
+        (train, [*same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9], "has K 8, this run 9: leave --K away"),
         (sample, ["nowhere.pt"], "no checkpoint at nowhere.pt: give the ckpt.pt"),
         (sample, ["text.pt"], "cannot be read as a checkpoint"),
         (sample, ["pickle.pt"], "cannot be read as a checkpoint"),

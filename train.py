@@ -50,7 +50,6 @@ from sample import (
     sample_images,
 )
 from schedule import ShiftedCosine
-from vqvae import VQVAE
 
 TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"
 
@@ -153,7 +152,8 @@ def parse_arguments():
     parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="take the tokenizer.pt of another run, do not train one")
+    parser.add_argument("--tokenizer", metavar="FILE", help="train none, but take another run's tokenizer.pt, or the "
+                        "checkpoint of a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
                         "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
@@ -201,9 +201,11 @@ def resolve(args, source, device, fixed):
     return config
 
 
-def describe_models(config, num_classes):
-    """Keyword arguments of the three parts, as the checkpoint stores them."""
+def describe_models(config, num_classes, given=None):
+    """Keyword arguments of the three parts, as the checkpoint stores them. given: content of --tokenizer."""
     tokenizer = {name: config[option] for name, option in TOKENIZER_OPTIONS.items()}
+    if given and "published" in given["config"]:
+        tokenizer = given["config"] | {"size": config["size"]}
     denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
                     **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "likelihood")})
     schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
@@ -333,36 +335,45 @@ def batches_ahead(dataset, batch, seed, start, steps):
 
 
 def read_tokenizer(file):
-    """The content of another run's tokenizer.pt, after making sure that it is complete."""
-    state = read_checkpoint(file, TOKENIZER_FORMAT)
+    """What --tokenizer names: the content of another run's tokenizer.pt, or a published VQGAN in the same form."""
+    try:
+        state = read_checkpoint(file, TOKENIZER_FORMAT)
+    except CheckpointError as error:
+        if error.found or not Path(file).is_file():
+            raise
+        weights = vqvae.read_published(file)
+        shapes = {name: list(value.shape) for name, value in weights.items()}
+        return {"format": TOKENIZER_FORMAT, "config": {"published": shapes}, "tokenizer": weights, "step": 0,
+                "metrics": {}}
     if not state["metrics"]:
         raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
     return state
 
 
-def adopt_tokenizer(file, state, models):
-    """Makes sure that another run's tokenizer fits this one."""
-    for name, value in models["tokenizer"].items():
-        if state["config"][name] != value:
-            raise UserError(f"--tokenizer {file} has {name} {state['config'][name]}, this run {value}: make them equal")
+def options_of(tokenizer):
+    """What a given tokenizer decides: {option: value}."""
+    if "published" in tokenizer["config"]:
+        return dict(zip(("f", "K", "code_dim"), vqvae.read_off(tokenizer["config"]["published"]), strict=True))
+    return {option: tokenizer["config"][name] for name, option in TOKENIZER_OPTIONS.items()}
 
 
 def train_tokenizer(config, models, sets, out, seed, device):
     """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result."""
-    path, steps = out / "tokenizer.pt", config["tokenizer_steps"]
+    path, steps = out / "tokenizer.pt", 0 if "published" in models["tokenizer"] else config["tokenizer_steps"]
     state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
     if state and state["metrics"]:
         return print(f"tokenizer: complete ({state['step']:,} steps), {show(state['metrics'])}")
     train, test = sets()
     torch.manual_seed(seed_for(seed, STAGES["weights"], 0))
-    model = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device)
+    model = vqvae.make(models["tokenizer"], bf16_works(device)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     start, metrics = 0, {}
     if state:
         model.load_state_dict(state["tokenizer"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-        print(f"tokenizer: continuing at step {start:,}")
+        if steps:
+            optimizer.load_state_dict(state["optimizer"])
+            print(f"tokenizer: continuing at step {start:,}")
     trim_rows(out / "tokenizer.csv", start)
     shown = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
 
@@ -448,7 +459,7 @@ def load_tokenizer(models, out, device):
     state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
     if not state or not state["metrics"]:
         raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
-    tokenizer = VQVAE(**models["tokenizer"], bf16=bf16_works(device)).to(device).eval()
+    tokenizer = vqvae.make(models["tokenizer"], bf16_works(device)).to(device).eval()
     tokenizer.load_state_dict(state["tokenizer"])
     return tokenizer, state["metrics"]
 
@@ -611,7 +622,7 @@ def main():
             raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
         device = choose_device(args.device)
         source = data.find(args.data, args.root)
-        has_images, tokenizer_file, fixed = not isinstance(source, data.Tokens), args.tokenizer, {}
+        has_images, tokenizer_file = not isinstance(source, data.Tokens), args.tokenizer
         out = Path(args.out or Path("runs") / source.name)
         stored = read_config(out)
         if "sides" in stored:  # known since the first start: no image is opened for it again
@@ -620,12 +631,15 @@ def main():
         if not has_images:  # tokens mean nothing without their tokenizer, so it decides
             tokenizer_file = args.tokenizer or source.path.parent / "tokenizer.pt"
         given_tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
-        if not has_images:
-            fixed = {option: given_tokenizer["config"][name] for name, option in TOKENIZER_OPTIONS.items()}
+        fixed = options_of(given_tokenizer) if given_tokenizer else {}
         config = resolve(args, source, device, fixed)
-        models = describe_models(config, len(source.class_names))
+        for name, value in fixed.items():
+            if config[name] != value:
+                raise UserError(f"--tokenizer {tokenizer_file} has {name} {value}, this run {config[name]}: leave "
+                                f"--{name.replace('_', '-')} away")
+        models = describe_models(config, len(source.class_names), given_tokenizer)
         with torch.device("meta"):  # every size is checked here, before any work
-            parts = VQVAE(**models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
+            parts = vqvae.make(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
             ShiftedCosine(**models["schedule"])
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
         print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
@@ -638,10 +652,9 @@ def main():
             raise UserError("--eval-fid needs the images: give them instead of their tokens")
         inception = fid.find_weights() if args.eval_fid else None
         asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
-                 "classes": source.class_names, **({"sides": list(source.sizes())} if has_images else {}), **config}
+                 "classes": source.class_names, "published_tokenizer": "published" in models["tokenizer"],
+                 **({"sides": list(source.sizes())} if has_images else {}), **config}
         compare(out, stored, asked)
-        if given_tokenizer:
-            adopt_tokenizer(tokenizer_file, given_tokenizer, models)
         skipped = data.read_skipped(out / "skipped.txt") if stored else None
         sets = functools.lru_cache(lambda: source.load(config["size"], skipped))  # decoded only if a stage needs images
         if has_images and not stored:
@@ -649,6 +662,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", lambda partial: partial.write_text(json.dumps(asked, indent=2) + "\n"))
         if given_tokenizer and not (out / "tokenizer.pt").exists():
+            given_tokenizer["config"] = models["tokenizer"]
             write_atomically(out / "tokenizer.pt", lambda partial: torch.save(given_tokenizer, partial))
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)

@@ -241,8 +241,7 @@ class PublishedVQGAN(nn.Module):
                 module = module._modules[part]
             module.register_parameter(last, nn.Parameter(torch.zeros(shape), requires_grad=False))
         self.shapes, self.size, self.bf16 = {name: list(shape) for name, shape in shapes.items()}, size, bf16
-        self.K = shapes["quantize.embedding.weight"][0]
-        self.f = 2 ** sum("downsample.conv.weight" in name for name in shapes)
+        self.f, self.K, _ = read_off(shapes)
         if size % self.f:
             raise TokenizerError(f"this tokenizer reduces by {self.f}, and {size} pixels are no multiple of it")
         self.grid = (size // self.f, size // self.f)
@@ -275,6 +274,11 @@ class PublishedVQGAN(nn.Module):
 
     encode = VQVAE.encode
     decode = VQVAE.decode
+
+
+def read_off(shapes):
+    """{name: shape} of a published tokenizer -> its down-sampling factor, number of codes and their width."""
+    return (2 ** sum("downsample.conv.weight" in name for name in shapes), *shapes["quantize.embedding.weight"])
 
 
 def by_number(item):
@@ -385,6 +389,13 @@ def read_published(path):
         raise TokenizerError(f"{path} is neither a tokenizer of train.py nor a VQGAN of taming-transformers or "
                              f"latent-diffusion: it has no {missing[0].rstrip('.')}")
     return state
+
+
+def make(config, bf16=False):
+    """The tokenizer that a checkpoint's configuration describes: a VQVAE, or a PublishedVQGAN."""
+    if "published" in config:
+        return PublishedVQGAN(config["published"], config["size"], bf16)
+    return VQVAE(**config, bf16=bf16)
 
 
 # ----------------------------------------------------------------------------
