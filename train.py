@@ -19,6 +19,7 @@ import argparse
 import copy
 import csv
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -357,6 +358,14 @@ def options_of(tokenizer):
     return {option: tokenizer["config"][name] for name, option in TOKENIZER_OPTIONS.items()}
 
 
+def digest(tokenizer):
+    """A short hash of a given tokenizer's weights: tokens of one mean nothing to another."""
+    content = hashlib.sha256()
+    for name, value in sorted(tokenizer["tokenizer"].items()):
+        content.update(name.encode() + value.numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def train_tokenizer(config, models, sets, out, seed, device):
     """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result."""
     path, steps = out / "tokenizer.pt", 0 if "published" in models["tokenizer"] else config["tokenizer_steps"]
@@ -652,7 +661,7 @@ def main():
             raise UserError("--eval-fid needs the images: give them instead of their tokens")
         inception = fid.find_weights() if args.eval_fid else None
         asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
-                 "classes": source.class_names, "published_tokenizer": "published" in models["tokenizer"],
+                 "classes": source.class_names, "tokenizer": digest(given_tokenizer) if given_tokenizer else "own",
                  **({"sides": list(source.sizes())} if has_images else {}), **config}
         compare(out, stored, asked)
         skipped = data.read_skipped(out / "skipped.txt") if stored else None
