@@ -238,7 +238,7 @@ def fold_batch_norm(network):
 # ----------------------------------------------------------------------------
 # 2. The weights, 96 MB.
 
-def find_weights(path=None):
+def find_weights(path=None, may_download=True):
     """--weights, or $FID_WEIGHTS, or the cache that pytorch-fid uses too, or a download into it; else an error."""
     given = path or os.environ.get("FID_WEIGHTS")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
@@ -246,6 +246,8 @@ def find_weights(path=None):
     if given and not path.is_file():
         raise FIDError(f"no Inception weights at {path}: download {WEIGHTS_URL} to there, or leave --weights and "
                        "$FID_WEIGHTS away")
+    if not path.is_file() and not may_download:
+        raise FIDError(f"no Inception weights at {path}: any FID of fid.py downloads them, or fetch {WEIGHTS_URL}")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         data.fetch([WEIGHTS_URL], path, WEIGHTS_SHA256, "anywhere, and give --weights PATH or set $FID_WEIGHTS")

@@ -1081,12 +1081,31 @@ def test_download(server, tmp_path, monkeypatch, capsys):
         data.find("mnist", tmp_path / "elsewhere")
 
 
+def test_ssim():
+    """Against its definition, window by window; 1 for equal images, and a closed form where both are constant."""
+    a, b = (torch.randint(256, (2, 3, 13, 12), dtype=torch.uint8, generator=seeded(i)) for i in (0, 1))
+    g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
+    w, values = np.outer(g, g) / g.sum() ** 2, []
+    for x, y in zip(a[1].double().numpy() / 255, b[1].double().numpy() / 255, strict=True):
+        for i, j in itertools.product(range(3), range(2)):
+            p, q = x[i:i + 11, j:j + 11], y[i:i + 11, j:j + 11]
+            mp, mq = (w * p).sum(), (w * q).sum()
+            vp, vq, cov = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
+            values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+    # float32 sums of numbers below 1, differences of some 2^-23 beside 9e-4 in the denominator
+    assert float(vqvae.ssim(a, b)[1]) == pytest.approx(np.mean(values), abs=20 * 2 ** -23 / 9e-4)
+    close(vqvae.ssim(a, a), torch.ones(2), rtol=0, atol=1e-6)
+    grey = [torch.full((1, 3, 6, 6), v, dtype=torch.uint8) for v in (51, 102)]  # 0.2 and 0.4
+    assert float(vqvae.ssim(*grey)) == pytest.approx((0.16 + 1e-4) / (0.2 + 1e-4), abs=1e-3)
+
+
 def test_evaluate():
     """PSNR over all pixels of the set, in batches: 10 log10(255^2 / MSE), with the codes counted over all tokens."""
     images = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
     half = SimpleNamespace(K=4, size=4, eval=lambda: None, encode=lambda x: x[:, 0].flatten(1).long() // 128,
                            decode=lambda tokens: torch.full((len(tokens), 3, 4, 4), 100, dtype=torch.uint8))
     metrics = vqvae.evaluate(half, data.ImageSet([0] * 10, [], 4, pixels=images), "cpu", batch=4)
+    assert metrics.pop("ssim") == pytest.approx(float(vqvae.ssim(images, torch.full_like(images, 100)).mean()))
     mse = (images.double() - 100).square().mean()
     high = float((images[:, 0] >= 128).double().mean())
     entropy = -high * math.log(high) - (1 - high) * math.log(1 - high)
@@ -1448,6 +1467,29 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
     assert np.array_equal(picture(**{"class": "1"}), picture(**{"class": "dog"}))
     assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
+
+
+def test_report(fast, run, folder, tmp_path, capsys, monkeypatch):
+    """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
+    words = ["report", run / "tokenizer.pt", "--data", folder, "--device", "cpu", "--out", tmp_path / "a" / "r.png"]
+    assert parser_flags(vqvae) == sorted(["data", "root", "size", "weights", "device", "out"])
+    assert call(vqvae, *words) == 0
+    text = capsys.readouterr().out
+    metrics = torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
+    assert all(f"{name} {metrics[name]:.4g}" in text for name in ("psnr", "ssim", "usage", "perplexity"))
+    assert "2 held-out images" in text and re.search(r"rfid \d", text)
+    with Image.open(tmp_path / "a" / "r.png") as picture:
+        assert picture.width > 2 * 8 and len(np.unique(np.asarray(picture))) > 10
+    published = published_tokenizers.random_weights(published_tokenizers.layout(32, (1, 2), set(), 4, 3, 16))
+    torch.save({"state_dict": published}, tmp_path / "vqgan.ckpt")
+    assert call(vqvae, "report", tmp_path / "vqgan.ckpt", "--size", 6, *words[2:]) == 0
+    assert "16 codes, f = 2, 9 tokens of 6 x 6 pixels" in capsys.readouterr().out
+    monkeypatch.delenv("FID_WEIGHTS")
+    assert call(vqvae, *words) == 0 and "no rFID: no Inception weights at" in capsys.readouterr().out
+    for wrong, says in ((["--size", 9], "made for images of 8 pixels"), (["--weights", "none"], None),
+                        (["--root", tmp_path, "--data", "nowhere"], "no such folder")):
+        assert call(vqvae, *words, *wrong) == (2 if says else 0)
+        assert says is None or says in capsys.readouterr().err
 
 
 def test_the_other_programs(run, folder, tmp_path):

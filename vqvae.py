@@ -10,9 +10,13 @@ sg = stop-gradient. The decoder's gradient passes straight through the quantiser
 moved by the third term (`gradient`) or replaced by running means of the encoder's outputs (`ema`, the default, in
 which case the third term is reported but not trained). It starts from data, and codes that are no longer used
 restart at encoder outputs of the current batch. The paper uses such a tokenizer, pre-trained; the network here is ours.
+
+    python vqvae.py report runs/toy/tokenizer.pt --data toy         how good is it? A published VQGAN's checkpoint, too.
 """
 
+import argparse
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -420,24 +424,48 @@ def usage_and_perplexity(counts):
     return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
 
 
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of two batches of uint8 images (B, 3, H, W) -> (B,), 1 for equal ones.
+
+    Per channel, in an 11 x 11 Gaussian window (sigma 1.5), where the window lies inside the image; the means of both.
+    In images of less than 11 pixels the window is as large as fits.
+    """
+    size = min(11, min(a.shape[2:]) - 1 + min(a.shape[2:]) % 2)  # odd
+    window = torch.exp(-0.5 * ((torch.arange(size, device=a.device) - size // 2) / 1.5) ** 2)
+    window = window / window.sum()
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))           # (3 B, 1, H, W)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    similar = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)
+               / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
+    return similar.reshape(len(a), -1).mean(1)
+
+
 @torch.no_grad()
 def evaluate(model, dataset, device, batch=256):
-    """Over a whole data.ImageSet: {"psnr" in dB, "usage", "perplexity"}.
+    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}.
 
     PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
+    SSIM: mean over the images.
     """
     model.eval()
-    squared_error, counts = 0.0, torch.zeros(model.K, dtype=torch.int64)
+    squared_error, similar, counts = 0.0, 0.0, torch.zeros(model.K, dtype=torch.int64)
     for start in range(0, len(dataset), batch):
         images = dataset.batch(range(start, min(start + batch, len(dataset)))).to(device)
         tokens = model.encode(images)
-        difference = model.decode(tokens).int() - images.int()
-        squared_error += float(difference.square().sum(dtype=torch.int64))
+        decoded = model.decode(tokens)
+        squared_error += float((decoded.int() - images.int()).square().sum(dtype=torch.int64))
+        similar += float(ssim(images, decoded).sum())
         counts += torch.bincount(tokens.flatten(), minlength=model.K).cpu()
     mse = squared_error / (len(dataset) * 3 * model.size ** 2)
     psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
     usage, perplexity = usage_and_perplexity(counts)
-    return {"psnr": psnr, "usage": usage, "perplexity": perplexity}
+    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity}
 
 
 @torch.no_grad()
@@ -488,3 +516,75 @@ def encode_sets(model, train, test, path, device, should_stop=lambda: False, bat
     del rows
     partial.replace(path)
     return True
+
+
+# ----------------------------------------------------------------------------
+# python vqvae.py report TOKENIZER --data ...
+
+def report(args):
+    """Measures a tokenizer on held-out images, and draws some of them above their reconstructions."""
+    import data  # the command line alone needs the other files
+    import fid
+    from sample import choose_device
+    from train import read_tokenizer
+    device = choose_device(args.device)
+    state = read_tokenizer(args.tokenizer)
+    source = data.find(args.data, args.root)
+    size = state["config"].get("size") or args.size or source.sizes()[1]
+    if args.size and args.size != size:
+        raise TokenizerError(f"{args.tokenizer} is made for images of {size} pixels: leave --size away")
+    model = make(state["config"] | {"size": size}).to(device).eval()
+    model.load_state_dict(state["tokenizer"])
+    tokens = model.grid[0] * model.grid[1]
+    print(f"{args.tokenizer}: {model.K} codes, f = {model.f}, {tokens} tokens of {size} x {size} pixels")
+    _, held_out = source.load(size)
+    found = evaluate(model, held_out, device)
+    try:
+        network = fid.load_inception(fid.find_weights(args.weights, may_download=False), device)
+        statistics = [fid.measure(pictures, network, keep=0) for pictures in
+                      (fid.Decoded(held_out), fid.Decoded(Reconstructions(model, held_out, device)))]
+        found["rfid"] = fid.compare(*statistics)["fid"]
+    except fid.FIDError as error:
+        print(f"no rFID: {error}")
+    print(f"{len(held_out):,} held-out images of {args.data}: "
+          + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    shown = held_out.batch(range(min(len(held_out), 16)))
+    columns = min(8, len(shown))
+    decoded = model.decode(model.encode(shown.to(device))).cpu()
+    rows = [images[i:i + columns] for i in range(0, len(shown), columns) for images in (shown, decoded)]
+    data.save_grid(torch.cat(rows), args.out, columns)
+    print(f"wrote {args.out}")
+
+
+class Reconstructions:
+    """A data.ImageSet as a tokenizer returns it."""
+
+    def __init__(self, model, dataset, device):
+        self.model, self.dataset, self.device, self.labels = model, dataset, device, dataset.labels
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batch(self, indices):
+        return self.model.decode(self.model.encode(self.dataset.batch(indices).to(self.device))).cpu()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How good is a tokenizer?")
+    parser.add_argument("command", choices=["report"], help="measure it on held-out images")
+    parser.add_argument("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")
+    parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
+    parser.add_argument("--size", type=int, help="pixels a side, for a published one (default: as the images are)")
+    parser.add_argument("--weights", help="the Inception weights, for rFID (default: $FID_WEIGHTS or the cache)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")
+    try:
+        report(parser.parse_args())
+    except ValueError as error:  # TokenizerError, DataError, CheckpointError are
+        print(f"vqvae.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
