@@ -60,6 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description="Agreement of a classifier with the labels of samples.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
     parser.add_argument("--data", default="toy", help="the data that the checkpoint was trained on (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--n", type=int, default=500, help="samples, spread over the classes (default: 500)")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or more omegas (default: the checkpoint's)")
     parser.add_argument("--steps", type=int, help="network calls per sample (default: the checkpoint's)")
@@ -73,7 +74,7 @@ def main():
         bundle = load_checkpoint(args.checkpoint, device)
         if not bundle.class_names:
             raise ValueError(f"{args.checkpoint} was trained without classes: there are no labels to agree with")
-        train, test = data.find(args.data).load(bundle.tokenizer.size)
+        train, test = data.find(args.data, args.root).load(bundle.tokenizer.size)
         if train.class_names != bundle.class_names:
             raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
     except ValueError as error:
