@@ -1500,8 +1500,9 @@ def test_the_other_programs(run, folder, tmp_path):
         with Image.open(tmp_path / name) as image:
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     done = subprocess.run([sys.executable, HERE / "experiments" / "agreement.py", run / "ckpt.pt",
-                           "--data", folder.name, "--root", folder.parent, "--n", "6", "--classifier-steps", "2", "--guidance", "0", "2",
-                           "--steps", "2", "--sampler", "ddim", "--seed", "1", "--device", "cpu"],
+                           "--data", folder.name, "--root", folder.parent, "--n", "6", "--classifier-steps", "2",
+                           "--guidance", "0", "2", "--steps", "2", "--sampler", "ddim", "--seed", "1",
+                           "--device", "cpu"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and len(re.findall(r"samples +[\d.]+% of 6", done.stdout)) == 2, done.stderr
 
