@@ -1252,6 +1252,35 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
     assert contents(tmp_path / "pets") == contents(run)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writing failed")])
+@pytest.mark.parametrize("file", ["tokenizer.pt", "ckpt.pt"])
+def test_full_disk(file, error, folder, run, tmp_path, capsys):
+    """A checkpoint that cannot be written: one line, status 1; the one before is whole, and the run goes on from it."""
+    out, saves, save = tmp_path / "pets", [], torch.save
+    words = ["--data", folder, "--out", out, *flags(TINY)]
+
+    def full(what, path, **options):
+        saves.append(path.name == file + ".part")
+        if sum(saves) == 2 and saves[-1]:
+            path.write_bytes(b"half of it")
+            raise error
+        return save(what, path, **options)
+
+    with mock.patch.object(torch, "save", full):
+        assert call(train, *words) == 1
+    said = capsys.readouterr().err
+    assert f"{file} cannot be written" in said and "give the same command again" in said and said.count("\n") == 1
+    assert torch.load(out / file, weights_only=True)["step"] == 4 and not list(out.glob("*.part"))
+    assert call(train, *words) == 0 and contents(out) == contents(run)
+
+
+def test_out_of_memory(folder, tmp_path, capsys):
+    """It names the flags to lower, and their values."""
+    with mock.patch.object(train, "training_loss", side_effect=torch.OutOfMemoryError):
+        assert call(train, "--data", folder, "--out", tmp_path / "a", *flags(TINY)) == 1
+    assert "lower --tokenizer-batch (now 4) or --batch (now 6)" in capsys.readouterr().err
+
+
 def test_killed_while_tokens_are_written(folder, run, tmp_path):
     """SIGKILL, then the same command: what was finished is kept, the rest is done, the file is the undisturbed one."""
     out, part = tmp_path / "pets", tmp_path / "pets" / "tokens.part.npy"

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -280,9 +281,15 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def write_atomically(path, write):
-    """write(partial path), then rename: a reader, or a killed run, sees the old file or the new one."""
+    """write(partial path), down to the disk, then rename: whatever happens, there is the old file or the new one."""
     partial = path.with_name(path.name + ".part")
-    write(partial)
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
     partial.replace(path)
 
 
@@ -690,6 +697,15 @@ def main():
     except (UserError, data.DataError, CheckpointError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"train.py: error: {error}; what was saved before is kept. See that there is room and permission to "
+              "write, then give the same command again", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        print(f"train.py: error: not enough memory on {device}: choose another --out and lower --tokenizer-batch "
+              f"(now {config['tokenizer_batch']}) or --batch (now {config['batch']}), whichever stage it was",
+              file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the first step, or twice
         print("train.py: stopped", file=sys.stderr)
         sys.exit(130)
