@@ -289,7 +289,7 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
+        raise OSError(f"{path} cannot be written: is the disk full? ({' '.join(str(error).split())})") from error
     partial.replace(path)
 
 
