@@ -371,11 +371,13 @@ class Statistics:
 
     def save(self, path):
         """As pytorch-fid (mu, sigma) and ADM (mu_s, sigma_s for sFID) do, and n, resize, weights beside them."""
+        known = {"mu": self.mean["2048"], "sigma": self.cov["2048"], "mu_s": self.mean.get("spatial"),
+                 "sigma_s": self.cov.get("spatial"), "n": self.n, "resize": self.resize,
+                 "weights": WEIGHTS_SHA256 if self.resize else None}  # of somebody else's statistics it is not known
         part = Path(path).with_name(Path(path).name + ".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            np.savez(file, mu=self.mean["2048"], sigma=self.cov["2048"], mu_s=self.mean["spatial"],
-                     sigma_s=self.cov["spatial"], n=self.n, resize=self.resize, weights=WEIGHTS_SHA256)
+            np.savez(file, **{name: value for name, value in known.items() if value is not None})
         part.replace(path)
 
     @staticmethod
@@ -400,8 +402,11 @@ def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
     Each process takes a contiguous share; sums are float64 and meet in one all-reduce. The next images are read while
     the network works. keep: at most so many features and logits, spread evenly, are kept (on process 0); 0 for none.
     """
+    rank, world = processes()
     if images.n < 2:
         raise FIDError(f"{name}: {images.n} image; a covariance needs at least two, and a score thousands")
+    if images.n < world:
+        raise FIDError(f"{name}: {images.n} images for {world} processes: start fewer")
     device = network.fc.weight.device
     batch = batch or (16 if device.type == "cpu" else 128)  # 16 fits a CPU's cache best
     exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
@@ -409,7 +414,7 @@ def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
     kept[np.linspace(0, images.n - 1, min(keep, images.n)).astype(int)] = True
     widths = {"2048": 2048, "spatial": 17 * 17 * 7}
     sums = {tap: torch.zeros(d + 1, d, dtype=torch.float64, device=exact) for tap, d in widths.items()}
-    rows, (rank, world) = {"2048": [], "logits_unbiased": []}, processes()
+    rows = {"2048": [], "logits_unbiased": []}
     first, last = images.n * rank // world, images.n * (rank + 1) // world
     step = max(images.chunk, batch)
     with ThreadPoolExecutor(1) as pool, tqdm(total=last - first, desc=name, unit="img", leave=False,
@@ -602,6 +607,11 @@ def run(args, rank):
         raise FIDError("a checkpoint can only stand at FAKE: first the real images, then the generated ones")
     if not checkpoints and (args.n or args.steps or args.guidance is not None):
         raise FIDError("--n, --steps and --guidance are for a checkpoint at FAKE")
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        raise FIDError(f"--save-stats {args.save_stats}: the name must end in .npz")
+    for file in (args.save_stats, args.json):  # before any long work
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
     bundle = sample.load_checkpoint(args.fake, device) if checkpoints else None
     size = args.size or (bundle.tokenizer.size if bundle else None)
     sides = [open_side(word, args.root, size, bool(bundle)) for word in words if word not in checkpoints]
@@ -630,7 +640,8 @@ def run(args, rank):
     for word, (statistics, source, _) in zip(words, sides, strict=True):
         found = measure(source, network, args.batch, name=word) if source else statistics
         if source and statistics:  # ADM's reference file: statistics of the whole set, and some of its images
-            found = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, found.features)
+            found = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, found.features,
+                               found.logits)
         measured.append(found)
     if rank != 0:
         return

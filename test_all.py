@@ -1811,6 +1811,9 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     adm = dict(np.load(tmp_path / "stats.npz"))
     np.savez(tmp_path / "real.npz", arr_0=arrays["real"], **{k: adm[k] for k in ("mu", "sigma", "mu_s", "sigma_s")})
     assert score("real.npz", "fake") == near and "does not say how images were resized" in capsys.readouterr().out
+    np.savez(tmp_path / "real.npz", mu=adm["mu"], sigma=adm["sigma"])  # pytorch-fid's
+    assert score("real.npz", "fake", "--save-stats", tmp_path / "deep" / "copy.npz").keys() == {"fid", "is", "is_std"}
+    assert dict(np.load(tmp_path / "deep" / "copy.npz")).keys() == {"mu", "sigma"}
     assert "made with --resize tf, not clean" in score("stats.npz", "fake", "--resize", "clean", status=2)
     for mode in ("pytorch-fid", "clean"):
         assert score("real", "fake", "--resize", mode) != near
@@ -1818,6 +1821,9 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     # a checkpoint: samples like those of sample.py, the real side read as for training
     bundle = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     drawn = sample.sample_images(bundle, torch.arange(6) // 3, seed=5, steps=2, guidance=2.0, sampler="ancestral")
+    later = sample.sample_images(bundle, torch.ones(2, dtype=torch.int64), seed=5, first=4, **bundle.sampling | {
+        "steps": 2, "guidance": 2.0})
+    assert torch.equal(later, drawn[4:])
     np.savez(tmp_path / "fake.npz", drawn.permute(0, 2, 3, 1).numpy())
     train_set, _ = data.find(str(folder)).load(8)
     np.savez(tmp_path / "real.npz", train_set.pixels.permute(0, 2, 3, 1).numpy())
@@ -1897,6 +1903,7 @@ def test_bad_input_of_fid(fast, weights, folder, run, tmp_path, capsys, monkeypa
         ([folder, "other.npz"], "other.npz holds weights: expected arr_0 (images), or mu and sigma"),
         (["narrow.npz", "wide.npz"], "statistics of different widths"),
         ([folder], "give REAL and FAKE, or one of them and --save-stats"),
+        ([folder, "--save-stats", "stats"], "--save-stats stats: the name must end in .npz"),
         ([run / "ckpt.pt", folder], "a checkpoint can only stand at FAKE"),
         ([folder, run / "tokenizer.pt"], "not 'vq-lcmd checkpoint 1'"),
         ([folder, folder, "--n", 5], "--n, --steps and --guidance are for a checkpoint"),

@@ -219,7 +219,7 @@ def read_config(out):
     path = out / "config.json"
     if path.exists():
         return json.loads(path.read_text())
-    if out.exists() and any(p.name != "skipped.txt" for p in out.iterdir()):
+    if out.exists() and any(p.name not in ("skipped.txt", "data.png") for p in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
     return {}
 
