@@ -68,7 +68,12 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "tokenizer_width": (int, 64, "channels of its first level; doubles per level up to 4x"),
     "tokenizer_blocks": (int, 1, "residual blocks per level"),
     "codebook_update": (("ema", "gradient"), "ema", "how the codebook moves"),
+    "codebook_distance": (("euclidean", "cosine"), "euclidean", "between vectors and codes; cosine: directions alone"),
+    "pixel_loss": (("l2", "l1"), "l2", "squared or absolute difference"),
     "beta": (float, 0.25, "weight of the commitment loss"),
+    "perceptual": (float, 0.0, "weight of the perceptual loss LPIPS, 0: off; without its weights left out, saying so"),
+    "gan": (float, 0.0, "weight of the patch discriminator's loss, 0: off"),
+    "gan_start": (float, 0.3, "share of the steps before the discriminator trains; a little later the decoder sees it"),
     "tokenizer_steps": (int, 20000, "training steps of the tokenizer"),
     "tokenizer_batch": (int, 128, "images per tokenizer step"),
     "tokenizer_lr": (float, 4e-4, "its peak learning rate"),
@@ -133,7 +138,9 @@ PRESETS = {
 }
 SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
 TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
-                     "blocks": "tokenizer_blocks", "update": "codebook_update"}  # argument of VQVAE: option
+                     "blocks": "tokenizer_blocks", "update": "codebook_update",
+                     "distance": "codebook_distance"}  # argument of VQVAE: option
+GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight for the decoder rising
 DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, now and then and at the end
 CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler"}
 
@@ -156,6 +163,8 @@ def parse_arguments():
                         help="run only this stage (default: all)")
     parser.add_argument("--tokenizer", metavar="FILE", help="train none, but take another run's tokenizer.pt, or the "
                         "checkpoint of a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
+    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="weights of --perceptual: vgg16-397923af.pth "
+                        "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
                         "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
@@ -194,7 +203,7 @@ def resolve(args, source, device, fixed):
             continue
         if kind is int and name != "warmup":
             low = 2 if name in ("K", "batch") else 1
-        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay"):
+        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay", "gan_start"):
             high = 1
         if name == "K":
             high = 65536  # tokens are stored in 16 bits
@@ -230,6 +239,18 @@ def compare(out, stored, asked):
         if name in stored and name not in CHANGEABLE and stored[name] != value:
             raise UserError(f"{out} was made with {name} {stored[name]}, now {name} is {value}: give another --out, or "
                             "the old setting to continue it")
+
+
+def load_lpips(files, device):
+    """(network of the perceptual loss, digest of its weights), or (None, "none") after saying why not."""
+    try:
+        state = vqvae.read_lpips(vqvae.find_lpips(files))
+    except ValueError as error:
+        if files:
+            raise
+        print(f"The tokenizer is trained without its perceptual loss: {error}")
+        return None, "none"
+    return vqvae.LPIPS(state).to(device), digest(state)
 
 
 def look_at_images(source, sets, out, allow_bad):
@@ -362,41 +383,90 @@ def options_of(tokenizer):
     """What a given tokenizer decides: {option: value}."""
     if "published" in tokenizer["config"]:
         return dict(zip(("f", "K", "code_dim"), vqvae.read_off(tokenizer["config"]["published"]), strict=True))
-    return {option: tokenizer["config"][name] for name, option in TOKENIZER_OPTIONS.items()}
+    return {option: tokenizer["config"].get(name, OPTIONS[option][1]) for name, option in TOKENIZER_OPTIONS.items()}
 
 
-def digest(tokenizer):
-    """A short hash of a given tokenizer's weights: tokens of one mean nothing to another."""
+def digest(weights):
+    """A short hash of {name: tensor}."""
     content = hashlib.sha256()
-    for name, value in sorted(tokenizer["tokenizer"].items()):
+    for name, value in sorted(weights.items()):
         content.update(name.encode() + value.numpy().tobytes())
     return content.hexdigest()[:16]
 
 
-def train_tokenizer(config, models, sets, out, seed, device):
-    """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result."""
+def descend(loss, module, optimizer, lr, clip):
+    """One step of module's parameters down the gradient of the loss."""
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+    optimizer.step()
+
+
+def tokenizer_step(config, model, optimizer, images, generator, step, lpips=None, judge=None, judges=None):
+    """One step of the tokenizer, and of the discriminator `judge` (its optimizer: judges) if there is one.
+
+    images: uint8 (B, 3, H, W). -> what VQVAE.forward returns, and {name: scalar} for the status line.
+    """
+    done = step / config["tokenizer_steps"]
+    lr = learning_rate(step, config["tokenizer_steps"], config["warmup"], config["tokenizer_lr"])
+    terms = model(images, generator)
+    x, x_hat = terms["x"], terms["x_hat"]
+    found = {"reconstruction": vqvae.pixel_loss(x, x_hat, config["pixel_loss"])}
+    loss = found["reconstruction"]
+    if lpips is not None:
+        found["lpips"] = lpips(x, x_hat).mean()
+        loss = loss + config["perceptual"] * found["lpips"]
+    if judge is not None and done >= config["gan_start"] + GAN_WARMUP:
+        judge.requires_grad_(False)
+        found["adversarial"] = -judge(x_hat).mean()
+        found["weight"] = vqvae.adaptive_weight(loss, found["adversarial"], model.last_layer)
+        ramp = min(1.0, (done - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
+        loss = loss + config["gan"] * ramp * found["weight"] * found["adversarial"]
+    found |= {"commitment": terms["commitment"], "codebook": terms["codebook"]}
+    loss = loss + config["beta"] * terms["commitment"]
+    if config["codebook_update"] == "gradient":
+        loss = loss + terms["codebook"]
+    descend(loss, model, optimizer, lr, config["clip"])
+    if judge is not None and done >= config["gan_start"]:
+        judge.requires_grad_(True)
+        found["discriminator"] = vqvae.hinge_loss(judge(x), judge(x_hat.detach()))
+        descend(found["discriminator"], judge, judges, lr, config["clip"])
+    # Restart unused codes, but leave the last quarter for everything to settle.
+    if step % 50 == 49 and done < 0.75:
+        model.quantizer.restart_dead_codes(terms["z_e"], generator)
+    return terms, {name: value.detach() for name, value in found.items()} | {"lr": torch.tensor(lr)}
+
+
+def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
+    """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result. lpips: a vqvae.LPIPS."""
     path, steps = out / "tokenizer.pt", 0 if "published" in models["tokenizer"] else config["tokenizer_steps"]
     state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
     if state and state["metrics"]:
         return print(f"tokenizer: complete ({state['step']:,} steps), {show(state['metrics'])}")
     train, test = sets()
     torch.manual_seed(seed_for(seed, STAGES["weights"], 0))
-    model = vqvae.make(models["tokenizer"], bf16_works(device)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    trained = {"tokenizer": vqvae.make(models["tokenizer"], bf16_works(device)).to(device)}
+    model = trained["tokenizer"]
+    trained["optimizer"] = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    if config["gan"] and steps:
+        judge = vqvae.PatchDiscriminator(config["size"], bf16=model.bf16).to(device)
+        trained["judge"] = judge
+        trained["judges"] = torch.optim.AdamW(judge.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
     start, metrics = 0, {}
     if state:
-        model.load_state_dict(state["tokenizer"])
         start = state["step"]
+        for name in trained if steps else ["tokenizer"]:
+            trained[name].load_state_dict(state[name])
         if steps:
-            optimizer.load_state_dict(state["optimizer"])
             print(f"tokenizer: continuing at step {start:,}")
     trim_rows(out / "tokenizer.csv", start)
     shown = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
 
     def save(at):
         write_atomically(path, lambda partial: torch.save(
-            {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "tokenizer": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": at, "metrics": metrics}, partial))
+            {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "step": at, "metrics": metrics}
+            | {name: part.state_dict() for name, part in trained.items()}, partial))
 
     def picture(at):
         """Rows of held-out images, each above its reconstruction."""
@@ -405,38 +475,30 @@ def train_tokenizer(config, models, sets, out, seed, device):
         rows = [pairs[i, c:c + COLUMNS] for c in range(0, len(shown), COLUMNS) for i in (0, 1)]
         data.save_grid(torch.cat(rows), out / f"reconstructions_{at:06d}.png", min(COLUMNS, len(shown)))
 
-    sums, used, since, clock = torch.zeros(3, device=device), torch.zeros(config["K"], device=device), 0, time.time()
+    names = ["reconstruction", *["lpips"] * (lpips is not None), "commitment", "codebook",
+             *["adversarial", "weight", "discriminator"] * bool(config["gan"])]
+    sums, used = torch.zeros(len(names), device=device), torch.zeros(config["K"], device=device)
+    since, clock, absent = 0, time.time(), torch.zeros((), device=device)
     with tqdm(total=steps, initial=start, desc="tokenizer", unit="step", disable=None, leave=False) as bar:
         for step, images in batches_ahead(train, config["tokenizer_batch"], seed, start, steps):
             stop_if_asked(lambda at=step: save(at))
             model.train()
-            lr = learning_rate(step, steps, config["warmup"], config["tokenizer_lr"])
-            optimizer.param_groups[0]["lr"] = lr
-            generator = generator_for(seed, "tokenizer", step)
             if config["flip"]:
                 mirrored = torch.rand(len(images), 1, 1, 1, generator=generator_for(seed, "flips", step)) < 0.5
                 images = torch.where(mirrored, images.flip(3), images)
-            terms = model(images.to(device, non_blocking=True), generator)
-            loss = terms["reconstruction"] + config["beta"] * terms["commitment"]
-            if config["codebook_update"] == "gradient":
-                loss = loss + terms["codebook"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-            optimizer.step()
-            # Restart unused codes, but leave the last quarter for everything to settle.
-            if step % 50 == 49 and step < 0.75 * steps:
-                model.quantizer.restart_dead_codes(terms["z_e"], generator)
+            terms, found = tokenizer_step(config, model, trained["optimizer"], images.to(device, non_blocking=True),
+                                          generator_for(seed, "tokenizer", step), step, lpips, trained.get("judge"),
+                                          trained.get("judges"))
             # Sums stay on the device: reading them back each step would make the GPU wait for Python.
-            sums += torch.stack([terms["reconstruction"], terms["commitment"], terms["codebook"]]).detach()
+            sums += torch.stack([found.get(name, absent) for name in names])
             used += torch.bincount(terms["tokens"].flatten(), minlength=config["K"])
             since, done = since + 1, step + 1
             bar.update()
             if done % config["log_every"] == 0 or done == steps:
                 means = check_finite(sums / since, "tokenizer", done)
-                row = {"step": done, "reconstruction": f"{means[0]:.5f}", "commitment": f"{means[1]:.5f}",
-                       "codebook": f"{means[2]:.5f}", "lr": f"{lr:.2e}", "codes": int((used > 0).sum()),
-                       "img/s": round(since * config["tokenizer_batch"] / (time.time() - clock))}
+                row = {"step": done} | {name: f"{mean:.5f}" for name, mean in zip(names, means, strict=True)}
+                row |= {"lr": f"{float(found['lr']):.2e}", "codes": int((used > 0).sum()),
+                        "img/s": round(since * config["tokenizer_batch"] / (time.time() - clock))}
                 append_row(out / "tokenizer.csv", row)
                 status("tokenizer", row.pop("step"), steps, row)
                 sums, used, since, clock = torch.zeros_like(sums), torch.zeros_like(used), 0, time.time()
@@ -447,7 +509,7 @@ def train_tokenizer(config, models, sets, out, seed, device):
                 save(done)
     save(steps)
     picture(steps)
-    metrics = vqvae.evaluate(model, test, device)
+    metrics = vqvae.evaluate(model, test, device, lpips)
     save(steps)
     print(f"tokenizer: {show(metrics)} on {len(test):,} held-out images; pictures in {out}")
 
@@ -575,16 +637,12 @@ def train_diffusion(config, models, class_names, out, seed, device):
             stop_if_asked(lambda at=step: save(at))
             model.train()
             lr = learning_rate(step, steps, config["warmup"], config["lr"])
-            optimizer.param_groups[0]["lr"] = lr
             batch = rows[train_rows[batch_indices(len(train_rows), config["batch"], seed, "diffusion", step)]]
             x, labels = to_device(batch, device)
             teacher = ema if config["teacher"] == "ema" else model
             loss, terms = training_loss(model, teacher, schedule, x, labels,
                                         generator_for(seed, "diffusion", step, device), **loss_options)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-            optimizer.step()
+            descend(loss, model, optimizer, lr, config["clip"])
             decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory while weights still run
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             sums += torch.stack([terms["rec"], terms["diff"], terms["cm"]])
@@ -668,8 +726,14 @@ def main():
             raise UserError("--eval-fid needs the images: give them instead of their tokens")
         inception = fid.find_weights() if args.eval_fid else None
         asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
-                 "classes": source.class_names, "tokenizer": digest(given_tokenizer) if given_tokenizer else "own",
+                 "classes": source.class_names, "lpips": stored.get("lpips", "none"),
+                 "tokenizer": digest(given_tokenizer["tokenizer"]) if given_tokenizer else "own",
                  **({"sides": list(source.sizes())} if has_images else {}), **config}
+        if args.lpips_weights and (given_tokenizer or not config["perceptual"]):
+            raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
+        lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()
+        if config["perceptual"] and not given_tokenizer and (open_question or args.lpips_weights):
+            lpips, asked["lpips"] = load_lpips(args.lpips_weights, device)
         compare(out, stored, asked)
         skipped = data.read_skipped(out / "skipped.txt") if stored else None
         sets = functools.lru_cache(lambda: source.load(config["size"], skipped))  # decoded only if a stage needs images
@@ -683,7 +747,7 @@ def main():
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
         if args.stage in ("all", "tokenizer"):
-            train_tokenizer(config, models, sets, out, args.seed, device)
+            train_tokenizer(config, models, sets, out, args.seed, device, lpips)
         if args.stage in ("all", "tokens"):
             encode_tokens(config, models, source, sets, out, device)
         if args.stage in ("all", "diffusion"):

@@ -9,21 +9,30 @@
 sg = stop-gradient. The decoder's gradient passes straight through the quantiser to the encoder. The codebook is either
 moved by the third term (`gradient`) or replaced by running means of the encoder's outputs (`ema`, the default, in
 which case the third term is reported but not trained). It starts from data, and codes that are no longer used
-restart at encoder outputs of the current batch. The paper uses such a tokenizer, pre-trained; the network here is ours.
+restart at encoder outputs of the current batch. Codes are narrower than the encoder's features (factorised codes, Yu et
+al. 2021): code_dim against up to 4 x width. From 64 pixels up |x - x_hat|^2 alone blurs; a perceptual loss and a patch
+discriminator, as in VQGAN (Esser et al. 2021), can join it. The paper uses such a tokenizer, pre-trained; the network
+here is ours. Under torchrun every process holds the same codebook, that of the whole batch.
 
     python vqvae.py report runs/toy/tokenizer.pt --data toy         how good is it? A published VQGAN's checkpoint, too.
 """
 
 import argparse
+import hashlib
 import pickle
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+from data import fetch
 
 
 class TokenizerError(ValueError):
@@ -77,17 +86,40 @@ def nearest_codes(z, codebook):
         return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
 
 
-class VectorQuantizer(nn.Module):
-    """Replaces each vector by the nearest of K codes (squared Euclidean distance, computed in float32).
+def several_processes():
+    return dist.is_available() and dist.is_initialized()
 
-    update: "ema" (running means, decay per step) or "gradient" (the codebook is a parameter).
+
+def gathered(z):
+    """z (M, C) of every process, in their order -> (M', C): the codebook must see the whole batch."""
+    if not several_processes():
+        return z
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.contiguous())
+    return torch.cat(parts)
+
+
+def summed(x):
+    """x, in place, added up over all processes."""
+    if several_processes():
+        dist.all_reduce(x)
+    return x
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each vector by the nearest of K codes, in float32.
+
+    update: "ema" (running means, decay per step) or "gradient" (the codebook is a parameter). distance: "euclidean", or
+    "cosine": vectors and codes are set to length sqrt(C), so that only their directions count (Yu et al. 2021).
     """
 
-    def __init__(self, K, code_dim, update="ema", decay=0.99):
+    def __init__(self, K, code_dim, update="ema", distance="euclidean", decay=0.99):
         super().__init__()
         if update not in ("ema", "gradient"):
             raise ValueError(f"codebook update must be ema or gradient, got {update!r}")
-        self.K, self.update, self.decay = K, update, decay
+        if distance not in ("euclidean", "cosine"):
+            raise ValueError(f"codebook distance must be euclidean or cosine, got {distance!r}")
+        self.K, self.update, self.distance, self.decay = K, update, distance, decay
         codebook = torch.randn(K, code_dim)
         if update == "gradient":
             self.codebook = nn.Parameter(codebook)
@@ -97,22 +129,32 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("running_count", torch.ones(K))  # how often each code is used per step, averaged
         self.register_buffer("initialised", torch.tensor(False))
 
-    def nearest(self, z):
-        """z (M, C) -> indices (M,) of the nearest codes."""
-        return nearest_codes(z, self.codebook)
+    def at_length(self, z):
+        """z (..., C), with the cosine distance at length sqrt(C)."""
+        return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5 if self.distance == "cosine" else z
+
+    @property
+    def codes(self):
+        """(K, C), as they are used."""
+        return self.at_length(self.codebook)
+
+    def rows(self, z_e):
+        """z_e (B, C, h, w) -> (B h w, C) in float32, at their length."""
+        return self.at_length(z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float())
 
     def forward(self, z_e, generator=None):
         """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), commitment and codebook loss.
 
         In training mode the codebook moves too. generator: torch.Generator on the CPU that picks the vectors from
-        which codes start; needed for the first training batch.
+        which codes start; needed for the first training batch, and equal in all processes.
         """
         B, C, h, w = z_e.shape
-        z = z_e.permute(0, 2, 3, 1).reshape(-1, C).float()                                         # (M, C), M = B h w
+        z = self.rows(z_e)                                                                         # (M, C), M = B h w
         if self.training and not self.initialised:
-            self.initialise(z.detach(), generator)
-        tokens = self.nearest(z)                                                                   # (M,)
-        z_q = F.embedding(tokens, self.codebook)                                                   # (M, C)
+            self.initialise(gathered(z.detach()), generator)
+        codes = self.codes
+        tokens = nearest_codes(z, codes)                                                           # (M,)
+        z_q = F.embedding(tokens, codes)                                                           # (M, C)
         # |z_e - sg[z_q]|^2 trains the encoder only, |sg[z_e] - z_q|^2 the codebook only.
         commitment = (z - z_q.detach()).square().mean()
         codebook = (z.detach() - z_q).square().mean()
@@ -128,7 +170,7 @@ class VectorQuantizer(nn.Module):
         codes = z[torch.randint(len(z), (self.K,), generator=generator).to(z.device)].clone()
         codes += 1e-3 * z.std(0) * torch.randn(codes.shape, generator=generator).to(z.device)  # no two alike
         for _ in range(10):
-            nearest = (codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+            nearest = nearest_codes(z, self.at_length(codes))
             counts = torch.bincount(nearest, minlength=self.K).to(z.dtype)
             sums = torch.zeros_like(codes).index_add_(0, nearest, z)
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
@@ -141,10 +183,11 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def count(self, z, tokens):
         """Running use of each code and, with ema, c_k = (running sum of its vectors) / (running count)."""
-        counts = torch.bincount(tokens, minlength=self.K).to(z.dtype)
+        counts = summed(torch.bincount(tokens, minlength=self.K).to(z.dtype))
         self.running_count.lerp_(counts, 1 - self.decay)
         if self.update == "ema":
-            self.running_sum.lerp_(torch.zeros_like(self.codebook).index_add_(0, tokens, z), 1 - self.decay)
+            sums = summed(torch.zeros_like(self.codebook).index_add_(0, tokens, z))
+            self.running_sum.lerp_(sums, 1 - self.decay)
             self.codebook.copy_(self.running_sum / self.running_count.clamp(min=1e-6)[:, None])
 
     @torch.no_grad()
@@ -152,12 +195,13 @@ class VectorQuantizer(nn.Module):
         """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many (tensor).
 
         Vectors far from their code are the likelier to be chosen (probability ~ squared distance): they are badly
-        served now.
+        served now. Every process sees all vectors and draws the same ones.
         """
-        z = z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float()                              # (M, C)
+        z = gathered(self.rows(z_e))                                                               # (M, C)
         mean_count = self.running_count.mean()
         dead = self.running_count < threshold * mean_count                                         # (K,)
-        error = (z - self.codebook[self.nearest(z)]).square().sum(1).cpu() + 1e-12                 # (M,)
+        codes = self.codes
+        error = (z - codes[nearest_codes(z, codes)]).square().sum(1).cpu() + 1e-12                 # (M,)
         # Two codes at one place would be one code: without replacement, as long as there are vectors enough.
         chosen = torch.multinomial(error, self.K, replacement=len(z) < self.K, generator=generator).to(z.device)
         fresh = torch.where(dead[:, None], z[chosen], self.codebook)
@@ -174,23 +218,29 @@ class VQVAE(nn.Module):
     """Encoder, quantiser, decoder.
 
     size: pixels a side; f: down-sampling factor, a power of two that divides size; K: codes; code_dim: their width C;
-    width, blocks: channels of the first level and residual blocks per level.
+    width, blocks: channels of the first level and residual blocks per level; update, distance: see VectorQuantizer.
     """
 
-    def __init__(self, size, f=4, K=512, code_dim=16, width=64, blocks=1, update="ema", bf16=False):
+    def __init__(self, size, f=4, K=512, code_dim=16, width=64, blocks=1, update="ema", distance="euclidean",
+                 bf16=False):
         super().__init__()
         if f < 2 or f & (f - 1) or size % f:
             raise ValueError(f"f = {f} must be a power of two that divides the image size {size}")
         self.size, self.f, self.K, self.grid, self.bf16 = size, f, K, (size // f, size // f), bf16
         self.encoder = make_encoder(f, width, blocks, code_dim)
-        self.quantizer = VectorQuantizer(K, code_dim, update)
+        self.quantizer = VectorQuantizer(K, code_dim, update, distance)
         self.decoder = make_decoder(f, width, blocks, code_dim)
         self.to(memory_format=torch.channels_last)  # convolutions run faster in this layout, on CPU and GPU
 
     @property
     def codebook(self):
         """(K, C)"""
-        return self.quantizer.codebook
+        return self.quantizer.codes
+
+    @property
+    def last_layer(self):
+        """The weights that give the pixels."""
+        return self.decoder[-2].weight
 
     def encode_continuous(self, images):
         """uint8 images (B, 3, H, W) -> z_e (B, C, h, w) in float32."""
@@ -203,12 +253,11 @@ class VQVAE(nn.Module):
             return self.decoder(z_q.to(memory_format=torch.channels_last)).float()
 
     def forward(self, images, generator=None):
-        """uint8 images (B, 3, H, W) -> dict: the three loss terms, tokens (B, N) and z_e (B, C, h, w)."""
+        """uint8 images (B, 3, H, W) -> dict: x, x_hat in [-1, 1], two losses, tokens (B, N) and z_e (B, C, h, w)."""
         z_e = self.encode_continuous(images)
         z_q, tokens, commitment, codebook = self.quantizer(z_e, generator)
-        reconstruction = (self.decode_continuous(z_q) - to_float(images)).square().mean()
-        return {"reconstruction": reconstruction, "commitment": commitment, "codebook": codebook,
-                "tokens": tokens, "z_e": z_e.detach()}
+        return {"x": to_float(images), "x_hat": self.decode_continuous(z_q), "commitment": commitment,
+                "codebook": codebook, "tokens": tokens, "z_e": z_e.detach()}
 
     @torch.no_grad()
     def encode(self, images):
@@ -221,6 +270,144 @@ class VQVAE(nn.Module):
         """tokens (B, N) int64 -> uint8 images (B, 3, H, W)."""
         codes = F.embedding(tokens, self.codebook).view(len(tokens), *self.grid, -1)
         return to_uint8(self.decode_continuous(codes.permute(0, 3, 1, 2)))
+
+
+# ----------------------------------------------------------------------------
+# Losses for 64 pixels and up (VQGAN, Esser et al. 2021). Each can be switched off.
+
+def pixel_loss(x, x_hat, kind):
+    """Mean of |x - x_hat|^2 ("l2") or |x - x_hat| ("l1") over everything."""
+    return F.mse_loss(x_hat, x) if kind == "l2" else F.l1_loss(x_hat, x)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance of two images (Zhang et al. 2018, version 0.1, VGG-16), over five depths l:
+
+        sum_l mean_hw sum_c w_lc (f_lc / |f_l| - g_lc / |g_l|)^2,     f_l, g_l (B, C_l, H_l, W_l) features of both.
+
+    state: {name: tensor} of read_lpips; without it the weights are random, for tests. Nothing here is trained, and there
+    is no dropout to switch off. In float32: on a GPU its convolutions use TF32.
+    """
+
+    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, state=None):
+        super().__init__()
+        layers, channels = [], 3
+        for widths in self.STAGES:
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for width in widths:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)  # numbered as in torchvision's vgg16
+        self.lin = nn.ParameterList(torch.rand(widths[-1]) for widths in self.STAGES)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        if state is not None:
+            self.load_state_dict(state)
+        self.requires_grad_(False)
+
+    def forward(self, x, y):
+        """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances, 0 for equal ones."""
+        with torch.autocast(x.device.type, enabled=False):
+            h, distance, stage = (torch.cat([x, y]).float() - self.shift) / self.scale, 0, 0
+            for layer, following in zip(self.features, [*self.features[1:], nn.MaxPool2d(2)], strict=True):
+                h = layer(h)
+                if isinstance(following, nn.MaxPool2d):  # the end of a stage
+                    # F.normalize has a gradient where all features are 0; x / (|x| + eps) would give NaN there.
+                    f, g = F.normalize(h, dim=1, eps=1e-10).chunk(2)
+                    distance = distance + ((f - g).square() * self.lin[stage][:, None, None]).sum(1).mean((1, 2))
+                    stage += 1
+            return distance
+
+
+LPIPS_FILES = {  # name in the cache: (URL, SHA-256). The network of torchvision, and the weights w_lc
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
+                           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "lpips-vgg-v0.1.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/"
+                           "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
+                           "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}
+
+
+def find_lpips(given=None, may_download=True):
+    """The files that hold the LPIPS weights: those given, or both of LPIPS_FILES in torch's cache, else a download.
+
+    TokenizerError (or DataError from the download) says what to do.
+    """
+    if given:
+        missing = [file for file in given if not Path(file).is_file()]
+        if missing:
+            raise TokenizerError(f"--lpips-weights {missing[0]}: no such file")
+        return [Path(file) for file in given]
+    folder, paths = Path(torch.hub.get_dir()) / "checkpoints", []
+    for name, (url, checksum) in LPIPS_FILES.items():
+        paths.append(folder / name)
+        if not paths[-1].is_file():
+            if not may_download:
+                raise TokenizerError(f"no {name} in {folder}: fetch {url}, or give --lpips-weights")
+            folder.mkdir(parents=True, exist_ok=True)
+            fetch([url], paths[-1], checksum, "give --lpips-weights")
+        elif hashlib.sha256(paths[-1].read_bytes()).hexdigest() != checksum:
+            raise TokenizerError(f"{paths[-1]} is cut short or altered: delete it, and fetch {url}")
+    return paths
+
+
+def read_lpips(paths):
+    """State dict of LPIPS from the two published files, or from any that holds all: the lpips package's, a VQGAN's."""
+    state, missing = {}, set(LPIPS().state_dict())
+    for path in paths:
+        for name, value in read_state(path).items():
+            feature = re.search(r"(?:^|[.])(?:features|slice[1-5])[.](\d+)[.](weight|bias)$", name)
+            linear = re.search(r"(?:^|[.])lin(\d)[.]model[.]\d[.]weight$", name)
+            ours = f"features.{feature[1]}.{feature[2]}" if feature else f"lin.{linear[1]}" if linear else None
+            if ours in missing:
+                state[ours] = value.float().flatten() if linear else value.float()
+    if len(state) < len(missing):
+        absent = sorted(missing - set(state))
+        raise TokenizerError(f"{', '.join(map(str, paths))}: {len(absent)} of LPIPS' {len(missing)} weights are not "
+                             f"there, {absent[0]} for one: give {' and '.join(LPIPS_FILES)}, or a file that has both")
+    return state
+
+
+class PatchDiscriminator(nn.Module):
+    """Real or reconstructed? One logit per overlapping patch (PatchGAN, Isola et al. 2017).
+
+    Strided convolutions down to an eighth (small images: less). Group instead of batch normalisation (ours): no image's
+    logits depend on the others, nor on how many processes there are.
+    """
+
+    def __init__(self, size, width=64, bf16=False):
+        super().__init__()
+        self.bf16, self.layers = bf16, nn.ModuleList([nn.Conv2d(3, width, 4, stride=2, padding=1)])
+        levels = min(3, max(1, size.bit_length() - 4))
+        for i in range(1, levels + 1):
+            before, after = width * 2 ** (i - 1), width * 2 ** i
+            self.layers.append(nn.Sequential(nn.Conv2d(before, after, 4, 2 if i < levels else 1, 1, bias=False),
+                                             nn.GroupNorm(16, after)))
+        self.layers.append(nn.Conv2d(width * 2 ** levels, 1, 4, padding=1))
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w) in float32, high for real."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            for layer in self.layers[:-1]:
+                x = F.leaky_relu(layer(x), 0.2)
+            return self.layers[-1](x).float()
+
+
+def hinge_loss(real, fake):
+    """L_D = 1/2 E[ max(0, 1 - D(x)) ] + 1/2 E[ max(0, 1 + D(x_hat)) ]; the decoder's side is L_G = -E[ D(x_hat) ]."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
+    """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there (Esser et al.).
+
+    In float32 and clamped: where the discriminator has no gradient the quotient explodes. The same in all processes.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
+                 for loss in (reconstruction, adversarial)]
+    a, b = (summed(gradient).norm() for gradient in gradients)
+    return (a / (b + 1e-6)).clamp(max=largest).detach()
 
 
 # ----------------------------------------------------------------------------
@@ -347,8 +534,8 @@ class InertPickle:
     """
 
     class Unpickler(pickle.Unpickler):
-        BUILT = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
-                 ("torch._utils", "_rebuild_parameter"), ("torch", "Size")}
+        BUILT = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor"), ("torch", "Size"),
+                 ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
         LEFT_ALONE = {"pytorch_lightning", "lightning", "omegaconf", "numpy", "argparse", "pathlib", "collections",
                       "torch", "taming", "ldm", "main", "_codecs", "copyreg"}
         PLAIN = {"set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "bool", "complex", "bytearray"}
@@ -370,12 +557,8 @@ class InertPickle:
 PUBLISHED_PARTS = ("encoder.", "decoder.", "quantize.embedding.weight", "quant_conv.", "post_quant_conv.")
 
 
-def read_published(path):
-    """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
-
-    Such files hold pickled objects of other libraries beside the weights. Nothing of theirs is imported or executed.
-    Discriminator and LPIPS weights are left out. TokenizerError if this is no such file.
-    """
+def read_state(path):
+    """{name: tensor} in a checkpoint, whatever else it holds. TokenizerError if it cannot be trusted or read."""
     try:
         content = torch.load(path, map_location="cpu", pickle_module=InertPickle, weights_only=False)
     except TokenizerError as error:
@@ -383,11 +566,19 @@ def read_published(path):
     except Exception as error:  # damaged files raise all sorts of things here
         raise TokenizerError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {str(name).removeprefix("first_stage_model."): value for name, value in state.items()}
+    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def read_published(path):
+    """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
+
+    Such files hold pickled objects of other libraries beside the weights. Nothing of theirs is imported or executed.
+    Discriminator and LPIPS weights are left out. TokenizerError if this is no such file.
+    """
+    state = {name.removeprefix("first_stage_model."): value for name, value in read_state(path).items()}
     if "quantize.embed.weight" in state:
         raise TokenizerError(f"{path} is a VQGAN with Gumbel quantiser, which is not supported: take one without")
-    state = {name: value.float() for name, value in state.items()
-             if name.startswith(PUBLISHED_PARTS) and isinstance(value, torch.Tensor)}
+    state = {name: value.float() for name, value in state.items() if name.startswith(PUBLISHED_PARTS)}
     missing = [part for part in PUBLISHED_PARTS if not any(name.startswith(part) for name in state)]
     if missing:
         raise TokenizerError(f"{path} is neither a tokenizer of train.py nor a VQGAN of taming-transformers or "
@@ -447,25 +638,29 @@ def ssim(a, b):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, batch=256):
-    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}.
+def evaluate(model, dataset, device, lpips=None, batch=256):
+    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by a network LPIPS.
 
     PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
-    SSIM: mean over the images.
+    SSIM, LPIPS: means over the images.
     """
     model.eval()
-    squared_error, similar, counts = 0.0, 0.0, torch.zeros(model.K, dtype=torch.int64)
+    squared_error, similar, perceived, counts = 0.0, 0.0, 0.0, torch.zeros(model.K, dtype=torch.int64)
     for start in range(0, len(dataset), batch):
         images = dataset.batch(range(start, min(start + batch, len(dataset)))).to(device)
         tokens = model.encode(images)
         decoded = model.decode(tokens)
         squared_error += float((decoded.int() - images.int()).square().sum(dtype=torch.int64))
         similar += float(ssim(images, decoded).sum())
+        if lpips is not None:
+            perceived += sum(float(lpips(to_float(a), to_float(b)).sum())
+                             for a, b in zip(images.split(16), decoded.split(16), strict=True))
         counts += torch.bincount(tokens.flatten(), minlength=model.K).cpu()
     mse = squared_error / (len(dataset) * 3 * model.size ** 2)
     psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
     usage, perplexity = usage_and_perplexity(counts)
-    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity}
+    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity,
+            **({"lpips": perceived / len(dataset)} if lpips is not None else {})}
 
 
 @torch.no_grad()
@@ -538,7 +733,14 @@ def report(args):
     tokens = model.grid[0] * model.grid[1]
     print(f"{args.tokenizer}: {model.K} codes, f = {model.f}, {tokens} tokens of {size} x {size} pixels")
     _, held_out = source.load(size)
-    found = evaluate(model, held_out, device)
+    lpips = None
+    try:
+        lpips = LPIPS(read_lpips(find_lpips(args.lpips_weights, may_download=False))).to(device)
+    except TokenizerError as error:
+        if args.lpips_weights:
+            raise
+        print(f"no LPIPS: {error}")
+    found = evaluate(model, held_out, device, lpips)
     try:
         network = fid.load_inception(fid.find_weights(args.weights, may_download=False), device)
         statistics = [fid.measure(pictures, network, keep=0) for pictures in
@@ -577,6 +779,8 @@ def main():
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--size", type=int, help="pixels a side, for a published one (default: as the images are)")
     parser.add_argument("--weights", help="the Inception weights, for rFID (default: $FID_WEIGHTS or the cache)")
+    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE",
+                        help="for LPIPS, as for train.py (default: those in torch's cache)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")
     try:
