@@ -531,10 +531,157 @@ def test_dead_codes_restart(update):
         close(vq.running_sum[dead] / vq.running_count[dead, None], vq.codebook[dead])
 
 
+def test_cosine_codes():
+    """Only directions count: tokens stay as lengths change, codes lie on the sphere |c|^2 = C, ema keeps the mean's
+    direction, and the commitment loss is 2 - 2 cos per component."""
+    for update in ("ema", "gradient"):
+        torch.manual_seed(0)
+        vq, z_e = VectorQuantizer(8, 3, update, "cosine"), torch.randn(4, 3, 5, 6)
+        vq.initialised.fill_(True)
+        close(vq.codes.norm(dim=1), torch.full((8,), 3 ** 0.5))
+        lengths = torch.rand(4, 1, 5, 6) * 9 + 0.1
+        cosine = F.normalize(vectors(z_e), dim=1) @ F.normalize(vq.codebook, dim=1).T
+        z_q, tokens, commitment, _ = vq.eval()(z_e)
+        assert torch.equal(tokens.flatten(), cosine.argmax(1)) and torch.equal(vq(z_e * lengths)[1], tokens)
+        close(vectors(z_q), vq.codes[tokens.flatten()])
+        close(commitment, (2 - 2 * cosine.amax(1)).mean())
+    vq = VectorQuantizer(8, 3, "ema", "cosine", decay=0.0)
+    vq.codebook.copy_(torch.randn(8, 3))
+    vq.initialised.fill_(True)
+    assigned = F.one_hot(vq.eval()(z_e)[1].flatten(), 8).float()
+    vq.train()(z_e)
+    used = assigned.any(0)
+    close(vq.codes[used], 3 ** 0.5 * F.normalize(assigned.T @ F.normalize(vectors(z_e), dim=1), dim=1)[used])
+    with pytest.raises(ValueError, match="must be euclidean or cosine"):
+        VectorQuantizer(8, 3, "ema", "manhattan")
+
+
+def test_lpips():
+    """The distance is its formula, worked out in float64 from the weights by name; 0 for equal images; its gradient is
+    finite even where every feature is 0."""
+    torch.manual_seed(0)
+    lpips, (x, y) = vqvae.LPIPS(), torch.rand(2, 2, 3, 24, 20) * 2 - 1
+    state, expected = {name: value.double() for name, value in lpips.state_dict().items()}, 0
+    pooled_before, ends = (5, 10, 17, 24), (2, 7, 14, 21, 28)  # torchvision's numbers of convolutions
+    h = (torch.cat([x, y]).double() - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
+        [0.458, 0.448, 0.450]).view(3, 1, 1)
+    for number in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        h = F.max_pool2d(h, 2) if number in pooled_before else h
+        h = F.conv2d(h, state[f"features.{number}.weight"], state[f"features.{number}.bias"], padding=1).relu()
+        if number in ends:
+            f, g = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+            weight = state[f"lin.{ends.index(number)}"].view(-1, 1, 1)
+            expected = expected + (weight * (f - g) ** 2).sum(1).mean((1, 2))
+    close(lpips(x, y), expected.float(), rtol=1e-4, atol=0)  # 13 layers of up to 4,608 float32 products each
+    assert not lpips(x, x).any() and not list(p for p in lpips.parameters() if p.requires_grad)
+    lpips.features[0].bias.fill_(-1e3)  # nothing passes the first ReLU
+    for layer in lpips.features[1:]:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias.zero_()
+    x.requires_grad_(True)
+    lpips(x, y).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.fixture
+def small_lpips(monkeypatch, tmp_path):
+    """LPIPS of three narrow stages; the file of its weights, as a VQGAN's checkpoint has them."""
+    monkeypatch.setattr(vqvae.LPIPS, "STAGES", ((2, 2), (3, 3), (4, 4, 4)))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "no cache"))
+    torch.manual_seed(0)
+    state = {}
+    for name, value in vqvae.LPIPS().state_dict().items():
+        kind, number, *rest = name.split(".")
+        name = f"slice1.{number}.{rest[0]}" if kind == "features" else f"lin{number}.model.1.weight"
+        state[f"loss.perceptual_loss.{'net.' if rest else ''}{name}"] = value if rest else value.view(1, -1, 1, 1)
+    torch.save({"state_dict": state | {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "lpips.ckpt")
+    return tmp_path / "lpips.ckpt"
+
+
+def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
+    """Read from a VQGAN's checkpoint or from the two published files, in torch's old format too; a wrong one is
+    refused with what to do."""
+    torch.manual_seed(0)
+    weights = vqvae.LPIPS().state_dict()
+    network = {name: value for name, value in weights.items() if name.startswith("features")}
+    network["classifier.0.weight"] = torch.zeros(1)
+    linear = {f"lin{i}.model.1.weight": weights[f"lin.{i}"].view(1, -1, 1, 1) for i in range(3)}
+    cache = tmp_path / "no cache" / "checkpoints"
+    cache.mkdir(parents=True)
+    files = [cache / name for name in vqvae.LPIPS_FILES]
+    torch.save(network, files[0], _use_new_zipfile_serialization=False)
+    torch.save(linear, files[1])
+    with pytest.raises(vqvae.TokenizerError, match="is cut short or altered: delete it, and fetch https"):
+        vqvae.find_lpips()
+    digests = {file.name: ("", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
+    monkeypatch.setattr(vqvae, "LPIPS_FILES", digests)
+    for read in vqvae.read_lpips(vqvae.find_lpips()), vqvae.read_lpips(vqvae.find_lpips([small_lpips])):
+        assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
+    with pytest.raises(vqvae.TokenizerError, match="3 of LPIPS' 17 weights are not there, lin.0 for one"):
+        vqvae.read_lpips(files[:1])
+    with pytest.raises(vqvae.TokenizerError, match="no such file"):
+        vqvae.find_lpips(["nowhere"])
+
+
+def test_discriminator():
+    """Hinge loss and adaptive weight by their formulas; no image's logits depend on another's."""
+    assert vqvae.hinge_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])) == 0.5 * (0.25 + 0.75)
+    torch.manual_seed(0)
+    last, h = torch.randn(4, 3, requires_grad=True), torch.randn(5, 4)
+    target, judge = torch.randn(5, 3), torch.randn(3)
+    x_hat = h @ last
+    weight = vqvae.adaptive_weight((x_hat - target).square().mean(), -(x_hat @ judge).mean(), last)
+    by_hand = (h.T @ (x_hat - target) * 2 / 15).norm() / torch.outer(h.mean(0), -judge).norm()
+    close(weight, by_hand.detach(), rtol=1e-5, atol=0)
+    assert vqvae.adaptive_weight(x_hat.square().mean(), 0 * x_hat.sum(), last) == 100 and not weight.requires_grad
+    for size in (8, 20, 32, 64):
+        model, x = vqvae.PatchDiscriminator(size, width=16), torch.rand(3, 3, size, size)
+        logits = model(x)
+        assert logits.shape[:2] == (3, 1) and logits[0].numel() > 1
+        close(model(x[1:2]), logits[1:2])
+    with pytest.raises(ValueError, match="at least 8 pixels, not 6"):
+        vqvae.PatchDiscriminator(6)
+
+
 def test_usage_and_perplexity():
     """K when all K codes are used equally, 1 for a single one, e^H in between."""
     for counts, expected in ((7, 7, 7), (1, 3)), ((0, 9, 0, 0), (0.25, 1)), ((2, 1, 1, 0), (0.75, 2 ** 1.5)):
         assert vqvae.usage_and_perplexity(torch.tensor(counts)) == pytest.approx(expected)
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist, vqvae
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+torch.manual_seed(0)
+for update in ("ema", "gradient"):
+    vq, z_e = vqvae.VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4)
+    dead = []
+    for step in range(20):
+        z = z_e[step] + (step > 9)  # the data moves, and codes die
+        z = z[rank * 8 // world:(rank + 1) * 8 // world]
+        vq(z, torch.Generator().manual_seed(0))
+        vq.running_count[step % 16] *= 0
+        dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
+    torch.save(vq.state_dict() | {"dead": dead}, f"{folder}/{update}{rank}of{world}.pt")
+"""
+
+
+def test_one_codebook_in_two_processes(tmp_path):
+    """Start, running means and restarts see the whole batch: two processes (gloo) hold bit for bit the same codebook,
+    and one process with the whole batch the same up to the order of its sums."""
+    started = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(world), str(tmp_path)], cwd=HERE)
+               for rank, world in ((0, 2), (1, 2), (0, 1))]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    for update in ("ema", "gradient"):
+        one, first, second = (torch.load(tmp_path / f"{update}{name}.pt", weights_only=True)
+                              for name in ("0of1", "0of2", "1of2"))
+        assert sum(one["dead"]) >= 20 and one["dead"] == first["dead"] == second["dead"]
+        for name in set(one) - {"dead"}:
+            assert torch.equal(first[name], second[name])
+            close(first[name], one[name])
 
 
 @pytest.mark.parametrize("f", [2, 4, 8])
@@ -1117,9 +1264,9 @@ def test_evaluate():
 # The programs.
 
 HERE = Path(__file__).resolve().parent
-TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, D=4, width=16,
-            depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, sample_steps=3, log_every=2, sample_every=4,
-            save_every=4)
+TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, gan=0.5,
+            gan_start=0.1, D=4, width=16, depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, sample_steps=3,
+            log_every=2, sample_every=4, save_every=4)
 
 
 def flags(options):
@@ -1308,6 +1455,30 @@ def test_killed_while_tokens_are_written(folder, run, tmp_path):
     assert sum(encoded) == 40 - done and (out / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
 
 
+def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
+    """Without weights a run says so, and stays without; with weights it must keep them. L1, no discriminator."""
+    settings = flags(TINY | {"perceptual": 1.0, "gan": 0.0, "pixel_loss": "l1"})
+    words = ["--data", folder, "--stage", "tokenizer", *settings]
+    with mock.patch.object(vqvae, "fetch", side_effect=data.DataError("cannot download")) as fetched:
+        assert call(train, *words, "--out", tmp_path / "a") == 0
+        assert "trained without its perceptual loss: cannot download" in capsys.readouterr().out
+        assert call(train, *words, "--out", tmp_path / "a") == 0 and fetched.call_count == 1
+    assert call(train, *words, "--out", tmp_path / "a", "--lpips-weights", small_lpips) == 2
+    assert re.search("was made with lpips none, now lpips is [0-9a-f]{16}", capsys.readouterr().err)
+    assert call(train, *words, "--out", tmp_path / "b", "--lpips-weights", small_lpips) == 0
+    with (tmp_path / "b" / "tokenizer.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["lpips"]) > 0 for row in rows) and "adversarial" not in rows[0]
+    assert torch.load(tmp_path / "b" / "tokenizer.pt", weights_only=True)["metrics"]["lpips"] > 0
+    capsys.readouterr()
+    for wrong, says in ((["--perceptual", 0], "no tokenizer is trained here that uses them"),
+                        (["--size", 2, "--f", 2, "--gan", 0], "at least 4 pixels, not 2: --perceptual 0"),
+                        (["--size", 4, "--gan", 1], "at least 8 pixels, not 4: --gan 0")):
+        assert call(train, *words, "--out", tmp_path / "c", "--lpips-weights", small_lpips, *wrong) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_flip(folder, run, tmp_path):
     """--flip: the training images once more, mirrored, with their labels; held-out images only as they are."""
     out = tmp_path / "flip"
@@ -1393,6 +1564,7 @@ def test_raising_the_steps_goes_on(folder, run, tmp_path):
 # For each flag of train.py one value that is neither the default nor TINY's. The second run below must differ.
 CHANGED = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
+    codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_start=0.5,
     tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
     depth=2, heads=4, likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
     max_snr=1.0, rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7,
@@ -1410,10 +1582,10 @@ def parser_flags(program):
     return caught.value.args[0]
 
 
-def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
+def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, capsys):
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
-    others = ["allow_bad", "data", "device", "dry_run", "eval_fid", "out", "preset", "root", "seed", "stage",
-              "tokenizer"]
+    others = ["allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
+              "stage", "tokenizer"]
     assert parser_flags(train) == sorted([*CHANGED, *others])
     baseline, given = contents(run), ["--tokenizer", run / "tokenizer.pt"]
     seldom = TINY | {"sample_every": 100, "save_every": 100}
@@ -1427,6 +1599,7 @@ def test_every_flag_of_train_does_something(folder, run, tmp_path, capsys):
     assert all(f"--{name.replace('_', '-')} {value}\n" in resolved for name, value in CHANGED.items())
     for name, value in CHANGED.items():
         options = given + flags(seldom | {name: value}) if name in late else flags(TINY | {name: value})
+        options += ["--lpips-weights", small_lpips] if name == "perceptual" else []
         out, saves = tmp_path / name, []
         with mock.patch.object(torch, "save", lambda what, *a, s=saves, f=torch.save, **k: s.append(f(what, *a, **k))):
             assert call(train, "--data", folder, "--out", out, *options) == 0
@@ -1500,15 +1673,17 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
 
 
-def test_report(fast, run, folder, tmp_path, capsys, monkeypatch):
+def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
     words = ["report", run / "tokenizer.pt", "--data", folder, "--device", "cpu", "--out", tmp_path / "a" / "r.png"]
-    assert parser_flags(vqvae) == sorted(["data", "root", "size", "weights", "device", "out"])
+    assert parser_flags(vqvae) == sorted(["data", "root", "size", "weights", "lpips_weights", "device", "out"])
     assert call(vqvae, *words) == 0
     text = capsys.readouterr().out
     metrics = torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
     assert all(f"{name} {metrics[name]:.4g}" in text for name in ("psnr", "ssim", "usage", "perplexity"))
-    assert "2 held-out images" in text and re.search(r"rfid \d", text)
+    assert "2 held-out images" in text and re.search(r"rfid \d", text) and "no LPIPS: no vgg16-397923af.pth" in text
+    assert call(vqvae, *words, "--lpips-weights", small_lpips) == 0
+    assert re.search(r"lpips 0\.\d", capsys.readouterr().out)
     with Image.open(tmp_path / "a" / "r.png") as picture:
         assert picture.width > 2 * 8 and len(np.unique(np.asarray(picture))) > 10
     published = published_tokenizers.random_weights(published_tokenizers.layout(32, (1, 2), set(), 4, 3, 16))

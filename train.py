@@ -715,6 +715,10 @@ def main():
         with torch.device("meta"):  # every size is checked here, before any work
             parts = vqvae.make(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
             ShiftedCosine(**models["schedule"])
+            if config["gan"]:
+                vqvae.PatchDiscriminator(config["size"])
+        if config["perceptual"] and config["size"] < (least := 2 ** (len(vqvae.LPIPS.STAGES) - 1)):
+            raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
         print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
               f"denoiser {sizes[1]:.2f} M, on {device}")

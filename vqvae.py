@@ -378,6 +378,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, size, width=64, bf16=False):
         super().__init__()
+        if size < 8:
+            raise ValueError(f"the discriminator needs images of at least 8 pixels, not {size}: --gan 0")
         self.bf16, self.layers = bf16, nn.ModuleList([nn.Conv2d(3, width, 4, stride=2, padding=1)])
         levels = min(3, max(1, size.bit_length() - 4))
         for i in range(1, levels + 1):
