@@ -163,7 +163,7 @@ def parse_arguments():
                         help="run only this stage (default: all)")
     parser.add_argument("--tokenizer", metavar="FILE", help="train none, but take another run's tokenizer.pt, or the "
                         "checkpoint of a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
-    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="weights of --perceptual: vgg16-397923af.pth "
+    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth "
                         "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
                         "images; fid.py says where its weights come from")
@@ -718,7 +718,8 @@ def main():
             if config["gan"]:
                 vqvae.PatchDiscriminator(config["size"])
         if config["perceptual"] and config["size"] < (least := 2 ** (len(vqvae.LPIPS.STAGES) - 1)):
-            raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
+            raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: "
+                            "--perceptual 0")
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
         print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
               f"denoiser {sizes[1]:.2f} M, on {device}")

@@ -285,8 +285,8 @@ class LPIPS(nn.Module):
 
         sum_l mean_hw sum_c w_lc (f_lc / |f_l| - g_lc / |g_l|)^2,     f_l, g_l (B, C_l, H_l, W_l) features of both.
 
-    state: {name: tensor} of read_lpips; without it the weights are random, for tests. Nothing here is trained, and there
-    is no dropout to switch off. In float32: on a GPU its convolutions use TF32.
+    state: {name: tensor} of read_lpips; without it the weights are random, for tests. Nothing here is trained, and
+    there is no dropout to switch off. In float32: on a GPU its convolutions use TF32.
     """
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
