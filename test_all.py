@@ -1564,7 +1564,7 @@ def test_raising_the_steps_goes_on(folder, run, tmp_path):
 # For each flag of train.py one value that is neither the default nor TINY's. The second run below must differ.
 CHANGED = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
-    codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_start=0.5,
+    codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
     tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
     depth=2, heads=4, likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
     max_snr=1.0, rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7,

@@ -73,6 +73,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "beta": (float, 0.25, "weight of the commitment loss"),
     "perceptual": (float, 0.0, "weight of the perceptual loss LPIPS, 0: off; without its weights left out, saying so"),
     "gan": (float, 0.0, "weight of the patch discriminator's loss, 0: off"),
+    "gan_lr": (float, 2e-4, "peak learning rate of the discriminator"),
     "gan_start": (float, 0.3, "share of the steps before the discriminator trains; a little later the decoder sees it"),
     "tokenizer_steps": (int, 20000, "training steps of the tokenizer"),
     "tokenizer_batch": (int, 128, "images per tokenizer step"),
@@ -394,6 +395,10 @@ def digest(weights):
     return content.hexdigest()[:16]
 
 
+def make_discriminator(config, bf16=False):
+    return vqvae.PatchDiscriminator(config["size"], 32 if config["tokenizer_width"] < 64 else 64, bf16)
+
+
 def descend(loss, module, optimizer, lr, clip):
     """One step of module's parameters down the gradient of the loss."""
     optimizer.param_groups[0]["lr"] = lr
@@ -409,7 +414,8 @@ def tokenizer_step(config, model, optimizer, images, generator, step, lpips=None
     images: uint8 (B, 3, H, W). -> what VQVAE.forward returns, and {name: scalar} for the status line.
     """
     done = step / config["tokenizer_steps"]
-    lr = learning_rate(step, config["tokenizer_steps"], config["warmup"], config["tokenizer_lr"])
+    lr, judge_lr = (learning_rate(step, config["tokenizer_steps"], config["warmup"], config[peak])
+                    for peak in ("tokenizer_lr", "gan_lr"))
     terms = model(images, generator)
     x, x_hat = terms["x"], terms["x_hat"]
     found = {"reconstruction": vqvae.pixel_loss(x, x_hat, config["pixel_loss"])}
@@ -431,7 +437,7 @@ def tokenizer_step(config, model, optimizer, images, generator, step, lpips=None
     if judge is not None and done >= config["gan_start"]:
         judge.requires_grad_(True)
         found["discriminator"] = vqvae.hinge_loss(judge(x), judge(x_hat.detach()))
-        descend(found["discriminator"], judge, judges, lr, config["clip"])
+        descend(found["discriminator"], judge, judges, judge_lr, config["clip"])
     # Restart unused codes, but leave the last quarter for everything to settle.
     if step % 50 == 49 and done < 0.75:
         model.quantizer.restart_dead_codes(terms["z_e"], generator)
@@ -450,7 +456,7 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
     model = trained["tokenizer"]
     trained["optimizer"] = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if config["gan"] and steps:
-        judge = vqvae.PatchDiscriminator(config["size"], bf16=model.bf16).to(device)
+        judge = make_discriminator(config, model.bf16).to(device)
         trained["judge"] = judge
         trained["judges"] = torch.optim.AdamW(judge.parameters(), betas=(0.5, 0.9), weight_decay=0.0, fused=True)
     start, metrics = 0, {}
@@ -716,7 +722,7 @@ def main():
             parts = vqvae.make(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
             ShiftedCosine(**models["schedule"])
             if config["gan"]:
-                vqvae.PatchDiscriminator(config["size"])
+                make_discriminator(config)
         if config["perceptual"] and config["size"] < (least := 2 ** (len(vqvae.LPIPS.STAGES) - 1)):
             raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: "
                             "--perceptual 0")
