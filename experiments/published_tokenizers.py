@@ -5,7 +5,8 @@
 
 Builds the original models from their source with random weights, saves them as their training does, with a pickled
 callback beside the weights, reads them with vqvae.read_published and compares tokens and images. What their modules
-import and do not need here (PyTorch Lightning, einops) is stood in for.
+import and do not need here (PyTorch Lightning, einops) is stood in for. Where torchvision is installed, which their
+perceptual loss needs, that is compared too: read by vqvae.read_lpips from the same kind of file.
 """
 
 import argparse
@@ -138,6 +139,38 @@ def original(name, taming, latent_diffusion):
     return VQModel(ddconfig=config, lossconfig=None, n_embed=K, embed_dim=code_dim).eval()
 
 
+def compare_lpips(size):
+    """The original perceptual loss, with random weights, and ours: values, and gradients into an image."""
+    try:
+        import torchvision.models
+    except ImportError:
+        return print("LPIPS: not compared, torchvision is not installed")
+    network = torchvision.models.vgg16  # in its place: the same without downloaded weights
+    torchvision.models.vgg16 = lambda pretrained=False: network()
+    stand_in("taming.util", get_ckpt_path=None)
+    from taming.modules.losses.lpips import LPIPS
+    LPIPS.load_from_pretrained = lambda self: None
+    torch.manual_seed(0)
+    theirs = LPIPS().eval()
+    for name, value in theirs.named_parameters():
+        if name.startswith("lin"):
+            value.abs_()  # as the published ones are
+    with tempfile.TemporaryDirectory() as folder:
+        state = {f"loss.perceptual_loss.{name}": value for name, value in theirs.state_dict().items()}
+        torch.save({"state_dict": state}, Path(folder, "last.ckpt"))
+        ours = vqvae.LPIPS(vqvae.read_lpips([Path(folder, "last.ckpt")]))
+    x, y = vqvae.to_float(torch.randint(256, (2, 2, 3, size, size)))
+    found = []
+    for network in (theirs, ours):
+        y.requires_grad_(True)
+        with torch.enable_grad():
+            value = network(x, y).flatten()
+            found.append((value.detach(), torch.autograd.grad(value.sum(), y)[0]))
+    (a, grad_a), (b, grad_b) = found
+    print(f"LPIPS: {[round(v, 6) for v in a.tolist()]}, ours differs by {float(((a - b) / a).abs().max()):.1e} of it, "
+          f"the gradient by {float((grad_a - grad_b).norm() / grad_a.norm()):.1e}")
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Our PublishedVQGAN beside the original code.")
@@ -165,6 +198,7 @@ def main():
               f"equal ({len(tokens.unique())} different); images, deviation {decoded.std():.2f}, differ by at most "
               f"{float((ours.decode_continuous(embedded) - decoded).abs().max()):.1e}, from the original in float64 by "
               f"{errors[0]:.1e} (the original itself: {errors[1]:.1e})")
+    compare_lpips(args.size)
 
 
 if __name__ == "__main__":
