@@ -54,7 +54,9 @@ sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
 import fid_peers  # noqa: E402
 import published_tokenizers  # noqa: E402
 
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # pytest -n 2: two processes of one thread each
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the programs that tests start
+torch.set_num_threads(THREADS)
 train.DRAWS = train.FINAL_DRAWS = 256  # one batch: tests of the programs need no precision
 close = torch.testing.assert_close
 
@@ -560,7 +562,7 @@ def test_lpips():
     """The distance is its formula, worked out in float64 from the weights by name; 0 for equal images; its gradient is
     finite even where every feature is 0."""
     torch.manual_seed(0)
-    lpips, (x, y) = vqvae.LPIPS(), torch.rand(2, 2, 3, 24, 20) * 2 - 1
+    lpips, (x, y) = vqvae.LPIPS(), (torch.rand(2, 2, 3, 24, 20) * 2 - 1).unbind()
     state, expected = {name: value.double() for name, value in lpips.state_dict().items()}, 0
     pooled_before, ends = (5, 10, 17, 24), (2, 7, 14, 21, 28)  # torchvision's numbers of convolutions
     h = (torch.cat([x, y]).double() - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
@@ -578,9 +580,9 @@ def test_lpips():
     for layer in lpips.features[1:]:
         if isinstance(layer, torch.nn.Conv2d):
             layer.bias.zero_()
-    x.requires_grad_(True)
+    y.requires_grad_(True)
     lpips(x, y).sum().backward()
-    assert x.grad.isfinite().all()
+    assert y.grad.isfinite().all()
 
 
 @pytest.fixture
@@ -1290,7 +1292,7 @@ def call(program, *words):
     except SystemExit as stop:
         return stop.code
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -1522,6 +1524,7 @@ def test_presets(preset, tmp_path, monkeypatch, capsys):
     """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
     monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-1], 4))
     monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
+    monkeypatch.setattr(vqvae, "fetch", mock.Mock(side_effect=data.DataError("no network")))
     monkeypatch.setattr(data.Toy, "n_train", 24)
     monkeypatch.setattr(data.Toy, "n_test", 2)
     images, side, root = noise(6, 40, 44), train.PRESETS[preset]["size"], tmp_path

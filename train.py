@@ -116,8 +116,9 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "sample_every": (int, 1000, "steps between pictures and evaluations"),
     "save_every": (int, 500, "steps between checkpoints"),
 }
-LARGE = dict(size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000, tokenizer_batch=32,
-             D=32, width=768, depth=12, heads=12, steps=400000, batch=96, lr=2e-4, ema_decay=0.9999)
+SHARP = dict(pixel_loss="l1", perceptual=1.0, gan=0.5)  # as in VQGAN; for fewer pixels the squared error does
+LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000,
+             tokenizer_batch=32, D=32, width=768, depth=12, heads=12, steps=400000, batch=96, lr=2e-4, ema_decay=0.9999)
 GREY = dict(size=28, K=256, tokenizer_steps=10000, width=256, depth=6, heads=4, steps=30000)  # 7 x 7 tokens
 PRESETS = {
     "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
@@ -125,7 +126,7 @@ PRESETS = {
     "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=32, tokenizer_lr=3e-3,
                    embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
     "32": dict(size=32),
-    "64": dict(size=64, f=8, K=1024, tokenizer_width=96),
+    "64": dict(**SHARP, size=64, f=8, K=1024, tokenizer_width=96),
     "256": LARGE,
     "cifar10": dict(size=32, flip=True, steps=100000),
     "mnist": GREY,

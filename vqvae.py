@@ -307,18 +307,25 @@ class LPIPS(nn.Module):
             self.load_state_dict(state)
         self.requires_grad_(False)
 
-    def forward(self, x, y):
-        """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances, 0 for equal ones."""
+    def stages(self, x):
+        """The normalised features after each stage."""
+        h = (x.float() - self.shift) / self.scale
+        for layer, following in zip(self.features, [*self.features[1:], nn.MaxPool2d(2)], strict=True):
+            h = layer(h)
+            if isinstance(following, nn.MaxPool2d):
+                # F.normalize has a gradient where all features are 0; x / (|x| + eps) would give NaN there.
+                yield F.normalize(h, dim=1, eps=1e-10)
+
+    def forward(self, x, x_hat):
+        """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances, 0 for equal ones.
+
+        The gradient goes into x_hat alone.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            h, distance, stage = (torch.cat([x, y]).float() - self.shift) / self.scale, 0, 0
-            for layer, following in zip(self.features, [*self.features[1:], nn.MaxPool2d(2)], strict=True):
-                h = layer(h)
-                if isinstance(following, nn.MaxPool2d):  # the end of a stage
-                    # F.normalize has a gradient where all features are 0; x / (|x| + eps) would give NaN there.
-                    f, g = F.normalize(h, dim=1, eps=1e-10).chunk(2)
-                    distance = distance + ((f - g).square() * self.lin[stage][:, None, None]).sum(1).mean((1, 2))
-                    stage += 1
-            return distance
+            with torch.no_grad():
+                target = list(self.stages(x))
+            return sum(((f - g).square() * w[:, None, None]).sum(1).mean((1, 2))
+                       for f, g, w in zip(target, self.stages(x_hat), self.lin, strict=True))
 
 
 LPIPS_FILES = {  # name in the cache: (URL, SHA-256). The network of torchvision, and the weights w_lc
