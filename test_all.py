@@ -55,7 +55,7 @@ import fid_peers  # noqa: E402
 import published_tokenizers  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # pytest -n 2: two processes of one thread each
-os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the programs that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
 torch.set_num_threads(THREADS)
 train.DRAWS = train.FINAL_DRAWS = 256  # one batch: tests of the programs need no precision
 close = torch.testing.assert_close
@@ -1496,7 +1496,7 @@ def test_flip(folder, run, tmp_path):
     assert np.array_equal(both["x"][38:76], tokenizer.encode(mirrored).numpy())
 
 
-def test_tokens_of_another_run(run, tmp_path, capsys):
+def test_tokens_of_another_run(folder, run, tmp_path, capsys):
     """--data RUN/tokens.npy trains the same denoiser without images; the tokenizer lies beside it or is named."""
     settings = {k: v for k, v in TINY.items() if k not in train.TOKENIZER_OPTIONS.values()}
     assert call(train, "--data", run / "tokens.npy", "--out", tmp_path / "a", *flags(settings)) == 0
@@ -1506,6 +1506,17 @@ def test_tokens_of_another_run(run, tmp_path, capsys):
     assert call(train, *words, *flags(settings)) == 2 and "no checkpoint at" in capsys.readouterr().err
     assert call(train, *words, "--tokenizer", run / "tokenizer.pt", "--stage", "tokens", *flags(settings)) == 0
     assert (tmp_path / "b" / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
+    other = torch.load(run / "tokenizer.pt", weights_only=True)
+    other["tokenizer"]["decoder.0.bias"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    shutil.copytree(run, tmp_path / "d")
+    (tmp_path / "d" / "ckpt.pt").unlink()
+    shutil.copy(tmp_path / "other.pt", tmp_path / "d" / "tokenizer.pt")
+    for again in ([*words[:3], tmp_path / "c", "--tokenizer", tmp_path / "other.pt"],
+                  ["--out", tmp_path / "d", "--stage", "diffusion"]):
+        assert call(train, *again, *(flags(settings) if "--data" in again else ["--data", folder, *flags(TINY)])) == 2
+        assert re.search("was made by tokenizer [0-9a-f]{16}, this one is [0-9a-f]{16}", capsys.readouterr().err)
+    shutil.rmtree(tmp_path / "c")
     rows = np.load(run / "tokens.npy")
     rows["x"][0] = 8
     np.save(tmp_path / "tokens.npy", rows)

@@ -19,7 +19,6 @@ import argparse
 import copy
 import csv
 import functools
-import hashlib
 import json
 import math
 import os
@@ -252,7 +251,7 @@ def load_lpips(files, device):
             raise
         print(f"The tokenizer is trained without its perceptual loss: {error}")
         return None, "none"
-    return vqvae.LPIPS(state).to(device), digest(state)
+    return vqvae.LPIPS(state).to(device), vqvae.digest(state)
 
 
 def look_at_images(source, sets, out, allow_bad):
@@ -386,14 +385,6 @@ def options_of(tokenizer):
     if "published" in tokenizer["config"]:
         return dict(zip(("f", "K", "code_dim"), vqvae.read_off(tokenizer["config"]["published"]), strict=True))
     return {option: tokenizer["config"].get(name, OPTIONS[option][1]) for name, option in TOKENIZER_OPTIONS.items()}
-
-
-def digest(weights):
-    """A short hash of {name: tensor}."""
-    content = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        content.update(name.encode() + value.numpy().tobytes())
-    return content.hexdigest()[:16]
 
 
 def make_discriminator(config, bf16=False):
@@ -549,6 +540,14 @@ def load_tokenizer(models, out, device):
     return tokenizer, state["metrics"]
 
 
+def check_maker(path, tokenizer):
+    """Tokens of one tokenizer mean nothing to another: the file names its maker (vqvae.encode_sets)."""
+    maker, asked = np.load(path, mmap_mode="r").dtype.fields["x"][2:], vqvae.digest(tokenizer.state_dict())
+    if maker and maker[0] != f"tokenizer {asked}":
+        raise UserError(f"{path} was made by {maker[0]}, this one is {asked}: they do not belong together; give the "
+                        "tokenizer.pt that lies beside the tokens, or encode the images again")
+
+
 def encode_tokens(config, models, source, sets, out, device):
     """Writes tokens.npy (vqvae.encode_sets), unless it is there. A token file made earlier is checked and copied."""
     path = out / "tokens.npy"
@@ -560,6 +559,7 @@ def encode_tokens(config, models, source, sets, out, device):
         if x.shape[1] != h * w or x.max() >= tokenizer.K:
             raise UserError(f"{source.path} has {x.shape[1]} tokens per image up to {x.max()}, the tokenizer {h * w} "
                             f"below {tokenizer.K}: they do not belong together")
+        check_maker(source.path, tokenizer)
         write_atomically(path, lambda partial: shutil.copyfile(source.path, partial))
     else:
         while not vqvae.encode_sets(tokenizer, *sets(), path, device, lambda: bool(SIGNALS), flip=config["flip"]):
@@ -586,6 +586,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
     tokenizer, tokenizer_metrics = load_tokenizer(models, out, device)
     if not (out / "tokens.npy").exists():
         raise UserError(f"{out / 'tokens.npy'} is not there: run --stage tokens (or all) first")
+    check_maker(out / "tokens.npy", tokenizer)
     rows = np.load(out / "tokens.npy", mmap_mode="r")
     train_rows, test_rows = np.flatnonzero(~rows["test"]), np.flatnonzero(rows["test"])
     held_out = rows[test_rows[np.linspace(0, len(test_rows) - 1, min(2000, len(test_rows))).astype(int)]]
@@ -739,7 +740,7 @@ def main():
         inception = fid.find_weights() if args.eval_fid else None
         asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
                  "classes": source.class_names, "lpips": stored.get("lpips", "none"),
-                 "tokenizer": digest(given_tokenizer["tokenizer"]) if given_tokenizer else "own",
+                 "tokenizer": vqvae.digest(given_tokenizer["tokenizer"]) if given_tokenizer else "own",
                  **({"sides": list(source.sizes())} if has_images else {}), **config}
         if args.lpips_weights and (given_tokenizer or not config["perceptual"]):
             raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")

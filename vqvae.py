@@ -595,6 +595,14 @@ def read_published(path):
     return state
 
 
+def digest(weights):
+    """A short hash of {name: tensor}."""
+    content = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        content.update(name.encode() + value.cpu().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def make(config, bf16=False):
     """The tokenizer that a checkpoint's configuration describes: a VQVAE, or a PublishedVQGAN."""
     if "published" in config:
@@ -676,14 +684,16 @@ def evaluate(model, dataset, device, lpips=None, batch=256):
 def encode_sets(model, train, test, path, device, should_stop=lambda: False, batch=256, flip=False):
     """Encodes two data.ImageSets into one memory-mapped file, training images first. True when it is complete.
 
-    path: a .npy of one structured row per image: x (N,) uint16, label int32, test bool. With flip, all training images
-    follow once more, mirrored. The file appears when all is done; till then a .part.npy, in which label -1 marks the
-    rows to do, lets a second call go on where the first stopped. The next images are read while these are encoded.
+    path: a .npy of one structured row per image: x (N,) uint16, label int32, test bool; the title of the field x names
+    the tokenizer by its hash. With flip, all training images follow once more, mirrored. The file appears when all is
+    done; till then a .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first
+    stopped. The next images are read while these are encoded.
     """
     model.eval()
     partial, starts = path.with_suffix(".part.npy"), [0, len(train)][:1 + flip]
     total = len(starts) * len(train) + len(test)
-    dtype = [("x", np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
+    maker = f"tokenizer {digest(model.state_dict())}"
+    dtype = [((maker, "x"), np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
     if not partial.exists():
         fresh = path.with_suffix(".new.npy")  # half a file without marks would look like a finished one
         np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=(total,))["label"] = -1
