@@ -147,8 +147,8 @@ class EmbeddingDiffusion(nn.Module):
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
-        z: (B, N, D), log_snr: (B,), table: (K, D). Returned as the factors (B, N, D + 1) and (D + 1, K) of a matrix
-        product: a pass over (B, N, K) costs about as much as a layer, and the product can be added to the logits in one.
+        z: (B, N, D), log_snr: (B,), table: (K, D). Returned as factors (B, N, D + 1) and (D + 1, K) of a matrix
+        product, which can be added to the logits in one pass: a pass over (B, N, K) costs about as much as a layer.
         """
         alpha, sigma = alpha_sigma(log_snr)
         snr = log_snr.exp()[:, None, None].expand(-1, self.N, 1)                                   # (B, N, 1)

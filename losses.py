@@ -95,17 +95,17 @@ def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
 
 
 # ----------------------------------------------------------------------------
-# One training step's loss. First all random numbers of the batch are drawn, then rows of it are computed: all at once, or
-# in several passes, or by several processes. Whoever computes a part draws everything and takes its share. So neither
-# the numbers nor, up to rounding, the gradient depend on how the work is divided.
+# One training step's loss. First all random numbers of the batch are drawn, then its rows are computed: all at once, in
+# several passes, or by several processes. Whoever computes a part draws everything and takes its share. So neither the
+# numbers nor, up to rounding, the gradient depend on how the work is divided.
 
 @torch.no_grad()
 def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1):
     """All random numbers of a step -> (rows, n_rec, counts).
 
-    x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, the batch their first axis.
-    The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at stratified
-    times. counts (3,): the tokens in L_rec, L_diff and L_CM.
+    x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first axis the
+    batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at
+    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM.
     """
     (B, N), e = x.shape, F.embedding(x, model.table())                                             # (B, N, D)
     n_rec = min(max(1, round(rec_fraction * B)), B - 1)
@@ -142,7 +142,7 @@ def partial_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec=1.0, w_
     table = model.table()                                                                          # (K, D)
     e = F.embedding(x, table)                                                                      # (B, N, D)
     log_snr = schedule.log_snr(t)                                                                  # (B,)
-    z_t = add_noise(e, log_snr, rows["eps"])  # from the live table: L_diff reaches it through z_t, e and e_hat, all three
+    z_t = add_noise(e, log_snr, rows["eps"])  # the live table: L_diff reaches it through z_t, e and e_hat, all three
 
     logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
 
@@ -199,16 +199,24 @@ def vlb(model, schedule, x, labels, generator):
     return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
 
 
-def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256):
+def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256, rank=0, world=1):
     """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
 
     x (M, N), labels (M,) on the model's device. Goes over the set once, or again until it has `draws` pairs (z_0, z_t).
     seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise.
+    Process `rank` of `world` computes every world-th batch.
     """
-    order, parts = torch.arange(max(draws, len(x)), device=x.device) % len(x), []
-    for i, rows in enumerate(order.split(batch)):
-        parts.append(torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values())))
-    bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
+    order = (torch.arange(max(draws, len(x)), device=x.device) % len(x)).split(batch)
+    parts = [torch.zeros(3, len(rows), device=x.device) for rows in order]
+    for i in range(rank, -(-len(order) // world) * world, world):  # all call the model equally often, as FSDP demands
+        rows = order[i % len(order)]
+        found = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values()))  # (3, batch)
+        if i < len(order):
+            parts[i].copy_(found)
+    parts = torch.cat(parts, 1)
+    if world > 1:
+        torch.distributed.all_reduce(parts)
+    bits = parts.double().cpu() / math.log(2)                                                      # (3, draws)
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
         "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
