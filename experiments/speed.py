@@ -209,7 +209,7 @@ def main():
     for name in SIZES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="in place of the preset's")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
-    parser.add_argument("--inner", type=int, help="steps per round (default: 1, on a GPU 5)")
+    parser.add_argument("--inner", type=int, help="steps per round (default: 2, on a GPU 5)")
     parser.add_argument("--sample-steps", type=int, default=50, help="network calls per image (default: 50)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled (default: on a GPU)")
     parser.add_argument("--measures", action=argparse.BooleanOptionalAction,
@@ -220,7 +220,7 @@ def main():
     args = parser.parse_args()
     device = choose_device(args.device)
     cuda = device.type == "cuda"
-    args.inner = args.inner or (5 if cuda else 1)
+    args.inner = args.inner or (5 if cuda else 2)
     args.compile, args.measures = (cuda if flag is None else flag for flag in (args.compile, args.measures))
     torch.set_num_threads(args.threads)
     preset = train.PRESETS[args.preset or ("256" if cuda else "32-cpu")]
