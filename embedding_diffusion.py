@@ -23,6 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from schedule import alpha_sigma
 
@@ -42,7 +43,7 @@ def normalise(table, norm):
 
 def modulate(h, shift, scale):
     """Adaptive layer norm: h (B, N, width), shift and scale (B, width)."""
-    return h * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], h, 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -66,9 +67,12 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)         # each (B, width)
         qkv = self.qkv(modulate(self.norm1(h), shift1, scale1))                                    # (B, N, 3 width)
         q, k, v = qkv.view(B, N, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)        # (B, heads, N, .)
-        attention = F.scaled_dot_product_attention(self.q_norm(q).type_as(v), self.k_norm(k).type_as(v), v)
-        h = h + gate1[:, None] * self.proj(attention.transpose(1, 2).reshape(B, N, width))         # (B, N, width)
-        return h + gate2[:, None] * self.mlp(modulate(self.norm2(h), shift2, scale2))              # (B, N, width)
+        q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (q, k))
+        q = q * (self.q_norm.weight * self.k_norm.weight)  # of the two weights, only the product counts
+        attention = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v)                  # (B, heads, N, .)
+        attention = self.proj(attention.transpose(1, 2).reshape(B, N, width))                      # (B, N, width)
+        h = torch.addcmul(h, gate1[:, None], attention)  # h + gate * attention, read and written once
+        return torch.addcmul(h, gate2[:, None], self.mlp(modulate(self.norm2(h), shift2, scale2)))  # (B, N, width)
 
 
 def sincos_2d(grid_h, grid_w, width):
@@ -84,11 +88,13 @@ class EmbeddingDiffusion(nn.Module):
 
     K: codebook size. grid: (rows, columns) of tokens, N = rows * columns. D: embedding width.
     num_classes: 0 for unconditional; class number num_classes is the null class of classifier-free guidance.
-    bf16: run the transformer's trunk in bfloat16; table, head, softmax and e_hat stay in float32 whatever it says.
+    bf16: matrix products of the transformer in bfloat16; table, likelihood, softmax and e_hat stay in float32.
+    recompute: keep only what enters a block for the backward pass, and run the block again there (activation
+    checkpointing): a fraction of the memory for about a third more time, and the same numbers.
     """
 
     def __init__(self, K, grid, D=16, width=128, depth=4, heads=4, num_classes=0, norm="rms", likelihood=True,
-                 bf16=False):
+                 bf16=False, recompute=False):
         super().__init__()
         if norm not in ("rms", "layer", "none"):
             raise ValueError(f"norm must be rms, layer or none, got {norm!r}")
@@ -97,7 +103,7 @@ class EmbeddingDiffusion(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"width = {width} must be a multiple of heads = {heads} and of 4")
         self.K, self.N, self.D, self.num_classes = K, grid[0] * grid[1], D, num_classes
-        self.norm, self.likelihood, self.bf16 = norm, likelihood, bf16
+        self.norm, self.likelihood, self.bf16, self.recompute = norm, likelihood, bf16, recompute
         self.embedding = nn.Parameter(torch.randn(K, D))  # standard deviation 1, not 0.02: eps would bite
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(sincos_2d(*grid, width))
@@ -141,11 +147,13 @@ class EmbeddingDiffusion(nn.Module):
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
-        z: (B, N, D), log_snr: (B,), table: (K, D) -> (B, N, K).
+        z: (B, N, D), log_snr: (B,), table: (K, D). Returned as factors (B, N, D + 1) and (D + 1, K) of a matrix
+        product, which can be added to the logits in one pass: a pass over (B, N, K) costs about as much as a layer.
         """
         alpha, sigma = alpha_sigma(log_snr)
-        projection = z * (alpha / sigma.square())[:, None, None]                                   # (B, N, D)
-        return projection @ table.T - log_snr.exp()[:, None, None] * (table.square().sum(1) / 2)   # (B, N, K)
+        snr = log_snr.exp()[:, None, None].expand(-1, self.N, 1)                                   # (B, N, 1)
+        return (torch.cat([z * (alpha / sigma.square())[:, None, None], snr], dim=-1),
+                torch.cat([table, -table.square().sum(1, keepdim=True) / 2], dim=1).T)
 
     def forward(self, z, log_snr, labels, mask=None, table=None):
         """z (B, N, D), log_snr (B,), labels (B,) -> logits (B, N, K) in float32.
@@ -163,15 +171,20 @@ class EmbeddingDiffusion(nn.Module):
             h = h + self.position
             c = self.condition(log_snr, labels)                                                    # (B, width)
             for block in self.blocks:
-                h = block(h, c)                                                                    # (B, N, width)
+                if self.recompute and torch.is_grad_enabled():
+                    h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)     # nothing is random
+                else:
+                    h = block(h, c)                                                                # (B, N, width)
             h = modulate(self.final_norm(h), *self.final_modulation(c).chunk(2, dim=-1))           # (B, N, width)
-            logits = self.head(h)                                                                  # (B, N, K)
+            logits = self.head(h.flatten(0, 1))                                                    # (B N, K)
         with torch.autocast(z.device.type, enabled=False):
             logits = logits.to(table.dtype)
             if self.likelihood:
-                evidence = self.log_likelihood(z, log_snr, table)                                  # (B, N, K)
-                logits = logits + (evidence if mask is None else evidence.masked_fill(mask[..., None], 0))
-        return logits
+                evidence, codes = self.log_likelihood(z, log_snr, table)
+                if mask is not None:
+                    evidence = evidence.masked_fill(mask[..., None], 0)
+                logits.addmm_(evidence.flatten(0, 1), codes)                                       # (B N, K)
+        return logits.view(B, N, self.K)
 
     def guided(self, z, log_snr, labels, guidance=0.0, table=None):
         """Classifier-free guidance on raw logits: (1 + omega) conditional - omega unconditional.

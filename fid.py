@@ -457,9 +457,12 @@ def cached_statistics(dataset, network):
     for i in range(0, len(some), 256):
         digest.update(dataset.batch(some[i:i + 256]).numpy().tobytes())
     path = Path(torch.hub.get_dir()).parent / "vq-lcmd" / f"fid-{digest.hexdigest()[:16]}.npz"
-    if not path.exists():
-        measure(Decoded(dataset), network, keep=0, name="FID, training images").save(path)
-    return Statistics.load(path)
+    if path.exists():
+        return Statistics.load(path)
+    found = measure(Decoded(dataset), network, keep=0, name="FID, training images")
+    if processes()[0] == 0:
+        found.save(path)
+    return found
 
 
 def compare(real, fake, device="cpu"):

@@ -66,7 +66,7 @@ def prior_loss(e, log_snr_1):
 
 def reconstruction_loss(logits, x):
     """L_rec: -log p_theta(x | z_0).  logits (B, N, K) at t = 0, x (B, N)."""
-    return F.cross_entropy(logits.transpose(1, 2), x, reduction="none")
+    return F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
 
 
 def diffusion_loss(e, e_hat, log_snr, d_log_snr, max_snr=float("inf")):
@@ -82,70 +82,95 @@ def diffusion_loss(e, e_hat, log_snr, d_log_snr, max_snr=float("inf")):
 def consistency_loss(teacher_logits, log_p):
     """L_CM: KL( sg[p_teacher] || p_theta ).  teacher_logits, log_p = log p_theta(. | z_t): (B, N, K)."""
     log_q = teacher_logits.detach().log_softmax(-1)
-    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, generator):
-    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient."""
+def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
+    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient; eps_s is new noise."""
     z_t, e = z_t.detach(), e.detach()
     if coupling == "shared":
         return add_noise(e, log_snr_s, eps)
     mean, std = posterior(z_t, e, log_snr_t, log_snr_s)
-    return mean + std * noise_like(e, generator)
+    return mean + std * eps_s
 
 
 # ----------------------------------------------------------------------------
-# One training step's loss.
+# One training step's loss. First all random numbers of the batch are drawn, then its rows are computed: all at once, in
+# several passes, or by several processes. Whoever computes a part draws everything and takes its share. So neither the
+# numbers nor, up to rounding, the gradient depend on how the work is divided.
 
-def training_loss(model, teacher, schedule, x, labels, generator, *, w_rec=1.0, w_diff=1.0, w_cm=1.0,
-                  rec_fraction=0.25, max_snr=float("inf"), coupling="markov", p_drop=0.0, label_drop=0.1):
-    """The weighted objective and its terms for one batch, from one pass of the model and one of the teacher.
+@torch.no_grad()
+def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1):
+    """All random numbers of a step -> (rows, n_rec, counts).
 
-    x (B, N) int64, labels (B,) int64; teacher: the model itself or its EMA. The first rec_fraction of the batch sits
-    at t = 0 and gives L_rec; the rest gives L_diff and L_CM at stratified times. generator lives on x's device.
-    Returns (loss, terms): a scalar to differentiate and a dict of detached scalars "rec", "diff", "cm", in nats.
+    x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first axis the
+    batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at
+    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM.
     """
-    B, N = x.shape
+    (B, N), e = x.shape, F.embedding(x, model.table())                                             # (B, N, D)
     n_rec = min(max(1, round(rec_fraction * B)), B - 1)
-    table = model.table()                                                                          # (K, D)
-    e = F.embedding(x, table)                                                                      # (B, N, D)
     # Times: 0 for the first rows, stratified over the others alone, so that no interval of t is left out.
     t = torch.cat([torch.zeros(n_rec, device=x.device), stratified(B - n_rec, generator, x.device)])
     s = t * torch.rand(B, generator=generator, device=x.device)                                    # uniform in [0, t)
-    log_snr = schedule.log_snr(t)                                                                  # (B,)
     eps = noise_like(e, generator)
-    z_t = add_noise(e, log_snr, eps)  # from the live table: L_diff reaches it through z_t, e and e_hat, all three
     # Random dropping (ours in its exact form): a rate per image in [0, p_drop]; the network is told which.
-    mask = None
-    if p_drop > 0:
-        rate = p_drop * torch.rand(B, 1, generator=generator, device=x.device)
-        mask = torch.rand(B, N, generator=generator, device=x.device) < rate                       # (B, N)
+    rate = p_drop * torch.rand(B, 1, generator=generator, device=x.device)
+    mask = torch.rand(B, N, generator=generator, device=x.device) < rate                           # (B, N)
     # Classifier-free guidance: now and then the label is the null class.
     drop = torch.rand(B, generator=generator, device=x.device) < label_drop
     labels = torch.where(drop, model.num_classes, labels)                                          # (B,)
+    eps_s = noise_like(e, generator)
+    kept = (~mask[n_rec:]).sum().clamp(min=1)
+    counts = torch.stack([torch.full_like(kept, n_rec * N), kept, torch.full_like(kept, (B - n_rec) * N)])
+    return dict(x=x, labels=labels, t=t, s=s, eps=eps, eps_s=eps_s, mask=mask), n_rec, counts
+
+
+def share(rows, n_rec, counts, part, parts):
+    """Every parts-th row from row `part` on, so that all parts have about as much work of each kind."""
+    return {name: value[part::parts] for name, value in rows.items()}, len(range(part, n_rec, parts)), counts
+
+
+def partial_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec=1.0, w_diff=1.0, w_cm=1.0,
+                 max_snr=float("inf"), coupling="markov"):
+    """What some rows contribute to the objective and to its terms, by one pass of the model and one of the teacher.
+
+    rows, n_rec, counts: of draw, or of share: sums over its rows are divided by the counts of the whole batch, so the
+    results of all shares, and their gradients, add up to those of the batch. teacher: the model itself or its EMA.
+    Returns (loss, terms): a scalar to differentiate and (3,) detached: L_rec, L_diff and L_CM in nats.
+    """
+    x, labels, t, mask = rows["x"], rows["labels"], rows["t"], rows["mask"]
+    table = model.table()                                                                          # (K, D)
+    e = F.embedding(x, table)                                                                      # (B, N, D)
+    log_snr = schedule.log_snr(t)                                                                  # (B,)
+    z_t = add_noise(e, log_snr, rows["eps"])  # the live table: L_diff reaches it through z_t, e and e_hat, all three
 
     logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
 
-    rec = reconstruction_loss(logits[:n_rec], x[:n_rec]).mean()
+    rec = reconstruction_loss(logits[:n_rec], x[:n_rec]).sum()
+    # From here on, the rows at t > 0.
+    t, log_snr, e, z_t, mask, labels = (value[n_rec:] for value in (t, log_snr, e, z_t, mask, labels))
     log_p = logits[n_rec:].log_softmax(-1)                                                         # (B', N, K)
     with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
         e_hat = log_p.exp() @ table                                                                # (B', N, D)
-    diff = diffusion_loss(e[n_rec:], e_hat, log_snr[n_rec:], schedule.d_log_snr(t[n_rec:]), max_snr)
-    if mask is None:
-        diff = diff.mean()
-    else:  # a dropped position in L_diff at the exact weight would swamp everything: kept ones only
-        kept = ~mask[n_rec:]
-        diff = (diff * kept).sum() / kept.sum().clamp(min=1)
-    cm = torch.zeros((), device=x.device)
+    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), max_snr)
+    diff = (diff * ~mask).sum()  # a dropped position, at the exact weight, would swamp everything
+    cm = torch.zeros_like(diff)
     if w_cm > 0:
         with torch.no_grad():
-            log_snr_s = schedule.log_snr(s[n_rec:])
-            z_s = draw_earlier(coupling, z_t[n_rec:], e[n_rec:], eps[n_rec:], log_snr[n_rec:], log_snr_s, generator)
-            teacher_logits = teacher(z_s, log_snr_s, labels[n_rec:], table=table.detach(),
-                                     mask=None if mask is None else mask[n_rec:])
-        cm = consistency_loss(teacher_logits, log_p).mean()
-    loss = w_rec * rec + w_diff * diff + w_cm * cm
-    return loss, {"rec": rec.detach(), "diff": diff.detach(), "cm": cm.detach()}
+            log_snr_s = schedule.log_snr(rows["s"][n_rec:])
+            z_s = draw_earlier(coupling, z_t, e, rows["eps"][n_rec:], log_snr, log_snr_s, rows["eps_s"][n_rec:])
+            teacher_logits = teacher(z_s, log_snr_s, labels, mask=mask, table=table.detach())
+        cm = consistency_loss(teacher_logits, log_p).sum()
+    terms = torch.stack([rec, diff, cm]) / counts                                                  # (3,)
+    return w_rec * terms[0] + w_diff * terms[1] + w_cm * terms[2], terms.detach()
+
+
+def training_loss(model, teacher, schedule, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1,
+                  **options):
+    """(loss, {"rec", "diff", "cm"}) of a whole batch in one piece: draw, then partial_loss with its options."""
+    drawn = draw(model, x, labels, generator, rec_fraction=rec_fraction, p_drop=p_drop, label_drop=label_drop)
+    loss, terms = partial_loss(model, teacher, schedule, *drawn, **options)
+    return loss, dict(zip(("rec", "diff", "cm"), terms.unbind(), strict=True))
 
 
 # ----------------------------------------------------------------------------
@@ -174,16 +199,24 @@ def vlb(model, schedule, x, labels, generator):
     return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
 
 
-def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256):
+def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256, rank=0, world=1):
     """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
 
     x (M, N), labels (M,) on the model's device. Goes over the set once, or again until it has `draws` pairs (z_0, z_t).
     seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise.
+    Process `rank` of `world` computes every world-th batch.
     """
-    order, parts = torch.arange(max(draws, len(x)), device=x.device) % len(x), []
-    for i, rows in enumerate(order.split(batch)):
-        parts.append(torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values())))
-    bits = torch.cat(parts, 1).double().cpu() / math.log(2)                                        # (3, draws)
+    order = (torch.arange(max(draws, len(x)), device=x.device) % len(x)).split(batch)
+    parts = [torch.zeros(3, len(rows), device=x.device) for rows in order]
+    for i in range(rank, -(-len(order) // world) * world, world):  # all call the model equally often, as FSDP demands
+        rows = order[i % len(order)]
+        found = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values()))  # (3, batch)
+        if i < len(order):
+            parts[i].copy_(found)
+    parts = torch.cat(parts, 1)
+    if world > 1:
+        torch.distributed.all_reduce(parts)
+    bits = parts.double().cpu() / math.log(2)                                                      # (3, draws)
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
         "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}

@@ -9,12 +9,15 @@ number of images, any batch size and any device, up to the rounding of the netwo
 """
 
 import argparse
+import datetime
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import vqvae
@@ -56,17 +59,21 @@ def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, s
     table, device, B = model.table(), labels.device, len(labels)
 
     def draw(*shape, source=torch.randn):
-        return torch.stack([source(*shape, generator=g, dtype=table.dtype) for g in generators]).to(device)
+        """On the CPU while the GPU still works on what it was given before: from pinned memory nobody waits."""
+        numbers = torch.empty(B, *shape, dtype=table.dtype, pin_memory=device.type == "cuda")
+        for row, generator in zip(numbers, generators, strict=True):
+            source(*shape, generator=generator, dtype=table.dtype, out=row)
+        return numbers.to(device, non_blocking=True)
 
     # The grid in float64: lambda is steep at both ends.
-    log_snrs = schedule.log_snr(torch.linspace(1, 0, steps, dtype=torch.float64)).to(table.dtype)  # (steps,)
+    log_snrs = schedule.log_snr(torch.linspace(1, 0, steps, dtype=torch.float64)).to(table.dtype).to(device)
     z = draw(model.N, model.D)                                                                     # (B, N, D)
     for i in range(steps):
-        log_snr_t = log_snrs[i].expand(B).to(device)                                               # (B,)
+        log_snr_t = log_snrs[i].expand(B)                                                          # (B,)
         p = model.guided(z, log_snr_t, labels, guidance, table=table).softmax(-1)                  # (B, N, K)
         if i + 1 < steps:
             e_hat = p @ table                                                                      # (B, N, D)
-            log_snr_s = log_snrs[i + 1].expand(B).to(device)
+            log_snr_s = log_snrs[i + 1].expand(B)
             if sampler == "ddim":
                 z = ddim_step(z, e_hat, log_snr_t, log_snr_s)
             else:
@@ -102,6 +109,19 @@ def sample_images(bundle, labels, *, seed=0, first=0, steps, guidance, sampler, 
     return torch.cat(images)
 
 
+def sample_together(bundle, labels, **options):
+    """sample_images, shared out among all processes. Each gets all images; they are those of a single process."""
+    (rank, world), n = processes(), len(labels)
+    each = -(-n // world)  # for the last ones some in vain: FSDP wants the model to be called equally often by all
+    mine = labels[(torch.arange(each) + rank * each).clamp(max=n - 1)]
+    images = sample_images(bundle, mine, first=rank * each, show_progress=rank == 0, **options)
+    if world == 1:
+        return images
+    parts = [torch.empty_like(images) for _ in range(world)]
+    dist.all_gather(parts, images)
+    return torch.cat(parts)[:n]
+
+
 def default_labels(n, num_classes):
     """(n,) labels: rows of COLUMNS images of one class, class after class; zeros (the null class) without classes."""
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
@@ -116,6 +136,11 @@ class CheckpointError(ValueError):
     found = None
 
 
+def previous(path):
+    """Where train.py keeps the checkpoint before the last one while it trains: ckpt.pt, ckpt.previous.pt."""
+    return path.with_suffix(".previous.pt")
+
+
 def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
     """The dict in a checkpoint file, on the CPU. Nothing in the file is executed (weights_only=True)."""
     path = Path(path)
@@ -124,8 +149,9 @@ def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
+        older = f"; {previous(path)} is the one before" if previous(path).exists() else ""
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is no file of "
-                              "train.py, or it is damaged") from error
+                              f"train.py, or it is damaged{older}") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != expected:
         error = CheckpointError(f"{path} is {found or 'a file of another program'!r}, not {expected!r}: "
@@ -133,6 +159,22 @@ def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
         error.found = found
         raise error
     return checkpoint
+
+
+def processes():
+    """(rank, number of processes): (0, 1) for plain python; under torchrun the first call joins the others.
+
+    Tensors on GPUs travel by NCCL, those on the CPU by gloo. The others may have to wait for the first process for as
+    long as it trains a tokenizer; if one of them dies, torchrun ends all.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=datetime.timedelta(days=30))
+    return dist.get_rank(), dist.get_world_size()
 
 
 def choose_device(name="auto"):
@@ -191,8 +233,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
     parser.add_argument("--batch", type=int, default=256, help="images at a time (default: 256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
     parser.add_argument("--out", default="samples.png", help="the grid to write (default: samples.png)")
     args = parser.parse_args()
+    rank, _ = processes()
     try:
         for name in ("n", "steps", "batch"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -209,12 +253,18 @@ def main():
                 for key, default in bundle.sampling.items()}
     n = args.n or (COLUMNS * min(len(chosen), 16) if names else 64)
     labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
-    print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.seed}, "
-          + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    images = sample_images(bundle, labels, seed=args.seed, batch=args.batch, **settings)
-    save_grid(images, args.out, COLUMNS,
-              row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
-    print(f"wrote {args.out}")
+    if args.compile:
+        bundle.model.guided = torch.compile(bundle.model.guided, mode="reduce-overhead", dynamic=False)
+    if rank == 0:
+        print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.seed}, "
+              + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    images = sample_together(bundle, labels, seed=args.seed, batch=args.batch, **settings)
+    if rank == 0:
+        save_grid(images, args.out, COLUMNS,
+                  row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
+        print(f"wrote {args.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

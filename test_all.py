@@ -16,9 +16,11 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -38,6 +40,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fid
@@ -52,7 +55,9 @@ from vqvae import VQVAE, VectorQuantizer
 
 sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
 import fid_peers  # noqa: E402
+import kills  # noqa: E402
 import published_tokenizers  # noqa: E402
+import speed  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # pytest -n 2: two processes of one thread each
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
@@ -1153,7 +1158,8 @@ def test_too_many_bad_files(tmp_path, capsys, monkeypatch):
     assert call(train, *words) == 2
     error = capsys.readouterr().err
     assert "1 of 40 images cannot be used, more than 1 %" in error and error.count("\n") == 1
-    assert (out / "skipped.txt").read_text() == "cat/00.png\tPermission denied\n" and len(list(out.iterdir())) == 1
+    assert (out / "skipped.txt").read_text() == "cat/00.png\tPermission denied\n"
+    assert {path.name for path in out.iterdir()} == {"skipped.txt", ".lock"}
     assert call(train, *words, "--allow-bad") == 0
     assert len(np.load(out / "tokens.npy")) == 39
     monkeypatch.undo()
@@ -1347,7 +1353,7 @@ def test_commands(folder, tmp_path):
     assert {path.name for path in times} == {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
         "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png",
-        "data.png", "skipped.txt"}
+        "data.png", "skipped.txt", ".lock"}
     again = command(*once)
     assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
     text = command(HERE / "sample.py", "runs/pets/ckpt.pt", "--class", "dog")
@@ -1375,7 +1381,7 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
     """Stopped in any stage and started again: bit for bit what the uninterrupted run computed (item 15)."""
     words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
     owner, name, calls = {"tokenizer": (VQVAE, "forward", 6), "tokens": (VQVAE, "encode", 12),
-                          "diffusion": (train, "training_loss", 6)}[stage]
+                          "diffusion": (train, "partial_loss", 6)}[stage]
     real, seen = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
@@ -1424,10 +1430,14 @@ def test_full_disk(file, error, folder, run, tmp_path, capsys):
 
 
 def test_out_of_memory(folder, tmp_path, capsys):
-    """It names the flags to lower, and their values."""
-    with mock.patch.object(train, "training_loss", side_effect=torch.OutOfMemoryError):
-        assert call(train, "--data", folder, "--out", tmp_path / "a", *flags(TINY)) == 1
-    assert "lower --tokenizer-batch (now 4) or --batch (now 6)" in capsys.readouterr().err
+    """It names the flags to give, and their values; with them the run goes on."""
+    words = ["--data", folder, "--out", tmp_path / "a", *flags(TINY)]
+    with mock.patch.object(VQVAE, "forward", side_effect=torch.OutOfMemoryError):
+        assert call(train, *words) == 1 and "another --out and lower --tokenizer-batch" in capsys.readouterr().err
+    with mock.patch.object(train, "partial_loss", side_effect=torch.OutOfMemoryError):
+        assert call(train, *words) == 1
+    assert "for 6 images at once: add --micro-batch 3, or --activation-checkpointing" in capsys.readouterr().err
+    assert call(train, *words, "--micro-batch", 3) == 0
 
 
 def test_killed_while_tokens_are_written(folder, run, tmp_path):
@@ -1533,7 +1543,7 @@ SMALL = dict(tokenizer_width=16, tokenizer_steps=2, tokenizer_batch=2, steps=2, 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_presets(preset, tmp_path, monkeypatch, capsys):
     """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
-    monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-1], 4))
+    monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound, **_: f(*args[:-1], 4))
     monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
     monkeypatch.setattr(vqvae, "fetch", mock.Mock(side_effect=data.DataError("no network")))
     monkeypatch.setattr(data.Toy, "n_train", 24)
@@ -1598,7 +1608,8 @@ def parser_flags(program):
 
 def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, capsys):
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
-    others = ["allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
+    others = ["activation_checkpointing", "compile", "fsdp", "micro_batch",  # see "The engine"
+              "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
               "stage", "tokenizer"]
     assert parser_flags(train) == sorted([*CHANGED, *others])
     baseline, given = contents(run), ["--tokenizer", run / "tokenizer.pt"]
@@ -1679,7 +1690,7 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     baseline = picture()
     changed = {"steps": 1, "guidance": 1e4, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20}
     assert parser_flags(sample) == sorted(["classes" if f == "class" else f for f in changed]
-                                          + ["batch", "device", "out"])
+                                          + ["batch", "compile", "device", "out"])
     for name, value in changed.items():
         assert not np.array_equal(picture(**{name: value}), baseline), name
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
@@ -2135,3 +2146,209 @@ def test_weights_download(tmp_path, monkeypatch):
     path.write_bytes(content[:-1])
     with pytest.raises(fid.FIDError, match=r"inception.pth is not the published file"):
         fid.find_weights()
+
+
+# ----------------------------------------------------------------------------
+# The engine: passes, processes, kills.
+
+LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
+
+
+@pytest.fixture
+def undone(run, tmp_path):
+    """A run whose tokens are there and whose denoiser is not: its directory."""
+    shutil.copytree(run, tmp_path / "pets", ignore=lambda *_: ["ckpt.pt", "diffusion.csv", "evaluation.csv",
+                                                               "metrics.json"])
+    return tmp_path / "pets"
+
+
+def weights_of(out):
+    """All weights of a run's checkpoint in one vector: the model's, the EMA's, the optimizer's."""
+    content = torch.load(out / "ckpt.pt", weights_only=True)
+    moments = [value.flatten() for state in content["optimizer"]["state"].values() for value in state.values()]
+    return torch.cat([*(v.flatten() for name in ("model", "ema") for v in content[name].values()), *moments])
+
+
+@pytest.mark.parametrize("parts", [2, 5, 12])
+def test_shares_add_up(parts):
+    """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""
+    model, schedule = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5)
+    x, options = torch.randint(6, (12, 4), generator=seeded(1)), dict(w_rec=0.7, w_diff=0.3, w_cm=0.9, max_snr=3.0)
+    drawn = losses.draw(model, x, x[:, 0] % 2, seeded(2), p_drop=0.9, rec_fraction=0.4)
+    loss, terms = losses.partial_loss(model, model, schedule, *drawn, **options)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    found = [losses.partial_loss(model, model, schedule, *losses.share(*drawn, i, parts), **options)
+             for i in range(parts)]
+    close(sum(t for _, t in found), terms, rtol=1e-12, atol=0)
+    gradient = torch.autograd.grad(sum(part for part, _ in found), list(model.parameters()))
+    for one, other in zip(gradient, expected, strict=True):
+        close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_walk_through_epochs():
+    """Every item once per epoch, in another order each time, whatever the batch; a batch may span several."""
+    walk = np.concatenate([train.batch_indices(7, 5, 0, "diffusion", step) for step in range(7)]).reshape(5, 7)
+    assert (np.sort(walk) == np.arange(7)).all() and len({tuple(epoch) for epoch in walk.tolist()}) == 5
+    assert np.array_equal(train.batch_indices(7, 35, 0, "diffusion", 0), walk.flatten())
+
+
+def test_passes_and_recomputation(undone, run, folder, capsys):
+    """--micro-batch changes nothing but rounding, --activation-checkpointing not even that; --compile compiles."""
+    words = ["--data", folder, "--out", undone, *LATE]
+    expected = weights_of(run)
+    compiled = []
+    for flag in ["--micro-batch", 1], ["--micro-batch", 4], ["--activation-checkpointing"], ["--compile"]:
+        with mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f), mock.patch.object(
+                train, "partial_loss", wraps=train.partial_loss) as passes:
+            assert call(train, *words, *flag) == 0
+        assert passes.call_count == 8 * (2 if flag[0] == "--micro-batch" else 1) * (1 + (flag[-1] == 1))
+        if flag[0] == "--micro-batch":  # AdamW divides by gradients that may be tiny: rounding times some hundred
+            close(weights_of(undone), expected, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(weights_of(undone), expected)
+        (undone / "ckpt.pt").unlink()
+    assert len(compiled) == 1
+    with mock.patch.object(torch, "compile", side_effect=torch._dynamo.exc.TorchDynamoException("no compiler")):
+        assert call(train, *words, "--compile") == 1
+    assert "torch.compile does not work here (no compiler): leave --compile away" in capsys.readouterr().err
+    assert call(train, *words, "--fsdp") == 2 and "start them by torchrun" in capsys.readouterr().err
+
+
+def one_of_two(rank, jobs):
+    """What torchrun starts twice: train.py with each of some command lines."""
+    train.DRAWS = train.FINAL_DRAWS = 256
+    for port, words in jobs:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        assert call(train, *words) == 0
+
+
+def test_two_processes_train_as_one(run, tmp_path):
+    """Global batch 64, 20 steps: the weights of one process to 1e-5. So with --fsdp, which goes on from those."""
+    settings = {k: v for k, v in TINY.items() if k not in train.TOKENIZER_OPTIONS.values()}
+    settings |= dict(steps=20, batch=64, depth=2, teacher="ema", save_every=10, sample_every=10)
+    words, (one, two, split) = ["--data", run / "tokens.npy", *flags(settings)], (tmp_path / name for name in "abc")
+    assert call(train, *words, "--out", one) == 0
+    expected = weights_of(one)
+    shutil.copytree(one, split)
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [server.getsockname()[1] for server in (first, second)]
+    options = ["--fsdp", "--activation-checkpointing", "--micro-batch", 20, "--steps", 25, "--out", split]
+    jobs = zip(ports, ([*words, "--out", two], words + options), strict=True)
+    torch.multiprocessing.spawn(one_of_two, (list(jobs),), 2)
+    close(weights_of(two), expected, rtol=0, atol=1e-5)
+    assert contents(two)["samples_000010.png"] == contents(one)["samples_000010.png"]
+    for steps in (25, 26):  # what FSDP2 wrote is a checkpoint like any other
+        assert call(train, *words, "--out", one, "--steps", steps) == 0
+        close(weights_of(split), weights_of(one), rtol=0, atol=1e-5)
+        assert {path.name for path in split.iterdir()} == {path.name for path in one.iterdir()}
+        assert steps == 26 or call(train, *words, "--out", split, "--steps", 26) == 0
+
+
+def test_two_kills(folder, run, tmp_path):
+    """SIGKILL at two random moments, then the same command: every file is the undisturbed run's."""
+    out, moments = tmp_path / "pets", random.Random()
+    words = ["--data", folder, "--out", out, *flags(TINY)]
+    for _ in range(2):
+        kills.start(words, moments.uniform(0, 0.6))
+    assert call(train, *words) == 0 and contents(out) == contents(run)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_the_checkpoint_before(damage, undone, run, folder, capsys):
+    """A last checkpoint that is truncated, or was being renamed: the run goes on from the one before, and says so."""
+    words, path = ["--data", folder, "--out", undone, *LATE, "--save-every", 2], undone / "ckpt.pt"
+    real = train.write_atomically
+
+    def stop_after(file, write, **options):
+        real(file, write, **options)
+        if file == path and torch.load(path, weights_only=True)["step"] == 6:
+            raise MemoryError
+
+    with mock.patch.object(train, "write_atomically", stop_after), pytest.raises(MemoryError):
+        call(train, *words)
+    assert torch.load(sample.previous(path), weights_only=True)["step"] == 4
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+        assert call(sample, path) == 2 and "ckpt.previous.pt is the one before" in capsys.readouterr().err
+    else:
+        path.unlink()
+    assert call(train, *words) == 0
+    said = capsys.readouterr().out
+    assert "going on from there, step 4" in said and "continuing at step 4" in said
+    assert contents(undone) == contents(run)
+
+
+def test_half_a_line(tmp_path):
+    """What a kill leaves of a table: rows after the checkpoint, half a row, half a header, an empty file."""
+    path = tmp_path / "a.csv"
+    for text, left in (("step,loss\n2,5\n4,6\n6,7\n", "step,loss\n2,5\n4,6\n"),
+                       ("step,loss\n2,5\n4", "step,loss\n2,5\n"), ("step,lo", None), ("", None)):
+        path.write_text(text)
+        train.trim_rows(path, 4)
+        assert (path.read_text() if path.exists() else None) == left
+
+
+def test_one_process_per_run(folder, run, tmp_path, capsys):
+    """A run directory that another process works in is refused, until that process dies, however it dies."""
+    shutil.copytree(run, tmp_path / "pets")
+    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
+    hold = "import pathlib, sys, time, train; x = train.lock(pathlib.Path(sys.argv[1])); print('held'); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-uc", hold, tmp_path / "pets"], stdout=subprocess.PIPE, cwd=HERE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert call(train, *words) == 2 and "is in use by another process" in capsys.readouterr().err
+        holder.kill()
+    assert call(train, *words) == 0
+    with mock.patch.object(train, "fcntl", None):  # Windows: no lock, but it works
+        assert call(train, *words) == 0
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite(what, undone, run, folder, capsys):
+    """The step, its terms, and the checkpoint before it, unharmed; nothing is replaced by a zero in silence."""
+    words, real, calls = ["--data", folder, "--out", undone, *LATE, "--log-every", 4], train.partial_loss, []
+
+    def broken(*args, **options):
+        loss, terms = real(*args, **options)
+        calls.append(1)
+        if len(calls) != 6:
+            return loss, terms
+        # A square root at 0: the value is finite, its slope is not.
+        return (loss * math.nan, terms * math.nan) if what == "loss" else (loss + (loss - loss).abs().sqrt(), terms)
+
+    with mock.patch.object(train, "partial_loss", broken):
+        assert call(train, *words) == 1
+    said = capsys.readouterr().err
+    assert "loss or its gradient is not finite at step 6 (rec " in said and said.count("\n") == 1
+    assert "norm nan" in said and ("rec nan" in said) == (what == "loss") and "last checkpoint is kept" in said
+    assert torch.load(undone / "ckpt.pt", weights_only=True)["step"] == 4
+    assert call(train, *words) == 0 and torch.equal(weights_of(undone), weights_of(run))
+
+
+def test_stopping_twice(folder, tmp_path):
+    """A second Ctrl-C ends a run at once; a second kill, as schedulers send it, does not keep it from saving."""
+    with mock.patch.object(train, "SIGNALS", [signal.SIGTERM]) as received:
+        train.on_signal(signal.SIGTERM, None)
+        train.on_signal(signal.SIGINT, None)
+        with pytest.raises(KeyboardInterrupt):
+            train.on_signal(signal.SIGINT, None)
+        assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
+
+
+def test_speed_program(capsys, monkeypatch):
+    """experiments/speed.py with all it can do at tiny sizes, compilers left out; FLOPs by PyTorch's own counter."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    options = dict(size=8, f=4, K=8, D=4, width=16, depth=1, heads=2, batch=6, micro_batch=3, repeat=1, inner=1,
+                   sample_steps=2, threads=1, preset="toy", device="cpu", compile=True, measures=True, profile=True)
+    assert parser_flags(speed) == sorted(options)
+    assert call(speed, *flags(options)) == 0
+    text = capsys.readouterr().out
+    ways = dict(re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| ([\d.]+) \|", text, re.M))
+    assert len(ways) == 8 + 5 + 4 and ways["denoiser"] == "1.00" and "aten::addmm" in text
+    model = EmbeddingDiffusion(8, (4, 4), 4, 16, 3, 2)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(1, 16, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
+    likelihood = 2 * 16 * (4 + 1) * 8  # an in-place product, which PyTorch does not count
+    assert counter.get_total_flops() - small + likelihood == speed.forward_flops(model)

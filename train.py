@@ -4,6 +4,7 @@
     python train.py --data FOLDER            your own images; a preset is chosen by their size and your device
     python train.py --data ffhq --root DIR   a published set by its name; it says how to get it if it is not there
     python train.py --data FOLDER --preset 64 --out runs/faces --device cuda
+    torchrun --nproc-per-node 8 train.py --data FOLDER      on 8 GPUs, with the same result
 
 Three stages in one run directory (--out):
 
@@ -12,10 +13,12 @@ Three stages in one run directory (--out):
     tokens      every image encoded once               tokens.npy, one memory-mapped array
     diffusion   tokens -> embeddings and denoiser      ckpt.pt, samples_*.png, diffusion.csv, evaluation.csv
 
-Every random draw comes from (seed, stage, step), so an interrupted run continues exactly where it was.
+Every random draw comes from (seed, stage, step), so an interrupted run continues exactly where it was, and one on many
+GPUs computes what one on a single GPU would.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -26,19 +29,26 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import data
 import fid
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
-from losses import collapse_diagnostics, held_out_bound, training_loss
+from losses import collapse_diagnostics, draw, held_out_bound, partial_loss, share
 from sample import (
     CHECKPOINT_FORMAT,
     COLUMNS,
@@ -47,8 +57,10 @@ from sample import (
     choose_device,
     default_labels,
     load_checkpoint,
+    previous,
+    processes,
     read_checkpoint,
-    sample_images,
+    sample_together,
 )
 from schedule import ShiftedCosine
 
@@ -100,12 +112,17 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "label_drop": (float, 0.1, "rate of dropped labels, for classifier-free guidance"),
     # optimisation of the denoiser
     "steps": (int, 50000, "training steps of the denoiser; may be raised later"),
-    "batch": (int, 256, "images per step"),
+    "batch": (int, 256, "images per step, of all passes and processes together"),
     "lr": (float, 5e-4, "peak learning rate, reached after warmup, then cosine to zero"),
     "warmup": (int, 200, "warm-up steps, both stages"),
     "weight_decay": (float, 0.0, "AdamW's, denoiser"),
     "clip": (float, 1.0, "largest gradient norm, both stages"),
     "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
+    # speed and memory: none of these changes what is computed, beyond rounding
+    "micro_batch": (int, 0, "images per pass of one process, which is what takes memory; 0: its share of the batch"),
+    "activation_checkpointing": (bool, False, "compute the blocks again in the backward pass instead of keeping them"),
+    "compile": (bool, False, "torch.compile the loss; faster on a GPU after a minute, needs a C++ compiler"),
+    "fsdp": (bool, False, "under torchrun, split weights, EMA and optimizer among the processes (FSDP2)"),
     # sampling defaults, stored in the checkpoint
     "sample_steps": (int, 50, "calls of the network per image"),
     "guidance": (float, 1.0, "omega of classifier-free guidance"),
@@ -143,11 +160,16 @@ TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim",
                      "distance": "codebook_distance"}  # argument of VQVAE: option
 GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight for the decoder rising
 DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, now and then and at the end
-CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler"}
+CHANGEABLE = {"steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler", "micro_batch",
+              "activation_checkpointing", "compile", "fsdp"}
 
 
 class UserError(ValueError):
     """One line: what was wrong and what to do. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """One line: why a run ended that had begun, and what to do. Exit status 1."""
 
 
 def parse_arguments():
@@ -202,7 +224,7 @@ def resolve(args, source, device, fixed):
         kind, low, high = OPTIONS[name][0], 0, math.inf
         if kind not in (int, float) or name.startswith("log_snr"):
             continue
-        if kind is int and name != "warmup":
+        if kind is int and name not in ("warmup", "micro_batch"):
             low = 2 if name in ("K", "batch") else 1
         if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay", "gan_start"):
             high = 1
@@ -229,7 +251,8 @@ def read_config(out):
     path = out / "config.json"
     if path.exists():
         return json.loads(path.read_text())
-    if out.exists() and any(p.name not in ("skipped.txt", "data.png") for p in out.iterdir()):
+    early = ("skipped.txt", "data.png", "config.json", ".lock")  # .part: of a run that was killed
+    if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
     return {}
 
@@ -293,8 +316,8 @@ def epoch_order(n, seed, stage, epoch):
 
 def batch_indices(n, batch, seed, stage, step):
     """The step-th batch (batch,) of an endless walk through n items, reshuffled every epoch."""
-    position = np.arange(step * batch, (step + 1) * batch)
-    return np.array([epoch_order(n, seed, stage, p // n)[p % n] for p in position])
+    epoch, place = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
+    return np.concatenate([epoch_order(n, seed, stage, e)[place[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -302,8 +325,26 @@ def learning_rate(step, steps, warmup, peak):
     return peak * min(1, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def write_atomically(path, write):
-    """write(partial path), down to the disk, then rename: whatever happens, there is the old file or the new one."""
+def lock(out):
+    """An open file that keeps every other process out of this run; the system lets go of it when its process dies.
+
+    It keeps nobody out on Windows and on file systems without locks.
+    """
+    file = (out / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{out} is in use by another process: wait for it, or give another --out") from error
+    except (OSError, AttributeError):
+        pass
+    return file
+
+
+def write_atomically(path, write, keep=False):
+    """write(partial path), down to the disk, then rename: whatever happens, there is the old file or the new one.
+
+    keep: the old one stays, as previous(path).
+    """
     partial = path.with_name(path.name + ".part")
     try:
         write(partial)
@@ -312,7 +353,22 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: is the disk full? ({' '.join(str(error).split())})") from error
+    if keep and path.exists():
+        path.replace(previous(path))
     partial.replace(path)
+
+
+def read_last(path, expected):
+    """The newest checkpoint: the one before, if the last cannot be read; None if there is none yet."""
+    older = previous(path)
+    try:
+        return read_checkpoint(path, expected) if path.exists() or older.exists() else None
+    except CheckpointError as error:
+        if error.found or not older.exists():
+            raise
+        state = read_checkpoint(older, expected)
+        print(f"{error}: going on from there, step {state['step']:,}")
+        return state
 
 
 def append_row(path, row):
@@ -323,27 +379,44 @@ def append_row(path, row):
 
 
 def trim_rows(path, last_step):
-    """Drops the rows that a killed run wrote after its last checkpoint."""
+    """Drops the rows that a killed run wrote after its last checkpoint; the last line may be half a line."""
     if path.exists():
         with path.open(newline="") as file:
-            header, *rows = csv.reader(file)
-        rows = [row for row in rows if int(row[0]) <= last_step]
-        write_atomically(path, lambda partial: partial.write_text("\n".join(map(",".join, [header, *rows])) + "\n"))
+            rows = list(csv.reader(file))
+        rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= last_step]
+        if len(rows) > 1:
+            write_atomically(path, lambda partial: partial.write_text("\n".join(map(",".join, rows)) + "\n"))
+        else:
+            path.unlink()
 
 
 def on_signal(number, frame):
-    if SIGNALS:  # the second one means it
+    if number == signal.SIGINT in SIGNALS:  # the second Ctrl-C means it; a scheduler's kill may come twice
         raise KeyboardInterrupt
     SIGNALS.append(number)
 
 
-def stop_if_asked(save=None):
-    """Between two steps: after Ctrl-C or kill, saves and leaves with the shell's status (130 or 143)."""
-    if SIGNALS:
+def agree(number):
+    """The largest number that any process gives; none goes on before all have come here. By gloo: no GPU waits."""
+    number = torch.tensor(number)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def stop_if_asked(save=None, together=False):
+    """Between two steps: after Ctrl-C or kill, saves and leaves with the shell's status (130 or 143).
+
+    together: all processes call this, and stop at the same step, whichever of them was asked.
+    """
+    asked = max(SIGNALS, default=0)
+    asked = agree(asked) if together else asked
+    if asked:
         if save is not None:
             save()
         tqdm.write("stopped; the same command continues from here")
-        sys.exit(128 + SIGNALS[0])
+        if together:
+            agree(0)  # the checkpoint is written
+        sys.exit(128 + asked)
 
 
 def status(stage, step, steps, values):
@@ -353,10 +426,18 @@ def status(stage, step, steps, values):
 # ----------------------------------------------------------------------------
 # Stage 1: images -> tokenizer.
 
-def batches_ahead(dataset, batch, seed, start, steps):
-    """(step, images) for every step; the next batch is read by a thread while this one trains."""
+def batches_ahead(dataset, batch, seed, start, steps, flip):
+    """(step, this process' images) for every step; the next ones are read by a thread while these train."""
+    rank, world = processes()
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+
     def read(step):
-        return dataset.batch(batch_indices(len(dataset), batch, seed, "tokenizer", step))
+        images = dataset.batch(batch_indices(len(dataset), batch, seed, "tokenizer", step)[mine])
+        if flip:
+            mirrored = torch.rand(batch, 1, 1, 1, generator=generator_for(seed, "flips", step))[mine] < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        return images
+
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, start)
         for step in range(start, steps):
@@ -391,11 +472,22 @@ def make_discriminator(config, bf16=False):
     return vqvae.PatchDiscriminator(config["size"], 32 if config["tokenizer_width"] < 64 else 64, bf16)
 
 
+def add_up(tensors):
+    """Each tensor, in place, becomes its sum over all processes; one all-reduce for all of them."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
 def descend(loss, module, optimizer, lr, clip):
-    """One step of module's parameters down the gradient of the loss."""
+    """One step of module's parameters down the gradient of the loss, a mean over equal shares of all processes."""
+    _, world = processes()
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss / world).backward()
+    if world > 1:
+        add_up([p.grad for p in module.parameters()])
     torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
     optimizer.step()
 
@@ -433,13 +525,14 @@ def tokenizer_step(config, model, optimizer, images, generator, step, lpips=None
     # Restart unused codes, but leave the last quarter for everything to settle.
     if step % 50 == 49 and done < 0.75:
         model.quantizer.restart_dead_codes(terms["z_e"], generator)
-    return terms, {name: value.detach() for name, value in found.items()} | {"lr": torch.tensor(lr)}
+    return terms, {name: value.detach() for name, value in found.items()} | {"lr": lr}
 
 
 def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
     """Trains until tokenizer.pt says it is complete. Returns nothing: the file is the result. lpips: a vqvae.LPIPS."""
-    path, steps = out / "tokenizer.pt", 0 if "published" in models["tokenizer"] else config["tokenizer_steps"]
-    state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
+    path, (rank, world) = out / "tokenizer.pt", processes()
+    steps = 0 if "published" in models["tokenizer"] else config["tokenizer_steps"]
+    state = read_last(path, TOKENIZER_FORMAT)
     if state and state["metrics"]:
         return print(f"tokenizer: complete ({state['step']:,} steps), {show(state['metrics'])}")
     train, test = sets()
@@ -458,13 +551,16 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
             trained[name].load_state_dict(state[name])
         if steps:
             print(f"tokenizer: continuing at step {start:,}")
-    trim_rows(out / "tokenizer.csv", start)
+    if rank == 0:
+        trim_rows(out / "tokenizer.csv", start)
     shown = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
 
     def save(at):
+        if rank:
+            return
         write_atomically(path, lambda partial: torch.save(
             {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "step": at, "metrics": metrics}
-            | {name: part.state_dict() for name, part in trained.items()}, partial))
+            | {name: part.state_dict() for name, part in trained.items()}, partial), keep=True)
 
     def picture(at):
         """Rows of held-out images, each above its reconstruction."""
@@ -475,51 +571,62 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
 
     names = ["reconstruction", *["lpips"] * (lpips is not None), "commitment", "codebook",
              *["adversarial", "weight", "discriminator"] * bool(config["gan"])]
-    sums, used = torch.zeros(len(names), device=device), torch.zeros(config["K"], device=device)
-    since, clock, absent = 0, time.time(), torch.zeros((), device=device)
-    with tqdm(total=steps, initial=start, desc="tokenizer", unit="step", disable=None, leave=False) as bar:
-        for step, images in batches_ahead(train, config["tokenizer_batch"], seed, start, steps):
-            stop_if_asked(lambda at=step: save(at))
+    used, absent = torch.zeros(config["K"], device=device), torch.zeros((), device=device)
+    history, clock = [], time.time()
+    with tqdm(total=steps, initial=start, desc="tokenizer", unit="step", disable=True if rank else None,
+              leave=False) as bar:
+        for step, images in batches_ahead(train, config["tokenizer_batch"], seed, start, steps, config["flip"]):
+            stop_if_asked(lambda at=step: save(at), together=world > 1)
             model.train()
-            if config["flip"]:
-                mirrored = torch.rand(len(images), 1, 1, 1, generator=generator_for(seed, "flips", step)) < 0.5
-                images = torch.where(mirrored, images.flip(3), images)
             terms, found = tokenizer_step(config, model, trained["optimizer"], images.to(device, non_blocking=True),
                                           generator_for(seed, "tokenizer", step), step, lpips, trained.get("judge"),
                                           trained.get("judges"))
-            # Sums stay on the device: reading them back each step would make the GPU wait for Python.
-            sums += torch.stack([found.get(name, absent) for name in names])
+            # Stays on the device: reading it back each step would make the GPU wait for Python.
+            history.append(torch.stack([found.get(name, absent) for name in names]))
             used += torch.bincount(terms["tokens"].flatten(), minlength=config["K"])
-            since, done = since + 1, step + 1
+            done = step + 1
             bar.update()
-            if done % config["log_every"] == 0 or done == steps:
-                means = check_finite(sums / since, "tokenizer", done)
+            log, keep = (done % config[name] == 0 and done < steps for name in ("log_every", "save_every"))
+            if log or keep or done == steps:  # before anything is written
+                values = torch.stack(history) / world
+                if world > 1:
+                    add_up([values, used])
+                means = check_finite(values, "tokenizer", done, names)
+            if log or done == steps:
                 row = {"step": done} | {name: f"{mean:.5f}" for name, mean in zip(names, means, strict=True)}
-                row |= {"lr": f"{float(found['lr']):.2e}", "codes": int((used > 0).sum()),
-                        "img/s": round(since * config["tokenizer_batch"] / (time.time() - clock))}
-                append_row(out / "tokenizer.csv", row)
+                row |= {"lr": f"{found['lr']:.2e}", "codes": int((used > 0).sum()),
+                        "img/s": round(len(history) * config["tokenizer_batch"] / (time.time() - clock))}
+                if rank == 0:
+                    append_row(out / "tokenizer.csv", row)
                 status("tokenizer", row.pop("step"), steps, row)
-                sums, used, since, clock = torch.zeros_like(sums), torch.zeros_like(used), 0, time.time()
-            if done % config["sample_every"] == 0 and done < steps:
+                history, used, clock = [], torch.zeros_like(used), time.time()
+            if done % config["sample_every"] == 0 and done < steps and rank == 0:
                 picture(done)
-            if done % config["save_every"] == 0 and done < steps:
-                check_finite(sums, "tokenizer", done)
+            if keep:
                 save(done)
     save(steps)
-    picture(steps)
-    metrics = vqvae.evaluate(model, test, device, lpips)
-    save(steps)
-    print(f"tokenizer: {show(metrics)} on {len(test):,} held-out images; pictures in {out}")
+    if rank == 0:
+        picture(steps)
+        metrics = vqvae.evaluate(model, test, device, lpips)
+        save(steps)
+        previous(path).unlink(missing_ok=True)
+        print(f"tokenizer: {show(metrics)} on {len(test):,} held-out images; pictures in {out}")
+    if world > 1:
+        agree(0)  # all is written
 
 
-def check_finite(values, stage, step):
-    """The tensor as a list; a loss that is not finite ends the run before anything is overwritten."""
-    values = values.tolist()
-    if not all(map(math.isfinite, values)):
-        print(f"train.py: error: the {stage}'s loss is not finite at step {step:,}; its last checkpoint is kept. "
-              "Lower the learning rate", file=sys.stderr)
-        sys.exit(1)
-    return values
+def check_finite(values, stage, step, names=(), what="loss"):
+    """Means over steps, a list, of values (steps, n) or (n,), the last row of which belongs to `step`.
+
+    A row that is not finite ends the run before anything is overwritten.
+    """
+    rows = values.view(-1, values.shape[-1]).tolist()
+    for at, row in enumerate(rows, step - len(rows) + 1):
+        if not all(map(math.isfinite, row)):
+            found = f" ({show(dict(zip(names, row, strict=True)))})" if names else ""
+            raise RunError(f"the {stage}'s {what} is not finite at step {at:,}{found}; its last checkpoint is kept. "
+                           "Lower the learning rate")
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def show(metrics):
@@ -532,7 +639,7 @@ def show(metrics):
 def load_tokenizer(models, out, device):
     """(tokenizer in eval mode, its metrics) from a complete tokenizer.pt."""
     path = out / "tokenizer.pt"
-    state = read_checkpoint(path, TOKENIZER_FORMAT) if path.exists() else None
+    state = read_last(path, TOKENIZER_FORMAT)
     if not state or not state["metrics"]:
         raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
     tokenizer = vqvae.make(models["tokenizer"], bf16_works(device)).to(device).eval()
@@ -571,16 +678,77 @@ def encode_tokens(config, models, source, sets, out, device):
 # ----------------------------------------------------------------------------
 # Stage 3: tokens -> embeddings and denoiser.
 
-def to_device(rows, device):
-    """Rows of tokens.npy -> x (B, N), labels (B,), int64 on the device."""
-    x, labels = torch.from_numpy(rows["x"].astype(np.int64)), torch.from_numpy(rows["label"].astype(np.int64))
-    return x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+def to_device(array, device):
+    """A numpy array as a tensor on the device. From pinned memory: the GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+class Tokens:
+    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,), int64."""
+
+    def __init__(self, rows, device):
+        self.x = torch.from_numpy(rows["x"].astype(np.int16)).to(device)
+        self.labels, self.device = torch.from_numpy(rows["label"].astype(np.int64)).to(device), device
+
+    def batch(self, indices):
+        indices = to_device(indices, self.device)
+        return self.x[indices].long() & 0xFFFF, self.labels[indices]  # 16 bits without sign
+
+
+def split_weights(model, device, world):
+    """FSDP2: each process keeps 1 / world of every weight; those of a block are gathered while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writing to the logits in place, which nobody does
+    mesh = init_device_mesh(device.type, (world,))
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "table")
+
+
+def whole(value):
+    """A state dict whose split tensors are put together, by all processes."""
+    if isinstance(value, dict):
+        return {name: whole(v) for name, v in value.items()}
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def add_gradient(model, loss_of, drawn, micro_batch, fsdp=False):
+    """The gradient of a whole batch, added to the parameters' by as many passes as needed. Returns its terms, (3,).
+
+    drawn: of losses.draw. Process r of W takes rows r, r + W, ... of it, micro_batch of them at a time. The gradients
+    of all processes meet in one all-reduce, after the last pass: for P parameters and a link of b bytes/s that is
+    8 P / b seconds of waiting per step. DistributedDataParallel would hide it behind the backward pass, and wrap the
+    model; between GPUs with NVLink there is little to hide (130 M parameters, 300 GB/s: 4 ms of some hundred).
+    """
+    (rank, world), (rows, n_rec, _) = processes(), drawn
+    B = len(rows["x"])
+    passes = -(-B // (world * micro_batch)) if micro_batch else 1
+    passes = max(1, min(passes, (B - n_rec) // world))  # rows at t > 0 in every one
+    terms = 0
+    for i in range(passes):
+        loss, some = loss_of(*share(*drawn, rank + i * world, passes * world))
+        (loss * world if fsdp else loss).backward()  # FSDP2 takes the mean over processes; we want the sum
+        terms = terms + some
+    if world > 1:
+        add_up([terms, *([] if fsdp else (p.grad for p in model.parameters()))])
+    return terms
+
+
+def update(model, ema, optimizer, clip, decay):
+    """One step of the optimizer and of the averaged weights. Returns the gradient's norm, (1,), as it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    return whole(norm).view(1)
 
 
 def train_diffusion(config, models, class_names, out, seed, device):
     """Trains embeddings and denoiser on tokens.npy until ckpt.pt says that it is complete."""
-    path, steps = out / "ckpt.pt", config["steps"]
-    state = read_checkpoint(path) if path.exists() else None
+    path, steps, (rank, world) = out / "ckpt.pt", config["steps"], processes()
+    state = read_last(path, CHECKPOINT_FORMAT)
     if state and state["metrics"] and state["step"] >= steps:
         return print(f"diffusion: complete ({state['step']:,} steps), bits per token: {show(state['metrics']['vlb'])}")
     tokenizer, tokenizer_metrics = load_tokenizer(models, out, device)
@@ -588,42 +756,57 @@ def train_diffusion(config, models, class_names, out, seed, device):
         raise UserError(f"{out / 'tokens.npy'} is not there: run --stage tokens (or all) first")
     check_maker(out / "tokens.npy", tokenizer)
     rows = np.load(out / "tokens.npy", mmap_mode="r")
-    train_rows, test_rows = np.flatnonzero(~rows["test"]), np.flatnonzero(rows["test"])
-    held_out = rows[test_rows[np.linspace(0, len(test_rows) - 1, min(2000, len(test_rows))).astype(int)]]
-    held_out = to_device(held_out, device)
+    test_rows = np.flatnonzero(rows["test"])
+    test_rows = test_rows[np.linspace(0, len(test_rows) - 1, min(2000, len(test_rows))).astype(int)]
+    tokens, held_out = Tokens(rows[~rows["test"]], device), Tokens(rows[test_rows], device)
+    held_out = held_out.batch(np.arange(len(test_rows)))
     torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
-    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
+    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device),
+                               recompute=config["activation_checkpointing"])
     if config["embedding_init"] == "codebook":
         model.start_from(tokenizer.codebook)
     ema = copy.deepcopy(model).requires_grad_(False)
-    schedule = ShiftedCosine(**models["schedule"])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
-                                  fused=True)
     start, metrics = 0, {}
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         print(f"diffusion: continuing at step {start:,}")
+    for network in (model, ema):
+        split_weights(network, device, world) if config["fsdp"] else network.to(device)
+    schedule = ShiftedCosine(**models["schedule"])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
+                                  fused=True)
+    if state:
+        if config["fsdp"]:
+            from torch.distributed.tensor import distribute_tensor
+            for p, of_p in zip(model.parameters(), state["optimizer"]["state"].values(), strict=True):
+                of_p.update({name: distribute_tensor(value.to(device), p.device_mesh, p.placements)
+                             for name, value in of_p.items() if value.shape == p.shape})
+        optimizer.load_state_dict(state["optimizer"])
+        del state
     for name in ("diffusion.csv", "evaluation.csv"):
-        trim_rows(out / name, start or -1)
+        if rank == 0:
+            trim_rows(out / name, start or -1)
     settings = {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
     bundle = SimpleNamespace(tokenizer=tokenizer, model=ema, schedule=schedule, device=device)
     labels_shown = default_labels(COLUMNS * min(len(class_names) or 8, 16), len(class_names))
 
     def save(at):
-        write_atomically(path, lambda partial: torch.save(
-            {"format": CHECKPOINT_FORMAT, "config": models | {"training": config | {"seed": seed}},
-             "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
-             "optimizer": optimizer.state_dict(), "step": at, "class_names": class_names, "sampling": settings,
-             "metrics": metrics}, partial))
+        content = whole({"format": CHECKPOINT_FORMAT, "config": models | {"training": config | {"seed": seed}},
+                         "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict(), "step": at, "class_names": class_names,
+                         "sampling": settings, "metrics": metrics})
+        if rank == 0:
+            write_atomically(path, lambda partial: torch.save(content, partial), keep=True)
 
     def evaluate(at, draws):
         ema.eval()
-        bound = held_out_bound(ema, schedule, *held_out, lambda i: generator_for(seed, "evaluation", i, device), draws)
+        bound = held_out_bound(ema, schedule, *held_out, lambda i: generator_for(seed, "evaluation", i, device), draws,
+                               rank=rank, world=world)
         collapse = collapse_diagnostics(ema.table())
-        append_row(out / "evaluation.csv", {"step": at} | bound | {"log2_K": math.log2(config["K"])} | collapse)
+        if rank == 0:
+            append_row(out / "evaluation.csv", {"step": at} | bound | {"log2_K": math.log2(config["K"])} | collapse)
         tqdm.write(f"held out at step {at:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
                    f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(config['K']):.2f});  "
                    f"{show(collapse)}")
@@ -631,51 +814,68 @@ def train_diffusion(config, models, class_names, out, seed, device):
 
     def picture(at):
         ema.eval()
-        images = sample_images(bundle, labels_shown, seed=seed, **settings)
+        images = sample_together(bundle, labels_shown, seed=seed, **settings)
         words = [class_names[label] for label in labels_shown[::COLUMNS]] if class_names else None
-        data.save_grid(images, out / f"samples_{at:06d}.png", COLUMNS, row_labels=words)
+        if rank == 0:
+            data.save_grid(images, out / f"samples_{at:06d}.png", COLUMNS, row_labels=words)
 
     if start == 0:
         evaluate(0, DRAWS)
-    loss_options = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "rec_fraction", "max_snr", "coupling",
-                                                    "p_drop", "label_drop")}
-    sums, since, clock = torch.zeros(3, device=device), 0, time.time()
-    with tqdm(total=steps, initial=start, desc="diffusion", unit="step", disable=None, leave=False) as bar:
+    teacher = ema if config["teacher"] == "ema" else model
+    loss_of = functools.partial(partial_loss, model, teacher, schedule, **{
+        name: config[name] for name in ("w_rec", "w_diff", "w_cm", "max_snr", "coupling")})
+    draw_options = {name: config[name] for name in ("rec_fraction", "p_drop", "label_drop")}
+    if config["compile"] and config["fsdp"]:  # what FSDP2 does between the blocks cannot be compiled
+        for block in model.blocks:
+            block.compile()
+    elif config["compile"]:
+        loss_of = torch.compile(loss_of)
+    names, history, clock = ("rec", "diff", "cm", "norm"), [], time.time()
+    with tqdm(total=steps, initial=start, desc="diffusion", unit="step", disable=True if rank else None,
+              leave=False) as bar:
         for step in range(start, steps):
-            stop_if_asked(lambda at=step: save(at))
+            stop_if_asked(lambda at=step: save(at), together=world > 1)
             model.train()
             lr = learning_rate(step, steps, config["warmup"], config["lr"])
-            batch = rows[train_rows[batch_indices(len(train_rows), config["batch"], seed, "diffusion", step)]]
-            x, labels = to_device(batch, device)
-            teacher = ema if config["teacher"] == "ema" else model
-            loss, terms = training_loss(model, teacher, schedule, x, labels,
-                                        generator_for(seed, "diffusion", step, device), **loss_options)
-            descend(loss, model, optimizer, lr, config["clip"])
+            optimizer.param_groups[0]["lr"] = lr
+            x, labels = tokens.batch(batch_indices(len(tokens.x), config["batch"], seed, "diffusion", step))
+            drawn = draw(model, x, labels, generator_for(seed, "diffusion", step, device), **draw_options)
+            terms = add_gradient(model, loss_of, drawn, config["micro_batch"], config["fsdp"])
             decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory while weights still run
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            sums += torch.stack([terms["rec"], terms["diff"], terms["cm"]])
-            since, done = since + 1, step + 1
+            norm = update(model, ema, optimizer, config["clip"], decay)
+            # Stays on the device: reading it back each step would make the GPU wait for Python.
+            history.append(torch.cat([terms, norm]))
+            done = step + 1
             bar.update()
-            if done % config["log_every"] == 0 or done == steps:
-                rec, diff, cm = check_finite(sums / since, "denoiser", done)
-                collapse = collapse_diagnostics(model.table())
-                row = {"step": done, "rec": f"{rec:.4f}", "diff": f"{diff:.4f}", "cm": f"{cm:.4f}", "lr": f"{lr:.2e}",
-                       "img/s": round(since * config["batch"] / (time.time() - clock)),
-                       "rank": f"{collapse['effective_rank']:.2f}", "min_dist": f"{collapse['smallest_distance']:.3f}"}
-                append_row(out / "diffusion.csv", row)
+            log, keep = (done % config[name] == 0 and done < steps for name in ("log_every", "save_every"))
+            if log or keep or done == steps:  # before anything is written
+                means = check_finite(torch.stack(history), "denoiser", done, names, "loss or its gradient")
+            if log or done == steps:
+                with torch.no_grad():
+                    collapse = collapse_diagnostics(whole(model.table()))
+                row = {"step": done} | {name: f"{value:.4f}" for name, value in zip(names, means, strict=True)} | {
+                    "lr": f"{lr:.2e}", "img/s": round(len(history) * config["batch"] / (time.time() - clock)),
+                    "rank": f"{collapse['effective_rank']:.2f}", "min_dist": f"{collapse['smallest_distance']:.3f}"}
+                if device.type == "cuda":
+                    row["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+                if rank == 0:
+                    append_row(out / "diffusion.csv", row)
                 status("diffusion", row.pop("step"), steps, row)
-                sums, since, clock = torch.zeros_like(sums), 0, time.time()
+                history, clock = [], time.time()
             if done % config["sample_every"] == 0 and done < steps:
                 evaluate(done, DRAWS)
                 picture(done)
-            if done % config["save_every"] == 0 and done < steps:
-                check_finite(sums, "denoiser", done)
+            if keep:
                 save(done)
     save(steps)
     picture(steps)
     metrics = evaluate(steps, FINAL_DRAWS)
-    write_atomically(out / "metrics.json", lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))
     save(steps)
+    if rank == 0:
+        write_atomically(out / "metrics.json", lambda part: part.write_text(json.dumps(metrics, indent=2) + "\n"))
+        previous(path).unlink(missing_ok=True)
+    if world > 1:
+        agree(0)  # all is written
 
 
 def evaluate_fid(n, network, sets, out, device):
@@ -688,6 +888,8 @@ def evaluate_fid(n, network, sets, out, device):
     real = fid.cached_statistics(train, network)
     samples = fid.Samples(load_checkpoint(out / "ckpt.pt", device), n, train.labels)
     scores = fid.compare(real, fid.measure(samples, network, name="FID, samples"), device)
+    if processes()[0]:
+        return
     fid.report(scores, real.n, n)
     metrics["fid"] = scores | {"n": n}
     write_atomically(path, lambda partial: partial.write_text(json.dumps(metrics, indent=2) + "\n"))
@@ -695,82 +897,131 @@ def evaluate_fid(n, network, sets, out, device):
 
 # ----------------------------------------------------------------------------
 
-def main():
-    args = parse_arguments()
-    try:
-        if args.seed < 0:
-            raise UserError("--seed must not be negative")
-        if args.eval_fid is not None and args.eval_fid < 2:
-            raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
-        device = choose_device(args.device)
-        source = data.find(args.data, args.root)
-        has_images, tokenizer_file = not isinstance(source, data.Tokens), args.tokenizer
-        out = Path(args.out or Path("runs") / source.name)
-        stored = read_config(out)
-        if "sides" in stored:  # known since the first start: no image is opened for it again
-            source.sides = tuple(stored["sides"])
-        print(source.describe())
-        if not has_images:  # tokens mean nothing without their tokenizer, so it decides
-            tokenizer_file = args.tokenizer or source.path.parent / "tokenizer.pt"
-        given_tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
-        fixed = options_of(given_tokenizer) if given_tokenizer else {}
-        config = resolve(args, source, device, fixed)
-        for name, value in fixed.items():
-            if config[name] != value:
-                raise UserError(f"--tokenizer {tokenizer_file} has {name} {value}, this run {config[name]}: leave "
-                                f"--{name.replace('_', '-')} away")
-        models = describe_models(config, len(source.class_names), given_tokenizer)
-        with torch.device("meta"):  # every size is checked here, before any work
-            parts = vqvae.make(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
-            ShiftedCosine(**models["schedule"])
-            if config["gan"]:
-                make_discriminator(config)
-        if config["perceptual"] and config["size"] < (least := 2 ** (len(vqvae.LPIPS.STAGES) - 1)):
-            raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: "
-                            "--perceptual 0")
-        sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
-        print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
-              f"denoiser {sizes[1]:.2f} M, on {device}")
-        if args.dry_run:
-            print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
-            return
-        counts = source.counts()
-        if args.eval_fid and not has_images:
-            raise UserError("--eval-fid needs the images: give them instead of their tokens")
-        inception = fid.find_weights() if args.eval_fid else None
-        asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
-                 "classes": source.class_names, "lpips": stored.get("lpips", "none"),
-                 "tokenizer": vqvae.digest(given_tokenizer["tokenizer"]) if given_tokenizer else "own",
-                 **({"sides": list(source.sizes())} if has_images else {}), **config}
-        if args.lpips_weights and (given_tokenizer or not config["perceptual"]):
-            raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
-        lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()
-        if config["perceptual"] and not given_tokenizer and (open_question or args.lpips_weights):
-            lpips, asked["lpips"] = load_lpips(args.lpips_weights, device)
-        compare(out, stored, asked)
-        skipped = data.read_skipped(out / "skipped.txt") if stored else None
-        sets = functools.lru_cache(lambda: source.load(config["size"], skipped))  # decoded only if a stage needs images
+def prepare(args, rank, world, held):
+    """All that comes before the first step -> what the stages need, or None if that is all that was asked for."""
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+    if args.eval_fid is not None and args.eval_fid < 2:
+        raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
+    device = choose_device(args.device)
+    source = data.find(args.data, args.root)
+    has_images, tokenizer_file = not isinstance(source, data.Tokens), args.tokenizer
+    out = Path(args.out or Path("runs") / source.name)
+    stored = read_config(out)
+    if "sides" in stored:  # known since the first start: no image is opened for it again
+        source.sides = tuple(stored["sides"])
+    print(source.describe())
+    if not has_images:  # tokens mean nothing without their tokenizer, so it decides
+        tokenizer_file = args.tokenizer or source.path.parent / "tokenizer.pt"
+    given_tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
+    fixed = options_of(given_tokenizer) if given_tokenizer else {}
+    config = resolve(args, source, device, fixed)
+    for name, value in fixed.items():
+        if config[name] != value:
+            raise UserError(f"--tokenizer {tokenizer_file} has {name} {value}, this run {config[name]}: leave "
+                            f"--{name.replace('_', '-')} away")
+    for name, least in (("batch", 2), ("tokenizer_batch", 1)):
+        if config[name] % world or config[name] < least * world:
+            raise UserError(f"--{name.replace('_', '-')} {config[name]}: must be a multiple of the number of "
+                            f"processes, {world}{', and at least twice as many' * (least - 1)}")
+    if config["fsdp"] and world == 1:
+        raise UserError("--fsdp splits the weights among processes: start them by torchrun --nproc-per-node")
+    models = describe_models(config, len(source.class_names), given_tokenizer)
+    with torch.device("meta"):  # every size is checked here, before any work
+        parts = vqvae.make(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
+        ShiftedCosine(**models["schedule"])
+        if config["gan"]:
+            make_discriminator(config)
+    if config["perceptual"] and config["size"] < (least := 2 ** (len(vqvae.LPIPS.STAGES) - 1)):
+        raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
+          f"denoiser {sizes[1]:.2f} M, on {device}")
+    if args.dry_run:
+        print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in config.items()))
+        return
+    counts = source.counts()
+    if args.eval_fid and not has_images:
+        raise UserError("--eval-fid needs the images: give them instead of their tokens")
+    inception = fid.find_weights() if args.eval_fid else None
+    asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
+             "classes": source.class_names, "lpips": stored.get("lpips", "none"),
+             "tokenizer": vqvae.digest(given_tokenizer["tokenizer"]) if given_tokenizer else "own",
+             **({"sides": list(source.sizes())} if has_images else {}), **config}
+    if args.lpips_weights and (given_tokenizer or not config["perceptual"]):
+        raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
+    lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()
+    if config["perceptual"] and not given_tokenizer and (open_question or args.lpips_weights):
+        lpips, asked["lpips"] = load_lpips(args.lpips_weights, device)
+    compare(out, stored, asked)
+    skipped = data.read_skipped(out / "skipped.txt") if stored else None
+    sets = functools.lru_cache(lambda: source.load(config["size"], skipped))  # decoded only if a stage needs images
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock(out))
         if has_images and not stored:
             look_at_images(source, sets, out, args.allow_bad)
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", lambda partial: partial.write_text(json.dumps(asked, indent=2) + "\n"))
         if given_tokenizer and not (out / "tokenizer.pt").exists():
             given_tokenizer["config"] = models["tokenizer"]
             write_atomically(out / "tokenizer.pt", lambda partial: torch.save(given_tokenizer, partial))
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
-        if args.stage in ("all", "tokenizer"):
-            train_tokenizer(config, models, sets, out, args.seed, device, lpips)
-        if args.stage in ("all", "tokens"):
-            encode_tokens(config, models, source, sets, out, device)
-        if args.stage in ("all", "diffusion"):
-            train_diffusion(config, models, source.class_names, out, args.seed, device)
-            if args.eval_fid:
-                stop_if_asked()
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_DFL)  # all is saved
-                evaluate_fid(args.eval_fid, fid.load_inception(inception, device), sets, out, device)
-            print(f"complete. Draw images:  python sample.py {out / 'ckpt.pt'}    Train longer: the same with --steps")
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return SimpleNamespace(config=config, models=models, source=source, sets=sets, out=out, device=device, lpips=lpips,
+                           inception=inception)
+
+
+def first_alone(rank, world, work):
+    """work() by process 0 while the others wait -> its result, None for them. If it fails, it fails for all."""
+    done, result = 0, None
+    try:
+        if rank == 0:
+            result, done = work(), 1
+    finally:
+        if world > 1 and not agree(done) and rank:
+            sys.exit(1)  # process 0 says why
+    return result
+
+
+def run(args, rank, world, held):
+    """Process 0 looks at everything first; then the others find a run to continue, and all train together."""
+    ready = first_alone(rank, world, lambda: prepare(args, rank, world, held))
+    if world > 1 and not agree(int(ready is not None)):
+        return
+    ready = ready if rank == 0 else prepare(args, rank, world, held)
+    if not ready:
+        return
+    if args.stage in ("all", "tokenizer"):
+        train_tokenizer(ready.config, ready.models, ready.sets, ready.out, args.seed, ready.device, ready.lpips)
+    if args.stage in ("all", "tokens"):
+        first_alone(rank, world, lambda: encode_tokens(ready.config, ready.models, ready.source, ready.sets, ready.out,
+                                                       ready.device))
+    if args.stage not in ("all", "diffusion"):
+        return
+    try:
+        train_diffusion(ready.config, ready.models, ready.source.class_names, ready.out, args.seed, ready.device)
+    except torch.OutOfMemoryError as error:
+        own = ready.config["micro_batch"] or ready.config["batch"] // world
+        raise RunError(f"not enough memory on {ready.device} for {own} images at once: add --micro-batch "
+                       f"{max(own // 2, 1)}, or --activation-checkpointing, and the run goes on") from error
+    if args.eval_fid:
+        stop_if_asked(together=world > 1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # all is saved
+        evaluate_fid(args.eval_fid, fid.load_inception(ready.inception, ready.device), ready.sets, ready.out,
+                     ready.device)
+    print(f"complete. Draw images:  python sample.py {ready.out / 'ckpt.pt'}    Train longer: the same with --steps")
+
+
+def main():
+    args = parse_arguments()
+    rank, world = processes()
+    if rank:  # process 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it waits
+    try:
+        with contextlib.ExitStack() as held:
+            run(args, rank, world, held)
     except (UserError, data.DataError, CheckpointError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -779,13 +1030,23 @@ def main():
               "write, then give the same command again", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError:
-        print(f"train.py: error: not enough memory on {device}: choose another --out and lower --tokenizer-batch "
-              f"(now {config['tokenizer_batch']}) or --batch (now {config['batch']}), whichever stage it was",
+        print("train.py: error: not enough memory for the tokenizer: choose another --out and lower --tokenizer-batch",
               file=sys.stderr)
+        sys.exit(1)
+    except RunError as error:
+        if rank == 0:  # all have come to the same
+            print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before the first step, or twice
         print("train.py: stopped", file=sys.stderr)
         sys.exit(130)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"train.py: error: torch.compile does not work here ({str(error).strip().splitlines()[0]}): leave "
+              "--compile away, and the run goes on", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
