@@ -5,6 +5,7 @@ images in, images out, every flag, interrupted and continued, and what they say 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import gzip
@@ -2223,19 +2224,27 @@ def one_of_two(rank, jobs):
         assert call(train, *words) == 0
 
 
-def test_two_processes_train_as_one(run, tmp_path):
-    """Global batch 64, 20 steps: the weights of one process to 1e-5. So with --fsdp, which goes on from those."""
+def test_two_processes_train_as_one(run, folder, tmp_path):
+    """Global batch 64, 20 steps: the weights of one process to 1e-5. So with --fsdp, which goes on from those; and the
+    tokenizer, its discriminator and flips included."""
     settings = {k: v for k, v in TINY.items() if k not in train.TOKENIZER_OPTIONS.values()}
     settings |= dict(steps=20, batch=64, depth=2, teacher="ema", save_every=10, sample_every=10)
     words, (one, two, split) = ["--data", run / "tokens.npy", *flags(settings)], (tmp_path / name for name in "abc")
     assert call(train, *words, "--out", one) == 0
     expected = weights_of(one)
     shutil.copytree(one, split)
-    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        ports = [server.getsockname()[1] for server in (first, second)]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [server.getsockname()[1] for server in servers]
+    images = ["--data", folder, *flags(TINY | {"flip": True, "tokenizer_steps": 6, "log_every": 1})]
     options = ["--fsdp", "--activation-checkpointing", "--micro-batch", 20, "--steps", 25, "--out", split]
-    jobs = zip(ports, ([*words, "--out", two], words + options), strict=True)
+    jobs = zip(ports, ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"]), strict=True)
     torch.multiprocessing.spawn(one_of_two, (list(jobs),), 2)
+    assert call(train, *images, "--stage", "tokenizer", "--out", tmp_path / "d") == 0
+    by_one, by_two = (contents(tmp_path / name)["tokenizer.csv"] for name in "de")
+    for a, b in zip(by_one, by_two, strict=True):  # five decimals of each term
+        assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, abs=2e-5)
+    assert float(by_one[-1]["adversarial"]) and (tmp_path / "e" / "ckpt.pt").exists()
     close(weights_of(two), expected, rtol=0, atol=1e-5)
     assert contents(two)["samples_000010.png"] == contents(one)["samples_000010.png"]
     for steps in (25, 26):  # what FSDP2 wrote is a checkpoint like any other
