@@ -59,6 +59,7 @@ import fid_peers  # noqa: E402
 import kills  # noqa: E402
 import published_tokenizers  # noqa: E402
 import speed  # noqa: E402
+import tokenizer_peer  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # pytest -n 2: two processes of one thread each
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
@@ -1737,6 +1738,41 @@ def test_the_other_programs(run, folder, tmp_path):
                            "--device", "cpu"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and len(re.findall(r"samples +[\d.]+% of 6", done.stdout)) == 2, done.stderr
+
+
+NOTEBOOK = """
+class Quantizer(nn.Module):
+    def forward(self, z):
+        return 0 * z.sum(), z, None, F.one_hot(z.sum(1).long().clamp(0, 511), 512).permute(0, 3, 1, 2)
+class Model(nn.Module):
+    def __init__(self, *settings):
+        super().__init__()
+        self._encoder, self._pre_vq_conv, self._vq_vae = nn.AvgPool2d(4), nn.Conv2d(3, 3, 1), Quantizer()
+        self._decoder = nn.Upsample(scale_factor=4)
+    def forward(self, x):
+        z = self._pre_vq_conv(self._encoder(x))
+        return self._vq_vae(z)[0], self._decoder(z), None
+"""
+
+
+def test_tokenizer_peer(tmp_path, capsys):
+    """The race runs to its end, goes on where it stopped, and its figures are those of vqvae.evaluate."""
+    cells = [{"cell_type": "code", "source": [f"class {cell}"]} for cell in NOTEBOOK.split("class ")[1:]]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["VQ"]}, *cells]}))
+    np.savez(tmp_path / "a.npz", images=noise(256, 32, 32), test_images=noise(16, 32, 32))
+    words = [tmp_path / "a.ipynb", "--data", "a.npz", "--root", tmp_path, "--out", tmp_path / "a", "--device", "cpu",
+             "--seed", 1, "--minutes", 0.002]
+    assert call(tokenizer_peer, *words) == 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    theirs, timed, counted = (results[name] for name in ("theirs", "ours, same time", "ours, same steps"))
+    assert theirs["steps"] == counted["steps"] >= 1 and min(theirs["seconds"], timed["seconds"]) >= 0.1
+    assert call(tokenizer_peer, *words) == 0
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == results
+    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)["ours, same steps"]
+    model = vqvae.VQVAE(32, code_dim=16, width=32)
+    model.load_state_dict(state[1])
+    expected = vqvae.evaluate(model, data.find("a.npz", tmp_path).load(32)[1], "cpu")
+    assert counted["psnr"] == pytest.approx(expected["psnr"]) and counted["usage"] == expected["usage"]
 
 
 def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
