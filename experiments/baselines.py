@@ -1,0 +1,117 @@
+"""Discrete-state diffusion on the same tokens, with the same transformer: what VQ-LCMD is compared with.
+
+Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn code with
+b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
+
+    absorbing          a = 1 - t, c = t                      D3PM (Austin et al. 2021), MDLM (Sahoo et al. 2024)
+    uniform            a = 1 - t, b = t                      multinomial diffusion (Hoogeboom et al. 2021)
+    mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10   VQ-Diffusion (Gu et al. 2022)
+
+The network p(k | x_t) predicts the clean token. With Q the step from s to t, by Bayes' rule,
+
+    q(x_s = j | x_t = i, x_0 = k) = Q[j -> i] q_s(j | k) / q_t(i | k)
+    p(x_s = j | x_t = i) = sum_k p(k | x_t) q(x_s = j | x_t = i, x_0 = k)
+
+    L = sum over T intervals (s, t] of KL( q(x_s | x_t, x_0) || p(x_s | x_t) )        (s = 0 gives -log p(x_0 | x_t))
+
+bounds -log p(x_0) from above; nothing is left at t = 1. For T -> infinity the absorbing one is MDLM's integral of
+-log p(x_i | x_t) / t over masked positions. T = 1000 here, within 1 / T of it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+T = 1000
+KINDS = {"absorbing": (0.0, 1.0), "uniform": (1.0, 0.0), "mask-and-replace": (0.1, 0.9)}  # b(1), c(1)
+
+
+def rates(kind, t):
+    """a, b, c at times t, each of its shape."""
+    b, c = KINDS[kind]
+    return 1 - t, b * t, c * t
+
+
+def corrupt(kind, x, K, t, generator):
+    """x_t (B, N) in 0 ... K for tokens x (B, N) below K at times t (B,); K is the mask."""
+    a, b, _ = (rate[:, None] for rate in rates(kind, t))
+    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=t.dtype)
+    other = torch.randint(K, x.shape, generator=generator, device=x.device)
+    return torch.where(u < a, x, torch.where(u < a + b, other, K))
+
+
+def reverse(kind, p, x_t, t, s):
+    """p(x_s | x_t) (..., K + 1) for predictions p (..., K), x_t (...), times s < t that broadcast with x_t.
+
+    With a one-hot p it is the true posterior q(x_s | x_t, x_0).
+    """
+    K = p.shape[-1]
+    (a_t, b_t, c_t), (a_s, b_s, c_s) = ([r[..., None] for r in rates(kind, time)] for time in (t, s))
+    keep, to_mask = a_t / a_s, 1 - (1 - c_t) / (1 - c_s)  # of one step; c_s < 1, for s < 1
+    i, codes = x_t[..., None], torch.arange(K, device=p.device)
+    masked, same = i == K, i == codes
+    q_t = torch.where(masked, c_t, a_t * same + b_t / K)                                           # q(x_t | x_0 = k)
+    weight = torch.where(q_t > 0, p / q_t.clamp(min=1e-30), 0)                                     # (..., K)
+    total = weight.sum(-1, keepdim=True)
+    arrive = torch.where(masked, to_mask, keep * same + (1 - keep - to_mask) / K)                  # Q[j -> x_t]
+    as_code = arrive * (a_s * weight + b_s / K * total)
+    as_mask = masked * c_s * total  # a mask stays one
+    joint = torch.cat([as_code, as_mask], -1)
+    return joint / joint.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def predict(model, schedule, x_t, t):
+    """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time."""
+    mask, table = x_t == model.K, model.table()
+    z = F.embedding(x_t.clamp(max=model.K - 1), table)
+    null = torch.full_like(x_t[:, 0], model.num_classes)
+    return model(z, schedule.log_snr(t), null, mask=mask, table=table).log_softmax(-1)
+
+
+def loss(kind, model, schedule, x, generator):
+    """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified."""
+    B = len(x)
+    u = (torch.rand((), generator=generator) + torch.arange(B)) / B % 1
+    number = (u * T).long().to(x.device)
+    t, s = (number + 1) / T, number / T                                                            # (B,)
+    x_t = corrupt(kind, x, model.K, t, generator)
+    p = predict(model, schedule, x_t, t).exp()
+    truth = reverse(kind, F.one_hot(x, model.K).to(p.dtype), x_t, t[:, None], s[:, None])
+    ours = reverse(kind, p, x_t, t[:, None], s[:, None])
+    return T * (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1).mean(1)
+
+
+def draw(p, generator):
+    """One state per row of p (..., S)."""
+    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+@torch.no_grad()
+def sample(kind, model, schedule, n, steps, generator):
+    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid."""
+    x = draw(torch.cat([torch.full((n, model.N, model.K), KINDS[kind][0] / model.K),
+                        torch.full((n, model.N, 1), KINDS[kind][1])], -1), generator)
+    for i in range(steps, 0, -1):
+        t, s = torch.full((n,), i / steps), torch.full((n,), (i - 1) / steps)
+        p = predict(model, schedule, x, t).exp()
+        x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
+    return x
+
+
+@torch.no_grad()
+def sample_by_confidence(model, schedule, n, steps, generator, temperature=1.0):
+    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
+
+    Confidence: log p of the drawn token plus temperature * t * Gumbel noise.
+    """
+    x = torch.full((n, model.N), model.K)
+    for i in range(steps, 0, -1):
+        t = torch.full((n,), i / steps)
+        log_p = predict(model, schedule, x, t)
+        drawn = draw(log_p.exp(), generator)
+        gumbel = -torch.empty(n, model.N).exponential_(generator=generator).log()
+        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (i - 1) / steps * gumbel
+        confidence = torch.where(x < model.K, torch.inf, confidence)
+        left = int(model.N * torch.cos(torch.tensor((steps - i + 1) / steps * torch.pi / 2)))  # masks after this step
+        kept = confidence.argsort(dim=1, descending=True).argsort(dim=1) < model.N - left
+        x = torch.where(kept & (x == model.K), drawn, x)
+    return x

@@ -1,0 +1,218 @@
+"""An exact toy: tokens from a known Markov chain, so that every sample has a likelihood and every bigram a probability.
+
+    python experiments/markov_chain.py                  all rows, three seeds, one thread: a minute or two for each
+    python experiments/markov_chain.py --only "plain cross-entropy" --seeds 1 --steps 100
+
+Each row is VQ-LCMD with something changed, or a discrete-state diffusion (baselines.py) with the same transformer,
+optimizer, steps and batches. Six tokens of ten codes, D = 8, shift 0.4. One line of results.csv per row and seed; the
+same command again does what is missing, and writes the table (results.md) from all lines there are.
+
+    rank, smallest  effective rank of the embedding table's EMA, and the smallest distance of two rows
+    bound           held-out bound, nats per token; the chain's entropy is the least there is
+    CE at t         -log p(x | z_t) at two times: how much the denoiser knows
+    NLL             of samples under the chain, nats per token: the entropy for perfect samples, less for timid ones
+    TV              total variation between the samples' bigrams and the chain's; true samples of as many have `floor`
+"""
+
+import argparse
+import copy
+import csv
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import baselines  # noqa: E402
+
+from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
+from losses import collapse_diagnostics, noise_like, training_loss, vlb  # noqa: E402
+from sample import sample_tokens  # noqa: E402
+from schedule import ShiftedCosine, add_noise  # noqa: E402
+from train import learning_rate  # noqa: E402
+
+K, N, D, BATCH, SAMPLES = 10, 6, 8, 256, 4000
+PLAIN = dict(likelihood=False, norm="layer", max_snr=5.0, p_drop=0.0, rec_fraction=0.25)  # without what is ours
+DEFAULTS = dict(norm="rms", max_snr=5.0, p_drop=0.1, rec_fraction=0.25)  # train.py's
+ROWS = {  # options of the model and of training_loss; "s": shift; "loss": another objective; "frozen": the table
+    "rec + diff": PLAIN | dict(w_cm=0.0),
+    "rec + diff, table not normalised": PLAIN | dict(w_cm=0.0, norm="none"),
+    "rec + diff, exact weight": PLAIN | dict(w_cm=0.0, max_snr=math.inf),
+    "rec + diff + CM, markov": PLAIN,
+    "rec + diff + CM, shared noise": PLAIN | dict(coupling="shared"),
+    "rec + CM, no diff": PLAIN | dict(w_diff=0.0),
+    "rec + diff + CM, exact weight": PLAIN | dict(max_snr=math.inf),
+    "rec + diff + CM, teacher = EMA": PLAIN | dict(teacher="ema"),
+    "rec + diff + CM, dropping 0.1": PLAIN | dict(p_drop=0.1),
+    "rec + diff + CM, frozen table": PLAIN | dict(frozen=True),
+    "plain cross-entropy": PLAIN | dict(loss="cross-entropy"),
+    "train.py's defaults": DEFAULTS,
+    "defaults, CM off": DEFAULTS | dict(w_cm=0.0),
+    "defaults, cross-entropy": DEFAULTS | dict(loss="cross-entropy"),
+    "defaults, shift 0.1": DEFAULTS | dict(s=0.1),
+    "defaults, shift 0.2": DEFAULTS | dict(s=0.2),
+    "defaults, shift 0.7": DEFAULTS | dict(s=0.7),
+    "defaults, shift 1": DEFAULTS | dict(s=1.0),
+} | {f"discrete: {kind}": dict(likelihood=False, norm="layer", loss=kind) for kind in baselines.KINDS}
+
+
+class Chain:
+    """First-order, stationary. transition (K, K), start (K,): its stationary distribution."""
+
+    def __init__(self, seed=0, sharpness=3.0):
+        rng = np.random.default_rng(seed)
+        weights = np.exp(sharpness * rng.standard_normal((K, K)))
+        self.transition = weights / weights.sum(1, keepdims=True)
+        values, vectors = np.linalg.eig(self.transition.T)
+        start = np.real(vectors[:, np.argmax(np.real(values))])
+        self.start = start / start.sum()
+        self.bigrams = self.start[:, None] * self.transition
+
+    def entropy(self):
+        """Nats per token of N tokens: (H(x_1) + (N - 1) H(x_2 | x_1)) / N."""
+        first = -(self.start * np.log(self.start)).sum()
+        return (first - (N - 1) * (self.bigrams * np.log(self.transition)).sum()) / N
+
+    def draw(self, n, rng):
+        """(n, N) int64."""
+        u, x = rng.random((n, N)), np.zeros((n, N), np.int64)
+        x[:, 0] = np.searchsorted(self.start.cumsum(), u[:, 0]).clip(max=K - 1)
+        steps = self.transition.cumsum(1)
+        for i in range(1, N):
+            x[:, i] = (u[:, i, None] > steps[x[:, i - 1]]).sum(1).clip(max=K - 1)
+        return x
+
+    def score(self, x):
+        """(mean -log p(x) / N, total variation of the bigrams) of sequences x (n, N)."""
+        log_p = np.log(self.start[x[:, 0]]) + np.log(self.transition[x[:, :-1], x[:, 1:]]).sum(1)
+        counts = np.bincount((K * x[:, :-1] + x[:, 1:]).ravel(), minlength=K * K).reshape(K, K)
+        return -log_p.mean() / N, 0.5 * np.abs(counts / counts.sum() - self.bigrams).sum()
+
+
+def objective(options, model, ema, schedule, x, generator):
+    """The loss of one batch x (B, N) by one row's options."""
+    labels, kind = torch.zeros(len(x), dtype=torch.int64), options.get("loss")
+    if kind in baselines.KINDS:
+        return baselines.loss(kind, model, schedule, x, generator).mean()
+    if kind == "cross-entropy":  # L = E_t[ -log p(x | z_t) ] (CDCD, Dieleman et al. 2022), t = 0 as often as above
+        rec = round(options["rec_fraction"] * len(x))
+        t = torch.cat([torch.zeros(rec), (torch.rand((), generator=generator) + torch.arange(len(x) - rec)
+                                          / (len(x) - rec)) % 1])
+        table = model.table()
+        e, log_snr = F.embedding(x, table), schedule.log_snr(t)
+        logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
+        return F.cross_entropy(logits.flatten(0, 1), x.flatten())
+    names = ("w_rec", "w_diff", "w_cm", "max_snr", "coupling", "p_drop", "rec_fraction")
+    return training_loss(model, ema if options.get("teacher") == "ema" else model, schedule, x, labels, generator,
+                         label_drop=0.0, **{name: options[name] for name in names if name in options})[0]
+
+
+def run(options, seed, steps, chain, show):
+    """Trains and measures one row with one seed -> {measure: value}."""
+    torch.manual_seed(seed)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
+                               **{name: options[name] for name in ("norm", "likelihood") if name in options})
+    model.embedding.requires_grad_(not options.get("frozen", False))
+    ema, schedule = copy.deepcopy(model).requires_grad_(False), ShiftedCosine(options.get("s", 0.4), -10.0, 7.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.0)
+    for step in tqdm(range(steps), desc=show, leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 100, 2e-3)
+        optimizer.zero_grad(set_to_none=True)
+        objective(options, model, ema, schedule, torch.from_numpy(chain.draw(BATCH, rng)), generator).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    collapse, kind = collapse_diagnostics(ema.table()), options.get("loss")
+    found = {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
+    x = torch.from_numpy(chain.draw(20000, np.random.default_rng(10 ** 6)))
+    labels, noise = torch.zeros(len(x), dtype=torch.int64), torch.Generator().manual_seed(10 ** 6)
+    many, nobody = torch.zeros(SAMPLES, dtype=torch.int64), [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+    with torch.no_grad():
+        if kind in baselines.KINDS:
+            found["bound"] = float(baselines.loss(kind, ema, schedule, x, noise).mean())
+            ways = {f"{n}": baselines.sample(kind, ema, schedule, SAMPLES, n, noise) for n in (8, 50)}
+            if kind == "absorbing":
+                ways |= {f"{n} by confidence": baselines.sample_by_confidence(ema, schedule, SAMPLES, n, noise)
+                         for n in (3, 6)}  # more steps than tokens decode nothing in some of them
+        else:
+            found["bound"] = float(sum(vlb(ema, schedule, x, labels, noise).values()).mean())
+            e = F.embedding(x, ema.table())
+            for t in (0.4, 0.95):
+                log_snr = schedule.log_snr(torch.full((len(x),), t))
+                logits = ema(add_noise(e, log_snr, noise_like(e, noise)), log_snr, labels)
+                found[f"CE at {t}"] = float(F.cross_entropy(logits.flatten(0, 1), x.flatten()))
+            ways = {f"{n}": sample_tokens(ema, schedule, many, nobody, n) for n in (8, 50)}
+    for name, tokens in ways.items():
+        found[f"NLL {name}"], found[f"TV {name}"] = map(float, chain.score(tokens.numpy()))
+    return found
+
+
+COLUMNS = ["row", "seed", "steps", "rank", "smallest", "bound", "CE at 0.4", "CE at 0.95", "NLL 8", "TV 8", "NLL 50",
+           "TV 50", "NLL 3 by confidence", "TV 3 by confidence", "NLL 6 by confidence", "TV 6 by confidence",
+           "seconds", "commit", "device", "command"]
+
+
+def table(lines, names):
+    """Markdown: mean over seeds +- half the range, a column per measure."""
+    columns = COLUMNS[3:-4]
+    out = ["| row | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
+    for name in names:
+        mine = [line for line in lines if line["row"] == name]
+        cells = []
+        for column in columns:
+            values = [float(line[column]) for line in mine if line.get(column)]
+            cells.append(f"{np.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}" if values else "")
+        out += [f"| {name} | {len(mine)} | " + " | ".join(cells) + " |"] * bool(mine)
+    return "\n".join(out) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every row (default: 3)")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps of each run (default: 2500)")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows (default: all)")
+    parser.add_argument("--out", default="runs/markov_chain", help="directory of results.csv and results.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the network is tiny: threads would wait for each other
+    chain, out = Chain(), Path(args.out)
+    floor = chain.score(chain.draw(SAMPLES, np.random.default_rng(10 ** 6)))
+    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {SAMPLES:,} true samples: NLL "
+          f"{floor[0]:.4f}, TV {floor[1]:.4f} (the floor)")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.csv"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    facts = {"commit": commit.stdout.strip(),
+             "device": f"cpu ({platform.machine()}), 1 thread, torch {torch.__version__}",
+             "command": f"python experiments/markov_chain.py --steps {args.steps}"}
+    for seed in range(args.seeds):
+        for name in args.only or ROWS:
+            done = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+            if any((d["row"], d["seed"], d["steps"]) == (name, str(seed), str(args.steps)) for d in done):
+                continue
+            start = time.perf_counter()
+            found = run(ROWS[name], seed, args.steps, chain, f"{name}, seed {seed}")
+            line = {"row": name, "seed": seed, "steps": args.steps} | {k: f"{v:.5f}" for k, v in found.items()} | facts
+            line["seconds"] = f"{time.perf_counter() - start:.1f}"
+            with path.open("a", newline="") as file:  # one write: a line is there whole or not at all
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not done) + [line])
+            print(f"{name}, seed {seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    lines = [line for line in csv.DictReader(path.open(newline="")) if line["steps"] == str(args.steps)]
+    text = table(lines, ROWS) if lines else ""
+    (out / "results.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
