@@ -55,8 +55,10 @@ from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
 from vqvae import VQVAE, VectorQuantizer
 
 sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
+import baselines  # noqa: E402
 import fid_peers  # noqa: E402
 import kills  # noqa: E402
+import markov_chain  # noqa: E402
 import published_tokenizers  # noqa: E402
 import speed  # noqa: E402
 import tokenizer_peer  # noqa: E402
@@ -2397,3 +2399,75 @@ def test_speed_program(capsys, monkeypatch):
     small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
     likelihood = 2 * 16 * (4 + 1) * 8  # an in-place product, which PyTorch does not count
     assert counter.get_total_flops() - small + likelihood == speed.forward_flops(model)
+
+
+# ----------------------------------------------------------------------------
+# Evidence: experiments/baselines.py and markov_chain.py.
+
+@pytest.mark.parametrize("kind", baselines.KINDS)
+def test_discrete_baselines(kind, monkeypatch):
+    """One token of known probabilities, the exact posterior as the network: the bound is the entropy and the samples'
+    distribution the right one, to the last digit for any number of steps; the estimator agrees within 4 errors."""
+    monkeypatch.setattr(baselines, "T", 7)
+    p_0, eye = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    entropy, (b, c) = float(-(p_0 * p_0.log()).sum()), baselines.KINDS[kind]
+    state = torch.tensor([b / 3] * 3 + [c], dtype=torch.float64)  # of a token at t = 1
+
+    def corrupted(t):
+        a, b, c = baselines.rates(kind, torch.as_tensor(t, dtype=torch.float64))
+        return p_0[:, None] * torch.cat([a * eye + b / 3, c.expand(3, 1)], 1)                      # p(x_0 = k, x_t = i)
+
+    def posterior_of(t):
+        joint = corrupted(t)
+        return (joint / joint.sum(0).clamp(min=1e-300)).T                                          # (4, 3)
+
+    bound, states = 0.0, torch.arange(4)
+    for i in range(7, 0, -1):
+        t, s = (torch.tensor(n / 7, dtype=torch.float64) for n in (i, i - 1))
+        ours = baselines.reverse(kind, posterior_of(t), states, t, s)
+        state = state @ ours
+        for k in range(3):
+            truth = baselines.reverse(kind, eye[k].expand(4, 3), states, t, s)
+            kl = torch.xlogy(truth, truth) - torch.xlogy(truth, ours.clamp(min=1e-300))
+            bound += float(corrupted(t)[k] @ kl.sum(1))
+    assert bound == pytest.approx(entropy, abs=1e-12)
+    close(state, torch.cat([p_0, torch.zeros(1)]).double(), rtol=0, atol=1e-12)
+    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t: torch.stack(
+        [posterior_of(time)[i] for i, time in zip(x_t.tolist(), t.tolist(), strict=True)]).clamp(min=1e-30).log())
+    model, x = SimpleNamespace(K=3, N=1), torch.multinomial(p_0, 1500, replacement=True, generator=seeded(0))[:, None]
+    draws = baselines.loss(kind, model, None, x, seeded(1))
+    assert abs(float(draws.mean()) - entropy) < 4 * float(draws.std()) / 1500 ** 0.5 + 1e-9
+    drawn = baselines.sample(kind, model, None, 1500, 5, seeded(2))
+    assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+    if kind == "absorbing":
+        drawn = baselines.sample_by_confidence(model, None, 1500, 1, seeded(3))
+        assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+
+
+def test_markov_chain(tmp_path, monkeypatch, capsys):
+    """Entropy and score by enumeration; rows of every kind run, and the same command again computes nothing."""
+    monkeypatch.setattr(markov_chain, "K", 4)
+    monkeypatch.setattr(markov_chain, "N", 3)
+    for name, value in (("SAMPLES", 20), ("HELD_OUT", 20), ("BATCH", 8)):
+        monkeypatch.setattr(markov_chain, name, value)
+    chain = markov_chain.Chain()
+    every = np.array(list(itertools.product(range(4), repeat=3)))
+    p = chain.start[every[:, 0]] * chain.transition[every[:, 0], every[:, 1]] * chain.transition[
+        every[:, 1], every[:, 2]]
+    assert p.sum() == pytest.approx(1, abs=1e-12) and chain.bigrams.sum(0) == pytest.approx(chain.start)
+    assert chain.entropy() == pytest.approx(-(p * np.log(p)).sum() / 3, abs=1e-12)
+    drawn = chain.draw(20000, np.random.default_rng(0))
+    counts = np.bincount(drawn @ [16, 4, 1], minlength=64)
+    assert scipy.stats.chisquare(counts, 20000 * p).pvalue > 1e-3
+    nll, distance = chain.score(every[:1])  # 0, 0, 0: all bigrams are (0, 0)
+    assert nll == pytest.approx(-np.log(p[0]) / 3) and distance == pytest.approx(1 - chain.bigrams[0, 0])
+    rows = ["rec + diff + CM, frozen table", "plain cross-entropy", "discrete: absorbing", "train.py's defaults"]
+    words = ["--seeds", 1, "--steps", 2, "--out", tmp_path / "m", "--only", *rows]
+    assert call(markov_chain, *words[:-1]) == 0
+    first = (tmp_path / "m" / "results.csv").read_text()
+    assert call(markov_chain, *words) == 0
+    lines = list(csv.DictReader((tmp_path / "m" / "results.csv").open()))
+    assert (tmp_path / "m" / "results.csv").read_text().startswith(first) and [d["row"] for d in lines] == rows
+    assert all(float(line["bound"]) > 0 and float(line["NLL 50"]) > 0 for line in lines)
+    text = (tmp_path / "m" / "results.md").read_text()
+    assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out

@@ -39,7 +39,7 @@ from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
-K, N, D, BATCH, SAMPLES = 10, 6, 8, 256, 4000
+K, N, D, BATCH, SAMPLES, HELD_OUT = 10, 6, 8, 256, 4000, 20000
 PLAIN = dict(likelihood=False, norm="layer", max_snr=5.0, p_drop=0.0, rec_fraction=0.25)  # without what is ours
 DEFAULTS = dict(norm="rms", max_snr=5.0, p_drop=0.1, rec_fraction=0.25)  # train.py's
 ROWS = {  # options of the model and of training_loss; "s": shift; "loss": another objective; "frozen": the table
@@ -135,7 +135,7 @@ def run(options, seed, steps, chain, show):
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
     collapse, kind = collapse_diagnostics(ema.table()), options.get("loss")
     found = {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    x = torch.from_numpy(chain.draw(20000, np.random.default_rng(10 ** 6)))
+    x = torch.from_numpy(chain.draw(HELD_OUT, np.random.default_rng(10 ** 6)))
     labels, noise = torch.zeros(len(x), dtype=torch.int64), torch.Generator().manual_seed(10 ** 6)
     many, nobody = torch.zeros(SAMPLES, dtype=torch.int64), [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
     with torch.no_grad():
