@@ -1,6 +1,6 @@
 """Is a run that is killed again and again, at random moments, the run that nobody disturbed?
 
-    python experiments/kills.py --kills 20                two minutes or so on a CPU
+    python experiments/kills.py --kills 20                three minutes or so on a CPU
 
 A small run of train.py, from pictures to samples, is made once undisturbed. Then the same command is started in another
 directory, killed with SIGKILL after a random time, started again, killed again, ... and at last left alone. All files
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-WORDS = ("--data toy --size 8 --f 4 --K 16 --code-dim 4 --tokenizer-width 16 --tokenizer-steps 60 --tokenizer-batch 8 "
-         "--D 8 --width 32 --depth 2 --heads 2 --steps 120 --batch 64 --warmup 1 --sample-steps 3 --log-every 5 "
-         "--sample-every 20 --save-every 3 --device cpu").split()
+WORDS = ("--data toy --size 8 --f 4 --K 16 --code-dim 4 --tokenizer-width 16 --tokenizer-steps 400 --tokenizer-batch 8 "
+         "--D 8 --width 32 --depth 2 --heads 2 --steps 1200 --batch 64 --warmup 1 --sample-steps 3 --log-every 5 "
+         "--sample-every 100 --save-every 5 --device cpu").split()
 
 
 def start(words, kill_after=None):
@@ -62,6 +62,7 @@ def contents(out):
 def main():
     parser = argparse.ArgumentParser(description="Kill a run at random moments and compare it with an undisturbed one.")
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
+    parser.add_argument("--seconds", type=float, default=3, help="longest life of a run that is killed (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
     moments = random.Random(args.seed)
@@ -70,7 +71,7 @@ def main():
         whole = start([*WORDS, "--out", calm])
         print(f"undisturbed: {whole:.1f} s from its first word to its end")
         for i in range(args.kills):
-            lived = start([*WORDS, "--out", disturbed], moments.uniform(0, 3 * whole / args.kills))
+            lived = start([*WORDS, "--out", disturbed], moments.uniform(0, args.seconds))
             left = sorted(path.name for path in disturbed.iterdir()) if disturbed.exists() else []
             step = [f"{name} of {torch.load(disturbed / name, weights_only=True)['step']}"
                     for name in ("tokenizer.pt", "ckpt.pt") if name in left]
