@@ -62,7 +62,7 @@ def contents(out):
 def main():
     parser = argparse.ArgumentParser(description="Kill a run at random moments and compare it with an undisturbed one.")
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
-    parser.add_argument("--seconds", type=float, default=3, help="longest life of a run that is killed (default: 3)")
+    parser.add_argument("--seconds", type=float, default=5, help="longest life of a run that is killed (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
     moments = random.Random(args.seed)
