@@ -1698,6 +1698,8 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     for name, value in changed.items():
         assert not np.array_equal(picture(**{name: value}), baseline), name
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
+    with mock.patch.object(torch, "compile", side_effect=lambda f, **_: f) as compiled:
+        assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
     assert np.array_equal(picture(**{"class": "1"}), picture(**{"class": "dog"}))
     assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
 
