@@ -1,4 +1,7 @@
-"""Draw images with a trained VQ-LCMD:  python sample.py runs/toy/ckpt.pt  [--class heart,star] [--guidance 2]
+"""Draw images with a trained VQ-LCMD:
+
+    python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2               a grid, samples.png
+    python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz                   or a .zip, or a folder; resumable
 
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
@@ -10,14 +13,17 @@ number of images, any batch size and any device, up to the rounding of the netwo
 
 import argparse
 import datetime
+import io
 import os
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import vqvae
@@ -122,6 +128,69 @@ def sample_together(bundle, labels, **options):
     return torch.cat(parts)[:n]
 
 
+def sample_files(bundle, labels, out, batch, seed, **settings):
+    """Image i of labels (n,) as it is, for measuring: a folder or .zip of 000000.png ..., or an .npz as ADM's.
+
+    The .npz holds arr_0 (n, H, W, 3) uint8 and arr_1 (n,), the labels. Till all is done the images lie in OUT.part.npy,
+    with a mark for each, so that the same command goes on where it was stopped; processes share out the batches.
+    """
+    (rank, world), n, (h, w) = processes(), len(labels), (bundle.tokenizer.size,) * 2
+    part = out.with_name(out.name + ".part.npy")
+    made = vqvae.digest(bundle.model.state_dict() | {"labels": labels}) + f" seed {seed} {settings}"
+    dtype = np.dtype([((made, "image"), np.uint8, (h, w, 3)), ("done", bool)])
+    if rank == 0 and not part.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = part.with_suffix(".new")
+        with fresh.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": dtype.descr, "fortran_order": False, "shape": (n,)})
+            file.truncate(file.tell() + n * dtype.itemsize)  # zeros: nothing is done
+        fresh.replace(part)
+    wait_for_all()
+    rows = np.load(part, mmap_mode="r+")
+    if rows.dtype != dtype or len(rows) != n:
+        raise ValueError(f"{part} holds images of another model, seed or setting: delete it, or give another --out")
+    with tqdm(total=n, initial=int(rows["done"].sum()), desc="sampling", unit="img",
+              disable=True if rank else None) as bar:
+        for start in range(rank * batch, n, world * batch):
+            here = slice(start, min(start + batch, n))
+            if rows["done"][here].all():
+                continue
+            images = sample_images(bundle, labels[here], seed=seed, first=start, batch=batch, show_progress=False,
+                                   **settings)
+            rows["image"][here] = images.permute(0, 2, 3, 1).numpy()
+            rows.flush()  # the images are on the disk before the marks say so
+            rows["done"][here] = True
+            bar.update(len(images) * world)
+    rows.flush()
+    wait_for_all()
+    if rank == 0:
+        pack(rows["image"], labels.numpy(), out)
+        part.unlink()
+
+
+def pack(images, labels, out):
+    """images (n, H, W, 3) uint8 into a folder, a .zip or an .npz, which appears when it is complete."""
+    partial = out.with_name(out.name + ".part")
+
+    def png(image):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "png")
+        return file.getvalue()
+
+    if out.suffix == ".npz":
+        with partial.open("wb") as file:
+            np.savez(file, arr_0=images, arr_1=labels)
+    elif out.suffix == ".zip":
+        with zipfile.ZipFile(partial, "w") as file:
+            for i, image in enumerate(images):
+                file.writestr(f"{i:06d}.png", png(image))
+    else:
+        partial.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            (partial / f"{i:06d}.png").write_bytes(png(image))
+    partial.replace(out)
+
+
 def default_labels(n, num_classes):
     """(n,) labels: rows of COLUMNS images of one class, class after class; zeros (the null class) without classes."""
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
@@ -175,6 +244,11 @@ def processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=datetime.timedelta(days=30))
     return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_all():
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
 
 
 def choose_device(name="auto"):
@@ -234,7 +308,8 @@ def main():
     parser.add_argument("--batch", type=int, default=256, help="images at a time (default: 256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
-    parser.add_argument("--out", default="samples.png", help="the grid to write (default: samples.png)")
+    parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
+                        "images one by one (default: samples.png)")
     args = parser.parse_args()
     rank, _ = processes()
     try:
@@ -243,6 +318,11 @@ def main():
                 raise ValueError(f"--{name} must be at least 1")
         if args.seed < 0:
             raise ValueError("--seed must not be negative")
+        out = Path(args.out)
+        if out.suffix not in (".png", ".npz", ".zip", ""):
+            raise ValueError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
+        if out.suffix != ".png" and out.exists():
+            raise ValueError(f"--out {out} is there already: remove it, or give another name")
         bundle = load_checkpoint(args.checkpoint, choose_device(args.device))
         names = bundle.class_names
         chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
@@ -258,10 +338,18 @@ def main():
     if rank == 0:
         print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.seed}, "
               + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    images = sample_together(bundle, labels, seed=args.seed, batch=args.batch, **settings)
+    if out.suffix == ".png":
+        images = sample_together(bundle, labels, seed=args.seed, batch=args.batch, **settings)
+        if rank == 0:
+            save_grid(images, out, COLUMNS,
+                      row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
+    else:
+        try:
+            sample_files(bundle, labels, out, args.batch, args.seed, **settings)
+        except (ValueError, OSError) as error:
+            print(f"sample.py: error: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, ValueError) else 1)
     if rank == 0:
-        save_grid(images, args.out, COLUMNS,
-                  row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
         print(f"wrote {args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()

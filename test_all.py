@@ -1704,6 +1704,44 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
     assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
 
 
+def test_sample_files(run, tmp_path, capsys):
+    """Folder, zip and npz hold the same pixels, those of one batch, interrupted and continued; wrong use is said."""
+    words = ["--n", 21, "--batch", 8, "--seed", 3]
+    bundle = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
+    labels = sample.default_labels(21, 2)
+    expected = sample.sample_images(bundle, labels, seed=3, **bundle.sampling).permute(0, 2, 3, 1).numpy()
+    for name in ("a", "a.zip", "a.npz"):
+        real, seen = sample.sample_images, []
+
+        def stopped(*args, seen=seen, real=real, **options):
+            seen.append(options["first"])
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with mock.patch.object(sample, "sample_images", stopped), pytest.raises(KeyboardInterrupt):
+            call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name)
+        assert not (tmp_path / name).exists()
+        assert call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name, "--steps", 1) == 2
+        assert "holds images of another model, seed or setting" in capsys.readouterr().err
+        with mock.patch.object(sample, "sample_images", stopped):
+            assert call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name) == 0 and seen == [0, 8, 16, 16]
+        if name == "a.npz":
+            with np.load(tmp_path / name) as found:
+                images = found["arr_0"]
+                assert np.array_equal(found["arr_1"], labels)
+        else:
+            folder = tmp_path / name if name == "a" else zipfile.Path(tmp_path / name)
+            files = sorted(folder.iterdir(), key=lambda file: file.name)
+            images = np.stack([np.asarray(Image.open(io.BytesIO(file.read_bytes()))) for file in files])
+        assert np.array_equal(images, expected), name
+        assert {path.name for path in tmp_path.iterdir()} <= {"a", "a.zip", "a.npz"}
+        assert call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name) == 2
+        assert "is there already" in capsys.readouterr().err
+    assert call(sample, run / "ckpt.pt", "--out", tmp_path / "a.jpg") == 2
+    assert "must end in .png, .npz or .zip" in capsys.readouterr().err
+
+
 def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
     words = ["report", run / "tokenizer.pt", "--data", folder, "--device", "cpu", "--out", tmp_path / "a" / "r.png"]
@@ -2256,12 +2294,13 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
 
 
 def one_of_two(rank, jobs):
-    """What torchrun starts twice: train.py with each of some command lines."""
+    """What torchrun starts twice: train.py, or sample.py, with each of some command lines."""
     train.DRAWS = train.FINAL_DRAWS = 256
     for port, words in jobs:
+        program = train if str(words[0]).startswith("--") else sample
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        assert call(train, *words) == 0
+        assert call(program, *words) == 0
 
 
 def test_two_processes_train_as_one(run, folder, tmp_path):
@@ -2274,13 +2313,17 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     expected = weights_of(one)
     shutil.copytree(one, split)
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
         ports = [server.getsockname()[1] for server in servers]
     images = ["--data", folder, *flags(TINY | {"flip": True, "tokenizer_steps": 6, "log_every": 1})]
     options = ["--fsdp", "--activation-checkpointing", "--micro-batch", 20, "--steps", 25, "--out", split]
-    jobs = zip(ports, ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"]), strict=True)
+    drawing = [run / "ckpt.pt", "--n", 21, "--batch", 4, "--out"]
+    jobs = zip(ports, ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"],
+                       [*drawing, tmp_path / "e.npz"]), strict=True)
     torch.multiprocessing.spawn(one_of_two, (list(jobs),), 2)
     assert call(train, *images, "--stage", "tokenizer", "--out", tmp_path / "d") == 0
+    assert call(sample, *drawing, tmp_path / "d.npz") == 0
+    assert np.array_equal(*(np.load(tmp_path / name)["arr_0"] for name in ("d.npz", "e.npz")))
     by_one, by_two = (contents(tmp_path / name)["tokenizer.csv"] for name in "de")
     for a, b in zip(by_one, by_two, strict=True):  # five decimals of each term
         assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, abs=2e-5)
