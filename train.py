@@ -559,7 +559,8 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
         if rank:
             return
         write_atomically(path, lambda partial: torch.save(
-            {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "step": at, "metrics": metrics}
+            {"format": TOKENIZER_FORMAT, "config": models["tokenizer"], "step": at, "metrics": metrics,
+             "history": (history, used)}  # of the status line to come
             | {name: part.state_dict() for name, part in trained.items()}, partial), keep=True)
 
     def picture(at):
@@ -571,8 +572,9 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
 
     names = ["reconstruction", *["lpips"] * (lpips is not None), "commitment", "codebook",
              *["adversarial", "weight", "discriminator"] * bool(config["gan"])]
-    used, absent = torch.zeros(config["K"], device=device), torch.zeros((), device=device)
-    history, clock = [], time.time()
+    history, used = state["history"] if state and "history" in state else ([], torch.zeros(config["K"]))
+    history, used, absent = [row.to(device) for row in history], used.to(device), torch.zeros((), device=device)
+    since, clock = start, time.time()
     with tqdm(total=steps, initial=start, desc="tokenizer", unit="step", disable=True if rank else None,
               leave=False) as bar:
         for step, images in batches_ahead(train, config["tokenizer_batch"], seed, start, steps, config["flip"]):
@@ -595,11 +597,11 @@ def train_tokenizer(config, models, sets, out, seed, device, lpips=None):
             if log or done == steps:
                 row = {"step": done} | {name: f"{mean:.5f}" for name, mean in zip(names, means, strict=True)}
                 row |= {"lr": f"{found['lr']:.2e}", "codes": int((used > 0).sum()),
-                        "img/s": round(len(history) * config["tokenizer_batch"] / (time.time() - clock))}
+                        "img/s": round((done - since) * config["tokenizer_batch"] / (time.time() - clock))}
                 if rank == 0:
                     append_row(out / "tokenizer.csv", row)
                 status("tokenizer", row.pop("step"), steps, row)
-                history, used, clock = [], torch.zeros_like(used), time.time()
+                history, used, since, clock = [], torch.zeros_like(used), done, time.time()
             if done % config["sample_every"] == 0 and done < steps and rank == 0:
                 picture(done)
             if keep:
@@ -766,8 +768,9 @@ def train_diffusion(config, models, class_names, out, seed, device):
     if config["embedding_init"] == "codebook":
         model.start_from(tokenizer.codebook)
     ema = copy.deepcopy(model).requires_grad_(False)
-    start, metrics = 0, {}
+    start, metrics, history = 0, {}, []  # of the status line to come
     if state:
+        history = [row.to(device) for row in state.get("history", [])]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         start = state["step"]
@@ -796,7 +799,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
         content = whole({"format": CHECKPOINT_FORMAT, "config": models | {"training": config | {"seed": seed}},
                          "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
                          "optimizer": optimizer.state_dict(), "step": at, "class_names": class_names,
-                         "sampling": settings, "metrics": metrics})
+                         "sampling": settings, "metrics": metrics, "history": history})
         if rank == 0:
             write_atomically(path, lambda partial: torch.save(content, partial), keep=True)
 
@@ -830,7 +833,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
             block.compile()
     elif config["compile"]:
         loss_of = torch.compile(loss_of)
-    names, history, clock = ("rec", "diff", "cm", "norm"), [], time.time()
+    names, since, clock = ("rec", "diff", "cm", "norm"), start, time.time()
     with tqdm(total=steps, initial=start, desc="diffusion", unit="step", disable=True if rank else None,
               leave=False) as bar:
         for step in range(start, steps):
@@ -854,14 +857,14 @@ def train_diffusion(config, models, class_names, out, seed, device):
                 with torch.no_grad():
                     collapse = collapse_diagnostics(whole(model.table()))
                 row = {"step": done} | {name: f"{value:.4f}" for name, value in zip(names, means, strict=True)} | {
-                    "lr": f"{lr:.2e}", "img/s": round(len(history) * config["batch"] / (time.time() - clock)),
+                    "lr": f"{lr:.2e}", "img/s": round((done - since) * config["batch"] / (time.time() - clock)),
                     "rank": f"{collapse['effective_rank']:.2f}", "min_dist": f"{collapse['smallest_distance']:.3f}"}
                 if device.type == "cuda":
                     row["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
                 if rank == 0:
                     append_row(out / "diffusion.csv", row)
                 status("diffusion", row.pop("step"), steps, row)
-                history, clock = [], time.time()
+                history, since, clock = [], done, time.time()
             if done % config["sample_every"] == 0 and done < steps:
                 evaluate(done, DRAWS)
                 picture(done)
