@@ -677,6 +677,8 @@ for update in ("ema", "gradient"):
         vq.running_count[step % 16] *= 0
         dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
     torch.save(vq.state_dict() | {"dead": dead}, f"{folder}/{update}{rank}of{world}.pt")
+if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
+    dist.destroy_process_group()
 """
 
 
