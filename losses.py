@@ -100,18 +100,19 @@ def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
 # numbers nor, up to rounding, the gradient depend on how the work is divided.
 
 @torch.no_grad()
-def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1):
+def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1, max_gap=1.0):
     """All random numbers of a step -> (rows, n_rec, counts).
 
     x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first axis the
     batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at
-    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM.
+    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM. s is uniform in [t - max_gap, t), or [0, t).
     """
     (B, N), e = x.shape, F.embedding(x, model.table())                                             # (B, N, D)
     n_rec = min(max(1, round(rec_fraction * B)), B - 1)
     # Times: 0 for the first rows, stratified over the others alone, so that no interval of t is left out.
     t = torch.cat([torch.zeros(n_rec, device=x.device), stratified(B - n_rec, generator, x.device)])
-    s = t * torch.rand(B, generator=generator, device=x.device)                                    # uniform in [0, t)
+    least = (t - max_gap).clamp(min=0)
+    s = least + (t - least) * torch.rand(B, generator=generator, device=x.device)                  # < t
     eps = noise_like(e, generator)
     # Random dropping (ours in its exact form): a rate per image in [0, p_drop]; the network is told which.
     rate = p_drop * torch.rand(B, 1, generator=generator, device=x.device)
@@ -166,9 +167,10 @@ def partial_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec=1.0, w_
 
 
 def training_loss(model, teacher, schedule, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1,
-                  **options):
+                  max_gap=1.0, **options):
     """(loss, {"rec", "diff", "cm"}) of a whole batch in one piece: draw, then partial_loss with its options."""
-    drawn = draw(model, x, labels, generator, rec_fraction=rec_fraction, p_drop=p_drop, label_drop=label_drop)
+    drawn = draw(model, x, labels, generator, rec_fraction=rec_fraction, p_drop=p_drop, label_drop=label_drop,
+                 max_gap=max_gap)
     loss, terms = partial_loss(model, teacher, schedule, *drawn, **options)
     return loss, dict(zip(("rec", "diff", "cm"), terms.unbind(), strict=True))
 

@@ -1597,9 +1597,9 @@ CHANGED = dict(
     codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
     tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
     depth=2, heads=4, likelihood=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
-    max_snr=1.0, rec_fraction=0.5, coupling="shared", teacher="ema", p_drop=0.9, label_drop=0.9, steps=9, batch=7,
-    lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0, sampler="ddim",
-    log_every=3, sample_every=3, save_every=1, flip=True)
+    max_snr=1.0, rec_fraction=0.5, coupling="shared", max_gap=0.5, teacher="ema", p_drop=0.9, label_drop=0.9,
+    steps=9, batch=7, lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0,
+    sampler="ddim", log_every=3, sample_every=3, save_every=1, flip=True)
 
 
 def parser_flags(program):
@@ -2256,6 +2256,9 @@ def test_shares_add_up(parts):
     model, schedule = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5)
     x, options = torch.randint(6, (12, 4), generator=seeded(1)), dict(w_rec=0.7, w_diff=0.3, w_cm=0.9, max_snr=3.0)
     drawn = losses.draw(model, x, x[:, 0] % 2, seeded(2), p_drop=0.9, rec_fraction=0.4)
+    narrow = losses.draw(model, x, x[:, 0] % 2, seeded(2), p_drop=0.9, rec_fraction=0.4, max_gap=0.01)[0]
+    assert all(torch.equal(drawn[0][name], narrow[name]) for name in narrow if name != "s")
+    assert (narrow["s"] <= narrow["t"]).all() and (narrow["s"] >= narrow["t"] - 0.01001).all()
     loss, terms = losses.partial_loss(model, model, schedule, *drawn, **options)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     found = [losses.partial_loss(model, model, schedule, *losses.share(*drawn, i, parts), **options)
@@ -2479,7 +2482,7 @@ def test_discrete_baselines(kind, monkeypatch):
             bound += float(corrupted(t)[k] @ kl.sum(1))
     assert bound == pytest.approx(entropy, abs=1e-12)
     close(state, torch.cat([p_0, torch.zeros(1)]).double(), rtol=0, atol=1e-12)
-    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t: torch.stack(
+    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t, *_: torch.stack(
         [posterior_of(time)[i] for i, time in zip(x_t.tolist(), t.tolist(), strict=True)]).clamp(min=1e-30).log())
     model, x = SimpleNamespace(K=3, N=1), torch.multinomial(p_0, 1500, replacement=True, generator=seeded(0))[:, None]
     draws = baselines.loss(kind, model, None, x, seeded(1))

@@ -107,6 +107,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "max_snr": (float, 5.0, "bound on e^lambda in the trained L_diff; inf is the exact bound"),
     "rec_fraction": (float, 0.25, "share of the batch at t = 0, which gives L_rec"),
     "coupling": (("markov", "shared"), "markov", "how z_s and z_t of L_CM belong together"),
+    "max_gap": (float, 1.0, "largest t - s of L_CM"),
     "teacher": (("current", "ema"), "current", "weights of the CM teacher"),
     "p_drop": (float, 0.1, "highest rate of dropped embeddings, drawn per image from [0, p_drop]"),
     "label_drop": (float, 0.1, "rate of dropped labels, for classifier-free guidance"),
@@ -226,7 +227,7 @@ def resolve(args, source, device, fixed):
             continue
         if kind is int and name not in ("warmup", "micro_batch"):
             low = 2 if name in ("K", "batch") else 1
-        if name in ("rec_fraction", "p_drop", "label_drop", "ema_decay", "gan_start"):
+        if name in ("rec_fraction", "p_drop", "label_drop", "max_gap", "ema_decay", "gan_start"):
             high = 1
         if name == "K":
             high = 65536  # tokens are stored in 16 bits
@@ -827,7 +828,7 @@ def train_diffusion(config, models, class_names, out, seed, device):
     teacher = ema if config["teacher"] == "ema" else model
     loss_of = functools.partial(partial_loss, model, teacher, schedule, **{
         name: config[name] for name in ("w_rec", "w_diff", "w_cm", "max_snr", "coupling")})
-    draw_options = {name: config[name] for name in ("rec_fraction", "p_drop", "label_drop")}
+    draw_options = {name: config[name] for name in ("rec_fraction", "p_drop", "label_drop", "max_gap")}
     if config["compile"] and config["fsdp"]:  # what FSDP2 does between the blocks cannot be compiled
         for block in model.blocks:
             block.compile()

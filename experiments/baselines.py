@@ -1,4 +1,5 @@
-"""Discrete-state diffusion on the same tokens, with the same transformer: what VQ-LCMD is compared with.
+"""What VQ-LCMD is compared with, on the same tokens and with the same transformer: discrete-state diffusion, and
+continuous diffusion trained by plain cross-entropy (at the end).
 
 Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn code with
 b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
@@ -18,8 +19,15 @@ bounds -log p(x_0) from above; nothing is left at t = 1. For T -> infinity the a
 -log p(x_i | x_t) / t over masked positions. T = 1000 here, within 1 / T of it.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from losses import noise_like, stratified, training_loss
+from schedule import add_noise
 
 T = 1000
 KINDS = {"absorbing": (0.0, 1.0), "uniform": (1.0, 0.0), "mask-and-replace": (0.1, 0.9)}  # b(1), c(1)
@@ -59,22 +67,26 @@ def reverse(kind, p, x_t, t, s):
     return joint / joint.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def predict(model, schedule, x_t, t):
-    """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time."""
-    mask, table = x_t == model.K, model.table()
+def predict(model, schedule, x_t, t, labels=None, guidance=0.0):
+    """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
+
+    labels (B,), or None for the null class. guidance: omega, of the raw logits, as in EmbeddingDiffusion.guided.
+    """
+    mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
     null = torch.full_like(x_t[:, 0], model.num_classes)
-    return model(z, schedule.log_snr(t), null, mask=mask, table=table).log_softmax(-1)
+    logits = model(z, log_snr, null if labels is None else labels, mask=mask, table=table)
+    if guidance and labels is not None:
+        logits = (1 + guidance) * logits - guidance * model(z, log_snr, null, mask=mask, table=table)
+    return logits.log_softmax(-1)
 
 
-def loss(kind, model, schedule, x, generator):
+def loss(kind, model, schedule, x, generator, labels=None):
     """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified."""
-    B = len(x)
-    u = (torch.rand((), generator=generator) + torch.arange(B)) / B % 1
-    number = (u * T).long().to(x.device)
+    number = (stratified(len(x), generator, x.device) * T).long()
     t, s = (number + 1) / T, number / T                                                            # (B,)
     x_t = corrupt(kind, x, model.K, t, generator)
-    p = predict(model, schedule, x_t, t).exp()
+    p = predict(model, schedule, x_t, t, labels).exp()
     truth = reverse(kind, F.one_hot(x, model.K).to(p.dtype), x_t, t[:, None], s[:, None])
     ours = reverse(kind, p, x_t, t[:, None], s[:, None])
     return T * (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1).mean(1)
@@ -86,32 +98,62 @@ def draw(p, generator):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator):
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0):
     """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid."""
-    x = draw(torch.cat([torch.full((n, model.N, model.K), KINDS[kind][0] / model.K),
-                        torch.full((n, model.N, 1), KINDS[kind][1])], -1), generator)
+    device = generator.device
+    start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
+    start[-1] = KINDS[kind][1]
+    x = draw(start.expand(n, model.N, -1), generator)
     for i in range(steps, 0, -1):
-        t, s = torch.full((n,), i / steps), torch.full((n,), (i - 1) / steps)
-        p = predict(model, schedule, x, t).exp()
+        t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
+        p = predict(model, schedule, x, t, labels, guidance).exp()
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
     return x
 
 
 @torch.no_grad()
-def sample_by_confidence(model, schedule, n, steps, generator, temperature=1.0):
+def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0):
     """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
 
     Confidence: log p of the drawn token plus temperature * t * Gumbel noise.
     """
-    x = torch.full((n, model.N), model.K)
+    device = generator.device
+    x = torch.full((n, model.N), model.K, device=device)
     for i in range(steps, 0, -1):
-        t = torch.full((n,), i / steps)
-        log_p = predict(model, schedule, x, t)
+        log_p = predict(model, schedule, x, torch.full((n,), i / steps, device=device), labels, guidance)
         drawn = draw(log_p.exp(), generator)
-        gumbel = -torch.empty(n, model.N).exponential_(generator=generator).log()
+        gumbel = -torch.empty(n, model.N, device=device).exponential_(generator=generator).log()
         confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (i - 1) / steps * gumbel
         confidence = torch.where(x < model.K, torch.inf, confidence)
         left = int(model.N * torch.cos(torch.tensor((steps - i + 1) / steps * torch.pi / 2)))  # masks after this step
         kept = confidence.argsort(dim=1, descending=True).argsort(dim=1) < model.N - left
         x = torch.where(kept & (x == model.K), drawn, x)
     return x
+
+
+def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
+    """L = E_t[ -log p(x | z_t) ] (CDCD, Dieleman et al. 2022), t = 0 as often as in VQ-LCMD. A scalar."""
+    rec = round(rec_fraction * len(x))
+    t = torch.cat([torch.zeros(rec, device=x.device), stratified(len(x) - rec, generator, x.device)])
+    table = model.table()
+    e, log_snr = F.embedding(x, table), schedule.log_snr(t)
+    logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
+    return F.cross_entropy(logits.flatten(0, 1), x.flatten())
+
+
+def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.0):
+    """The loss of one batch for a row of an experiment. "loss": a discrete-state kind, or cross-entropy, else VQ-LCMD.
+
+    x (B, N), labels (B,); the other options are those of training_loss, and "teacher": "ema".
+    """
+    kind = options.get("loss")
+    if kind and label_drop:
+        drop = torch.rand(labels.shape, generator=generator, device=x.device) < label_drop
+        labels = torch.where(drop, model.num_classes, labels)
+    if kind in KINDS:
+        return loss(kind, model, schedule, x, generator, labels).mean()
+    if kind == "cross-entropy":
+        return cross_entropy(model, schedule, x, labels, generator, options["rec_fraction"])
+    names = ("w_rec", "w_diff", "w_cm", "max_snr", "coupling", "p_drop", "rec_fraction", "max_gap")
+    return training_loss(model, ema if options.get("teacher") == "ema" else model, schedule, x, labels, generator,
+                         label_drop=label_drop, **{name: options[name] for name in names if name in options})[0]

@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import baselines  # noqa: E402
 
 from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
-from losses import collapse_diagnostics, noise_like, training_loss, vlb  # noqa: E402
+from losses import collapse_diagnostics, noise_like, vlb  # noqa: E402
 from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
@@ -51,6 +51,7 @@ ROWS = {  # options of the model and of training_loss; "s": shift; "loss": anoth
     "rec + CM, no diff": PLAIN | dict(w_diff=0.0),
     "rec + diff + CM, exact weight": PLAIN | dict(max_snr=math.inf),
     "rec + diff + CM, teacher = EMA": PLAIN | dict(teacher="ema"),
+    "rec + diff + CM, gap at most 0.1": PLAIN | dict(max_gap=0.1),
     "rec + diff + CM, dropping 0.1": PLAIN | dict(p_drop=0.1),
     "rec + diff + CM, frozen table": PLAIN | dict(frozen=True),
     "plain cross-entropy": PLAIN | dict(loss="cross-entropy"),
@@ -97,24 +98,6 @@ class Chain:
         return -log_p.mean() / N, 0.5 * np.abs(counts / counts.sum() - self.bigrams).sum()
 
 
-def objective(options, model, ema, schedule, x, generator):
-    """The loss of one batch x (B, N) by one row's options."""
-    labels, kind = torch.zeros(len(x), dtype=torch.int64), options.get("loss")
-    if kind in baselines.KINDS:
-        return baselines.loss(kind, model, schedule, x, generator).mean()
-    if kind == "cross-entropy":  # L = E_t[ -log p(x | z_t) ] (CDCD, Dieleman et al. 2022), t = 0 as often as above
-        rec = round(options["rec_fraction"] * len(x))
-        t = torch.cat([torch.zeros(rec), (torch.rand((), generator=generator) + torch.arange(len(x) - rec)
-                                          / (len(x) - rec)) % 1])
-        table = model.table()
-        e, log_snr = F.embedding(x, table), schedule.log_snr(t)
-        logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
-        return F.cross_entropy(logits.flatten(0, 1), x.flatten())
-    names = ("w_rec", "w_diff", "w_cm", "max_snr", "coupling", "p_drop", "rec_fraction")
-    return training_loss(model, ema if options.get("teacher") == "ema" else model, schedule, x, labels, generator,
-                         label_drop=0.0, **{name: options[name] for name in names if name in options})[0]
-
-
 def run(options, seed, steps, chain, show):
     """Trains and measures one row with one seed -> {measure: value}."""
     torch.manual_seed(seed)
@@ -128,7 +111,8 @@ def run(options, seed, steps, chain, show):
     for step in tqdm(range(steps), desc=show, leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 100, 2e-3)
         optimizer.zero_grad(set_to_none=True)
-        objective(options, model, ema, schedule, torch.from_numpy(chain.draw(BATCH, rng)), generator).backward()
+        x = torch.from_numpy(chain.draw(BATCH, rng))
+        baselines.objective(options, model, ema, schedule, x, torch.zeros_like(x[:, 0]), generator).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))

@@ -1,0 +1,448 @@
+"""VQ-LCMD beside discrete-state diffusion and beside itself with something changed, on real images.
+
+    python experiments/compare.py --data mnist --budget 1500                      everything, one row after the other
+    python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
+
+Every row has the same tokens, transformer, optimizer, batches and number of steps (--budget); "VQ-LCMD" is train.py,
+bit for bit. The tokenizer comes from train.py, to which all other words of the command line go (--preset, --size, ...;
+its network and settings are taken from there, too). In the run directory:
+
+    tokens/           tokenizer and tokens          ROW-SEED.pt       weights, and the table's collapse over training
+    classifier.pt     whose features measure        results.csv       a line per row, seed, sampler, steps and guidance
+    results.md, *.png tables, curves, and samples of every row side by side
+
+The same command again does what is missing; two of them with different rows or seeds may share one directory.
+
+Measures. Fréchet distance, KID, precision and recall with the formulas of fid.py, against 10,000 training images: on
+the features of Inception-v3, if its weights are there (then it is FID), or of a classifier trained here on the training
+images (on their classes; without classes, on telling a rotation by 0, 90, 180 or 270 degrees), and then it is never
+called FID. Agreement: how often that classifier sees the class asked for. Bound: bits per token of held-out images.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import agreement  # noqa: E402
+import baselines  # noqa: E402
+
+import data  # noqa: E402
+import fid  # noqa: E402
+import train  # noqa: E402
+from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
+from losses import collapse_diagnostics, held_out_bound  # noqa: E402
+from sample import bf16_works, choose_device, image_generators, sample_tokens  # noqa: E402
+from schedule import ShiftedCosine  # noqa: E402
+from vqvae import to_float  # noqa: E402
+
+ROWS = {  # what differs from train.py's settings; "loss": another objective, "frozen": the table
+    "VQ-LCMD": {},
+    "absorbing": dict(loss="absorbing", likelihood=False),                  # D3PM, MDLM
+    "uniform": dict(loss="uniform", likelihood=False),                      # D3PM, multinomial diffusion
+    "mask-and-replace": dict(loss="mask-and-replace", likelihood=False),    # VQ-Diffusion
+    "cross-entropy": dict(loss="cross-entropy"),                            # CDCD
+    "without CM": dict(w_cm=0.0),
+    "without L_diff": dict(w_diff=0.0),
+    "without dropping": dict(p_drop=0.0),
+    "shift 0.1": dict(shift=0.1),
+    "shift 0.2": dict(shift=0.2),
+    "shift 0.4": dict(shift=0.4),
+    "shift 0.7": dict(shift=0.7),
+    "shift 1": dict(shift=1.0),
+    "shared noise": dict(coupling="shared"),
+    "gap at most 0.1": dict(max_gap=0.1),
+    "random start": dict(embedding_init="random"),
+    "frozen random table": dict(embedding_init="random", frozen=True),
+    "table not normalised": dict(norm="none"),
+    "teacher = EMA": dict(teacher="ema"),
+    "exact weight": dict(max_snr=math.inf),
+    "without likelihood": dict(likelihood=False),
+    "cross-entropy without likelihood": dict(loss="cross-entropy", likelihood=False),
+}
+METHODS = list(ROWS)[:5]
+GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
+POINTS = 20  # of the curves over training
+COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
+           "agreement", "bound", "rank", "smallest", "mean_distance", "train_seconds", "sample_seconds", "features",
+           "commit", "device", "command"]
+
+
+def prepare(args, words):
+    """Tokenizer and tokens by train.py -> what all rows share."""
+    out, device = Path(args.out), choose_device(args.device)
+    command = [sys.executable, str(HERE.parent / "train.py"), "--data", args.data, "--out", str(out / "tokens"),
+               "--device", args.device, *(["--root", args.root] if args.root else []), *words]
+    for stage in ("tokenizer", "tokens"):
+        if subprocess.run([*command, "--stage", stage]).returncode:
+            raise ValueError(f"train.py could not make the {stage}: see above")
+    config = json.loads((out / "tokens" / "config.json").read_text())
+    models = train.describe_models(config, len(config["classes"]))
+    tokenizer, _ = train.load_tokenizer(models, out / "tokens", device)
+    rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
+    held_out = np.flatnonzero(rows["test"])[:2000]
+    images, unseen = data.find(args.data, args.root).load(config["size"])
+    return SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
+                           tokens=train.Tokens(rows[~rows["test"]], device), images=images, unseen=unseen,
+                           held_out=train.Tokens(rows[held_out], device).batch(np.arange(len(held_out))))
+
+
+# ----------------------------------------------------------------------------
+# One row: training and sampling.
+
+def train_row(name, seed, budget, shared):
+    """The averaged weights of one row and how its table fared, from its file if they are there."""
+    path = shared.out / f"{name.replace(' ', '_')}-{seed}-{budget}.pt"
+    config, device = shared.config | ROWS[name], shared.device
+    models = train.describe_models(config, len(shared.classes))
+    torch.manual_seed(train.seed_for(seed, train.STAGES["weights"], 1))
+    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device))
+    if config["embedding_init"] == "codebook":
+        model.start_from(shared.tokenizer.codebook)
+    model.to(device).embedding.requires_grad_(not config.get("frozen", False))
+    ema, schedule = copy.deepcopy(model).requires_grad_(False).eval(), ShiftedCosine(**models["schedule"])
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        ema.load_state_dict(state["ema"])
+        return ema, schedule, state
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99),
+                                  weight_decay=config["weight_decay"], fused=True)
+    curve, start = [], time.perf_counter()
+    for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, budget, config["warmup"], config["lr"])
+        x, labels = shared.tokens.batch(train.batch_indices(len(shared.tokens.x), config["batch"], seed, "diffusion",
+                                                            step))
+        loss = baselines.objective(config, model, ema, schedule, x, labels,
+                                   train.generator_for(seed, "diffusion", step, device), config["label_drop"])
+        loss.backward()
+        train.update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
+        if (step + 1) % max(budget // POINTS, 1) == 0 or step == 0:
+            curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"{name}, seed {seed}: the loss is no longer finite")
+    state = {"ema": ema.state_dict(), "curve": curve, "seconds": time.perf_counter() - start}
+    train.write_atomically(path, lambda partial: torch.save(state, partial))
+    return ema, schedule, state
+
+
+def bound(name, model, schedule, shared):
+    """Bits per token of held-out images (at most 2,000, two draws each), an upper bound."""
+    (x, labels), kind = shared.held_out, ROWS[name].get("loss")
+    if kind not in baselines.KINDS:
+        return held_out_bound(model, schedule, x, labels, lambda i: train.generator_for(0, "evaluation", i,
+                              shared.device), 2 * len(x))["total"]
+    noise, values = train.generator_for(0, "evaluation", 0, shared.device), []
+    with torch.no_grad():
+        for rows in (torch.arange(2 * len(x), device=x.device) % len(x)).split(256):
+            values.append(baselines.loss(kind, model, schedule, x[rows], noise, labels[rows]))
+    return float(torch.cat(values).mean()) / math.log(2)
+
+
+def settings_of(name, seed, steps, classes):
+    """(sampler, steps, guidance) of everything that is drawn from one row."""
+    kind = ROWS[name].get("loss")
+    found = [("ancestral", n, 0.0) for n in steps]
+    if kind == "absorbing":
+        found += [("confidence", n, 0.0) for n in steps]
+    if name == METHODS[0] and seed == 0:
+        found += [("ddim", n, 0.0) for n in steps]
+    if name in METHODS and seed == 0 and classes:
+        found += [("ancestral", GUIDED_STEPS, omega) for omega in ((0.0,) * (GUIDED_STEPS not in steps)) + GUIDANCE]
+    return found
+
+
+def draw(name, model, schedule, shared, n, sampler, steps, guidance, batch=250):
+    """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be."""
+    kind, images = ROWS[name].get("loss"), []
+    for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
+        indices = torch.arange(start, min(start + batch, n), device=shared.device)
+        labels = indices % max(len(shared.classes), 1)
+        if kind in baselines.KINDS:
+            generator = torch.Generator(shared.device).manual_seed(start)
+            options = dict(labels=labels if shared.classes else None, guidance=guidance)
+            tokens = (baselines.sample_by_confidence(model, schedule, len(labels), steps, generator, **options)
+                      if sampler == "confidence" else
+                      baselines.sample(kind, model, schedule, len(labels), steps, generator, **options))
+        else:
+            tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
+                                   sampler)
+        images.append(shared.tokenizer.decode(tokens).cpu())
+    return torch.cat(images)
+
+
+# ----------------------------------------------------------------------------
+# Measures.
+
+class Rotated:
+    """Images without classes, four times: image i // 4 turned by i mod 4 right angles, which is its class."""
+
+    class_names = ["0", "90", "180", "270"]
+
+    def __init__(self, images):
+        self.images, self.labels = images, torch.arange(4 * len(images)) % 4
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        indices = torch.as_tensor(indices)
+        upright = self.images.batch(indices // 4)
+        return torch.stack([torch.rot90(image, int(i) % 4, (1, 2)) for image, i in zip(upright, indices, strict=True)])
+
+
+def feature_network(shared, steps):
+    """(function from uint8 images to float64 features, its name, a classifier of the data's classes or None)."""
+    path, device = shared.out / "classifier.pt", shared.device
+    train_set, test_set = (shared.images, shared.unseen) if shared.classes else map(Rotated, (shared.images,
+                                                                                              shared.unseen))
+    classifier = agreement.make_classifier(len(train_set.class_names)).to(device).eval()
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        classifier.load_state_dict(state["weights"])
+    else:
+        classifier = agreement.train_classifier(train_set, device, steps)
+        some = torch.arange(min(len(test_set), 10000))
+        rate, _ = agreement.agreement(classifier, test_set.batch(some), test_set.labels[some], device)
+        state = {"weights": classifier.state_dict(), "accuracy": rate}
+        train.write_atomically(path, lambda partial: torch.save(state, partial))
+    kind = "classes" if shared.classes else "rotations"
+    name = f"own classifier of {kind}, {state['accuracy']:.2%} right on held-out images"
+    network = classifier[:-1]
+    try:
+        inception = fid.load_inception(fid.find_weights(may_download=False), device)
+        name, network = "Inception-v3", lambda images: inception(images)["2048"]
+    except fid.FIDError:
+        pass
+
+    @torch.no_grad()
+    def features(images):
+        inputs = (part.to(device) for part in images.split(100))
+        return torch.cat([network(part if name == "Inception-v3" else to_float(part)).double().cpu()
+                          for part in inputs])
+
+    return features, name, classifier if shared.classes else None
+
+
+class Judge:
+    """Scores images against 10,000 training images."""
+
+    def __init__(self, shared, classifier_steps):
+        self.features, self.name, self.classifier = feature_network(shared, classifier_steps)
+        self.device, self.classes = shared.device, max(len(shared.classes), 1)
+        some = np.linspace(0, len(shared.images) - 1, min(10000, len(shared.images))).astype(int)
+        self.real = torch.cat([self.features(shared.images.batch(part)) for part in np.array_split(some, 10)])
+
+    def __call__(self, images, labels=None):
+        fake = self.features(images)
+        statistics = [value for f in (self.real, fake) for value in (f.mean(0).numpy(), np.cov(f.numpy().T))]
+        found = {"distance": fid.frechet_distance(*statistics), "kid": fid.kernel_distance(self.real, fake)[0]}
+        found |= dict(zip(("precision", "recall"), fid.precision_recall(self.real, fake), strict=True))
+        if self.classifier is not None:
+            labels = torch.arange(len(images)) % self.classes if labels is None else labels
+            found["agreement"], _ = agreement.agreement(self.classifier, images, labels, self.device)
+        return found
+
+
+# ----------------------------------------------------------------------------
+# Reports.
+
+def spread(values, digits=2):
+    """Mean ± half the range; nothing for no values."""
+    if not values:
+        return ""
+    middle = f"{np.mean(values):.{digits}f}"
+    return middle + (f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else "")
+
+
+def tables(lines, references):
+    """Markdown: what is drawn without guidance, then the sweep of guidance."""
+    def values(column, **wanted):
+        return [float(line[column]) for line in lines if line[column]
+                and all(line[key] == value for key, value in wanted.items())]
+
+    steps = sorted({line["steps"] for line in lines}, key=int)
+    columns = ["bound", "rank", "smallest", "train_seconds"]
+    out = ["| row | sampler | seeds | bits per token ≤ | rank | smallest distance | seconds |"
+           + "".join(f" distance, {n} steps |" for n in steps) + " KID·10³ | precision | recall | agreement |",
+           "|" + " --- |" * (11 + len(steps))]
+    last = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])  # of the columns at the right
+    for name in ROWS:
+        for sampler in ("ancestral", "ddim", "confidence"):
+            mine = dict(row=name, sampler=sampler, guidance="0.0")
+            if not values("distance", **mine):
+                continue
+            seeds = len({line["seed"] for line in lines if line["row"] == name and line["sampler"] == sampler})
+            cells = [spread(values(c, **mine, steps=last), 0 if "sec" in c else 2) for c in columns]
+            cells += [spread(values("distance", **mine, steps=n)) for n in steps]
+            for column, scale, digits in (("kid", 1e3, 2), ("precision", 1, 3), ("recall", 1, 3), ("agreement", 1, 3)):
+                cells.append(spread([scale * value for value in values(column, **mine, steps=last)], digits))
+            out.append(f"| {name} | {sampler} | {seeds} | " + " | ".join(cells) + " |")
+    out += [f"\nKID, precision, recall and agreement: at {last} steps. For comparison, as many "
+            + "; ".join(f"{name}: distance {found['distance']:.2f}, precision {found['precision']:.3f}, recall "
+                        f"{found['recall']:.3f}" for name, found in references.items()) + ".\n"]
+    if any(float(line["guidance"]) for line in lines):
+        out += [f"Guidance, {GUIDED_STEPS} steps, seed 0: distance / precision / recall / agreement\n",
+                "| row |" + "".join(f" ω = {omega:g} |" for omega in (0.0, *GUIDANCE)),
+                "|" + " --- |" * (2 + len(GUIDANCE))]
+        for name in METHODS:
+            cells = []
+            for omega in (0.0, *GUIDANCE):
+                wanted = dict(row=name, seed="0", sampler="ancestral", steps=str(GUIDED_STEPS), guidance=str(omega))
+                found = [values(c, **wanted) for c in ("distance", "precision", "recall", "agreement")]
+                cells.append(" / ".join(f"{v[0]:.{2 if i == 0 else 3}f}" for i, v in enumerate(found) if v))
+            out.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def plots(lines, out):
+    """steps.png: distance against steps. collapse.png: the tables over training. guidance.png: the sweep."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plots: pip install matplotlib, and give the same command again")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    def mean(column, **wanted):
+        found = [float(line[column]) for line in lines if all(line[k] == v for k, v in wanted.items()) and line[column]]
+        return np.mean(found) if found else np.nan
+
+    def finish(figure, name):
+        figure.tight_layout()
+        figure.savefig(out / name, dpi=110)
+        pyplot.close(figure)
+
+    steps = sorted({line["steps"] for line in lines}, key=int)
+    figure, axes = pyplot.subplots(figsize=(5.5, 4))
+    for name in METHODS:
+        axes.plot([int(n) for n in steps], [mean("distance", row=name, sampler="ancestral", steps=n, guidance="0.0")
+                                            for n in steps], "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance")
+    axes.legend()
+    finish(figure, "steps.png")
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4))
+    for path in sorted(out.glob("*-0-*.pt")):
+        name = path.name.rsplit("-", 2)[0].replace("_", " ")
+        if name in ROWS and name not in baselines.KINDS and not name.startswith(("shift", "frozen")):
+            curve = np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"])
+            for axes, column in zip(both, (1, 2), strict=True):
+                axes.plot(curve[:, 0], curve[:, column], label=name, lw=1.2)
+    for axes, title in zip(both, ("effective rank of the table", "smallest distance of two embeddings"), strict=True):
+        axes.set(xlabel="training step", title=title)
+    both[0].legend(fontsize=7)
+    finish(figure, "collapse.png")
+    figure, axes = pyplot.subplots(figsize=(5.5, 4))
+    for name in METHODS:
+        wanted = dict(row=name, seed="0", sampler="ancestral", steps=str(GUIDED_STEPS))
+        axes.plot(*([mean(c, guidance=str(omega), **wanted) for omega in (0.0, *GUIDANCE)]
+                    for c in ("recall", "precision")), "o-", label=name)
+    axes.set(xlabel="recall", ylabel="precision", title="guidance 0 to 4: fidelity against diversity")
+    axes.legend()
+    finish(figure, "guidance.png")
+
+
+# ----------------------------------------------------------------------------
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Compare methods and ablations; words that are not known here go to "
+                                     "train.py, which makes the tokenizer.")
+    parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
+    parser.add_argument("--budget", type=int, default=1500, help="training steps of every row (default: 1500)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"],
+                        help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and batches (default: 0)")
+    parser.add_argument("--sample-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
+                        help="calls of the network per sample (default: 8 16 50 200)")
+    parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
+    parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
+    args, words = parser.parse_known_args()
+    if min([args.budget, args.classifier_steps, *args.sample_steps]) < 1 or args.n < 4:
+        parser.error("--budget, --classifier-steps and --sample-steps must be at least 1, --n at least 4")
+    args.out = args.out or f"runs/compare-{Path(args.data).stem}"
+    groups = {"methods": METHODS, "ablations": [name for name in ROWS if name not in METHODS]}
+    args.only = [name for word in args.only or ROWS for name in groups.get(word, [word])]
+    return args, words
+
+
+def main():
+    args, words = parse_arguments()
+    try:
+        shared = prepare(args, words)
+        judge = Judge(shared, args.classifier_steps)
+    except ValueError as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    unseen = shared.unseen.batch(np.linspace(0, len(shared.unseen) - 1, min(args.n, len(shared.unseen))).astype(int))
+    rebuilt = torch.cat([shared.tokenizer.decode(shared.tokenizer.encode(part.to(shared.device))).cpu()
+                         for part in unseen.split(250)])
+    references = {"held-out images": judge(unseen), "reconstructions of held-out images": judge(rebuilt)}
+    print(f"features: {judge.name}; " + "; ".join(f"{name}: {found['distance']:.2f}"
+                                                  for name, found in references.items()))
+    path = shared.out / "results.csv"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    chip = torch.cuda.get_device_name() if shared.device.type == "cuda" else platform.machine()
+    facts = {"features": judge.name, "commit": commit.stdout.strip(),
+             "device": f"{shared.device.type} ({chip}), {torch.get_num_threads()} threads, torch {torch.__version__}",
+             "command": " ".join(["python experiments/compare.py", *sys.argv[1:]])}
+    for seed in args.seeds:
+        for name in args.only:
+            settings = [(name, str(seed), str(args.budget), sampler, str(steps), str(omega), str(args.n))
+                        for sampler, steps, omega in settings_of(name, seed, args.sample_steps, shared.classes)]
+            done = {tuple(line[c] for c in COLUMNS[:7]) for line in read(path)}
+            if done.issuperset(settings):
+                continue
+            model, schedule, state = train_row(name, seed, args.budget, shared)
+            about = collapse_diagnostics(model.table())
+            about = {"bound": bound(name, model, schedule, shared), "rank": about["effective_rank"],
+                     "smallest": about["smallest_distance"], "mean_distance": about["mean_distance"],
+                     "train_seconds": state["seconds"]}
+            for setting in settings:
+                if setting in done:
+                    continue
+                sampler, steps, omega = setting[3], int(setting[4]), float(setting[5])
+                start = time.perf_counter()
+                images = draw(name, model, schedule, shared, args.n, sampler, steps, omega)
+                about["sample_seconds"] = time.perf_counter() - start
+                found = judge(images) | about
+                append(path, dict(zip(COLUMNS, setting, strict=False)) | {k: f"{v:.5f}" for k, v in found.items()}
+                       | facts)
+                print(f"{name}, seed {seed}, {sampler}, {steps} steps, ω = {omega:g}: distance "
+                      f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
+                if seed == 0 and not omega:
+                    data.save_grid(images[:30], shared.out / f"{name.replace(' ', '_')}-{sampler}-{steps}.png", 10)
+    lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
+    if lines:
+        text = f"Features: {judge.name}.\n\n" + tables(lines, references)
+        (shared.out / "results.md").write_text(text)
+        plots(lines, shared.out)
+        print(text)
+
+
+def read(path):
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def append(path, line):
+    with path.open("a", newline="") as file:  # one write: a line is there whole or not at all
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not path.stat().st_size) + [line])
+
+
+if __name__ == "__main__":
+    main()
