@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import http.server
@@ -56,6 +57,7 @@ from vqvae import VQVAE, VectorQuantizer
 
 sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
 import baselines  # noqa: E402
+import compare  # noqa: E402
 import fid_peers  # noqa: E402
 import kills  # noqa: E402
 import markov_chain  # noqa: E402
@@ -233,6 +235,24 @@ def test_bound_is_tight(shift, end, expected):
     schedule = ShiftedCosine(shift, -end, end)
     prior = float(losses.prior_loss(PAIR.embedding[None], schedule.log_snr(f64(1)[0])).mean())
     assert prior + sum(exact_rec_and_diff(PAIR, schedule, 80)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_losses_alone(capsys):
+    """python losses.py shows what other quadratures give (items 4, 9), and that a bounded weight rewards collapse."""
+    distances = (0.1, 0.5, 2.0)
+    rows = losses.two_tokens(distances, ShiftedCosine(), 5.0)
+    for d, row in zip(distances, rows, strict=True):
+        exact = exact_rec_and_diff(ExactPosterior(BPSK.p, BPSK.embedding * d / 2), ShiftedCosine(), 240)
+        close(row[:2], f64(*exact), rtol=0, atol=2e-5)
+    assert rows[0, 0] + rows[0, 2] < rows[1, 0] + rows[1, 2] < rows[2, 0] + rows[2, 2]
+    assert losses.mean_target("markov") == pytest.approx((0.756761, 0.756761), abs=1e-6)
+    assert losses.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
+    assert parser_flags(losses) == ["max_snr", "shift"] and call(losses) == 0
+    default = capsys.readouterr().out
+    assert default.count("over-confident") == 1 and "shared: posterior 0.756761, mean target 0.888983" in default
+    for words in (["--shift", 1], ["--max-snr", 2]):
+        assert call(losses, *words) == 0 and capsys.readouterr().out != default
+    assert call(losses, "--shift", 0) == 2 and "must be positive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.1, 1.0])
@@ -1296,6 +1316,7 @@ def call(program, *words):
     """main() of train, sample, ... in this process, with a command line. Returns its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train.SIGNALS.clear()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
     try:
         with mock.patch.object(sys, "argv", [program.__name__, *map(str, words)]):
@@ -1304,7 +1325,7 @@ def call(program, *words):
     except SystemExit as stop:
         return stop.code
     finally:
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -2521,3 +2542,34 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     assert all(float(line["bound"]) > 0 and float(line["NLL 50"]) > 0 for line in lines)
     text = (tmp_path / "m" / "results.md").read_text()
     assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out
+
+
+def test_compare(folder, run, tmp_path, monkeypatch, capsys):
+    """Rows of every kind; VQ-LCMD's is train.py bit for bit; the same command again computes nothing."""
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=lambda words, **_: SimpleNamespace(
+        returncode=call(train, *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
+    monkeypatch.setattr(fid, "kernel_distance", functools.partial(fid.kernel_distance, subsets=2))
+    rows = ["VQ-LCMD", "absorbing", "cross-entropy", "frozen random table", "gap at most 0.1"]
+    words = ["--data", folder, "--budget", TINY["steps"], "--n", 4, "--sampling-steps", 1, 2, "--classifier-steps", 2,
+             "--out", tmp_path / "c", "--only", *rows, *flags(TINY)]
+    assert call(compare, *words) == 0
+    found, lines = torch.load(run / "ckpt.pt", weights_only=True)["ema"], compare.read(tmp_path / "c" / "results.csv")
+    state = torch.load(tmp_path / "c" / f"VQ-LCMD-0-{TINY['steps']}.pt", weights_only=True)
+    assert all(torch.equal(state["ema"][name], value) for name, value in found.items())
+    frozen = [torch.load(tmp_path / "c" / f"{name}-0-8.pt", weights_only=True)["curve"]
+              for name in ("frozen_random_table", "gap_at_most_0.1")]
+    assert frozen[0][0][1:] == frozen[0][-1][1:] and frozen[1][0][1:] != frozen[1][-1][1:]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert float(lines[0]["bound"]) == pytest.approx(metrics["vlb"]["total"], rel=0.5)  # other draws of few images
+    # two numbers of steps, and for the first two another sampler; five omegas for each of the methods
+    assert [sum(line["row"] == name for line in lines) for name in rows] == [9, 9, 7, 2, 2]
+    assert all(0 <= float(line["precision"]) <= 1 and float(line["distance"]) >= 0 for line in lines)
+    before = (tmp_path / "c" / "results.csv").read_text()
+    assert call(compare, *words) == 0 and (tmp_path / "c" / "results.csv").read_text() == before
+    assert "Guidance" in (tmp_path / "c" / "results.md").read_text()
+    assert {"VQ-LCMD-ancestral-2.png", "absorbing-confidence-1.png"} < set(os.listdir(tmp_path / "c"))
+    assert call(compare, "--n", 3) == 2 and call(compare, "--only", "nothing") == 2
+    images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
+    turned = compare.Rotated(images).batch([4, 5, 7])
+    assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
+    assert torch.equal(turned[2].rot90(1, (1, 2)), turned[0]) and len(compare.Rotated(images)) == 12

@@ -249,7 +249,8 @@ class Judge:
         fake = self.features(images)
         statistics = [value for f in (self.real, fake) for value in (f.mean(0).numpy(), np.cov(f.numpy().T))]
         found = {"distance": fid.frechet_distance(*statistics), "kid": fid.kernel_distance(self.real, fake)[0]}
-        found |= dict(zip(("precision", "recall"), fid.precision_recall(self.real, fake), strict=True))
+        if len(fake) > 3:
+            found |= dict(zip(("precision", "recall"), fid.precision_recall(self.real, fake), strict=True))
         if self.classifier is not None:
             labels = torch.arange(len(images)) % self.classes if labels is None else labels
             found["agreement"], _ = agreement.agreement(self.classifier, images, labels, self.device)
@@ -291,8 +292,8 @@ def tables(lines, references):
                 cells.append(spread([scale * value for value in values(column, **mine, steps=last)], digits))
             out.append(f"| {name} | {sampler} | {seeds} | " + " | ".join(cells) + " |")
     out += [f"\nKID, precision, recall and agreement: at {last} steps. For comparison, as many "
-            + "; ".join(f"{name}: distance {found['distance']:.2f}, precision {found['precision']:.3f}, recall "
-                        f"{found['recall']:.3f}" for name, found in references.items()) + ".\n"]
+            + "; ".join(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+                        for name, found in references.items()) + ".\n"]
     if any(float(line["guidance"]) for line in lines):
         out += [f"Guidance, {GUIDED_STEPS} steps, seed 0: distance / precision / recall / agreement\n",
                 "| row |" + "".join(f" ω = {omega:g} |" for omega in (0.0, *GUIDANCE)),
@@ -357,7 +358,7 @@ def plots(lines, out):
 # ----------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Compare methods and ablations; words that are not known here go to "
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Compare methods and ablations; other words go to "
                                      "train.py, which makes the tokenizer.")
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
@@ -365,15 +366,15 @@ def parse_arguments():
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"],
                         help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and batches (default: 0)")
-    parser.add_argument("--sample-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
+    parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
                         help="calls of the network per sample (default: 8 16 50 200)")
     parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     args, words = parser.parse_known_args()
-    if min([args.budget, args.classifier_steps, *args.sample_steps]) < 1 or args.n < 4:
-        parser.error("--budget, --classifier-steps and --sample-steps must be at least 1, --n at least 4")
+    if min([args.budget, args.classifier_steps, *args.sampling_steps]) < 1 or args.n < 4:
+        parser.error("--budget, --classifier-steps and --sampling-steps must be at least 1, --n at least 4")
     args.out = args.out or f"runs/compare-{Path(args.data).stem}"
     groups = {"methods": METHODS, "ablations": [name for name in ROWS if name not in METHODS]}
     args.only = [name for word in args.only or ROWS for name in groups.get(word, [word])]
@@ -403,7 +404,7 @@ def main():
     for seed in args.seeds:
         for name in args.only:
             settings = [(name, str(seed), str(args.budget), sampler, str(steps), str(omega), str(args.n))
-                        for sampler, steps, omega in settings_of(name, seed, args.sample_steps, shared.classes)]
+                        for sampler, steps, omega in settings_of(name, seed, args.sampling_steps, shared.classes)]
             done = {tuple(line[c] for c in COLUMNS[:7]) for line in read(path)}
             if done.issuperset(settings):
                 continue
