@@ -276,9 +276,17 @@ def draw_trajectory(args, bundle, chosen, labels, settings):
     partial.replace(Path(args.out).with_suffix(".gif"))
 
 
+def read_image(flag, path, size=None):
+    """data.load_image, the way to pixels that training takes, with errors that name the flag."""
+    try:
+        return load_image(path, size)
+    except DataError as error:
+        raise DataError(f"{flag} {path}: {error}") from error
+
+
 def read_mask(path, tokenizer):
     """A mask image -> (N,) bool, True where a token is to be drawn: a pixel of its f x f cell is white."""
-    pixels, size, f = load_image(path), tokenizer.size, tokenizer.f                                # (3, H, W) uint8
+    pixels, size, f = read_image("--mask", path), tokenizer.size, tokenizer.f                      # (3, H, W) uint8
     (height, width), side = pixels.shape[1:], min(pixels.shape[1:])
     left, top = (width - side) // 2, (height - side) // 2  # the centre square, as load_image takes it of the image
     mask = Image.fromarray(pixels.min(0)).resize((size, size), Image.Resampling.NEAREST,
@@ -292,21 +300,15 @@ def draw_from_image(args, bundle, chosen, labels, settings):
     With --class a row per class; without, one row by the null class, which is the model that knows no class.
     """
     tokenizer, n, flag = bundle.tokenizer, len(labels), "--vary" if args.inpaint is None else "--inpaint"
-    try:
-        image = torch.from_numpy(load_image(args.inpaint or args.vary, tokenizer.size))[None]      # (1, 3, H, W)
-        flag = "--mask" if args.mask else flag
-        drawn = read_mask(args.mask, tokenizer) if args.mask else None                             # (N,)
-    except DataError as error:
-        raise DataError(f"{flag} {args.mask or args.vary}: {error}") from error
-    if args.vary is not None:
-        strength = 0.6 if args.strength is None else args.strength
-        check_settings(**settings, t=strength)
-    elif not drawn.any():
-        raise ValueError(f"--mask {args.mask} has no white pixel: paint white what is to be drawn anew")
+    image = torch.from_numpy(read_image(flag, args.inpaint or args.vary, tokenizer.size))[None]    # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(bundle.device))                                             # (1, N)
-    if args.vary is not None:
-        columns, options = {"image": image}, {"start": (tokens, strength)}
+    if flag == "--vary":
+        columns, options = {"image": image}, {"start": (tokens, 0.6 if args.strength is None else args.strength)}
+        check_settings(**settings, t=options["start"][1])
     else:
+        drawn = read_mask(args.mask, tokenizer)                                                    # (N,)
+        if not drawn.any():
+            raise ValueError(f"--mask {args.mask} has no white pixel: paint white what is to be drawn anew")
         cells = drawn.view(tokenizer.grid).repeat_interleave(tokenizer.f, 0).repeat_interleave(tokenizer.f, 1)
         columns = {"image": image, "mask": image.where(~cells, 128)}
         options = {"known": tokens.masked_fill(drawn.to(bundle.device), -1)}
