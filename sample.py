@@ -240,13 +240,18 @@ def default_labels(n, num_classes):
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
 
 
+def words(bundle, labels):
+    """Labels (n,) -> their class names, or None without classes."""
+    return [bundle.class_names[label] for label in labels.tolist()] if bundle.class_names else None
+
+
 # ----------------------------------------------------------------------------
 # Special pictures: what a setting does, what happens over time, images made from an image or between two.
 
 def draw_grid_of(args, bundle, chosen, labels, settings):
     """--grid-of NAME=V,V: a row for each value, with the images that the plain grid has, in one row."""
-    kinds, (name, _, values) = {"guidance": float, "steps": int, "temperature": float, "end": float}, \
-        args.grid_of.partition("=")
+    kinds = {"guidance": float, "steps": int, "temperature": float, "end": float}
+    name, _, values = args.grid_of.partition("=")
     try:
         rows = [settings | {name: kinds[name](value)} for value in values.split(",")]
     except (KeyError, ValueError):
@@ -259,14 +264,14 @@ def draw_grid_of(args, bundle, chosen, labels, settings):
 
 def draw_trajectory(args, bundle, chosen, labels, settings):
     """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: about ten times in OUT.png, all in OUT.gif."""
-    seen, steps = [], settings["steps"]
+    seen, steps = [], settings["steps"]  # (t, tokens), for all steps of the first batch, then of the next
     sample_images(bundle, labels, seed=args.seed, batch=args.batch,
                   watch=lambda t, p: seen.append((t, p.argmax(-1))), **settings)
-    times = [t for t, _ in seen[:steps]]  # and again for each further batch
+    times = [t for t, _ in seen[:steps]]
     frames = [torch.cat([bundle.tokenizer.decode(tokens).cpu() for _, tokens in seen[i::steps]]) for i in range(steps)]
     shown = sorted({round(i) for i in np.linspace(0, steps - 1, 10)})
     save_grid(torch.stack([frames[i] for i in shown], 1).flatten(0, 1), args.out, len(shown),
-              row_labels=[bundle.class_names[label] for label in labels.tolist()] if bundle.class_names else None,
+              row_labels=words(bundle, labels),
               column_labels=[f"t {times[i]:.2f}" for i in shown])
     # The labels make all frames different: Pillow would leave out one that is the same as the last.
     pages = [grid_page(frame, min(COLUMNS, len(labels)), column_labels=[f"{i + 1}/{steps}", f"t {t:.2f}"])
@@ -297,9 +302,11 @@ def read_mask(path, tokenizer):
 def draw_from_image(args, bundle, chosen, labels, settings):
     """--inpaint and --vary: the image, for --inpaint also the image without its masked cells, then the new images.
 
-    With --class a row per class; without, one row by the null class, which is the model that knows no class.
+    With --class a row per class; without, one row by the null class, by which the model draws images of any class.
     """
     tokenizer, n, flag = bundle.tokenizer, len(labels), "--vary" if args.inpaint is None else "--inpaint"
+    if bundle.class_names and not args.classes and not bundle.config["training"]["label_drop"]:
+        raise ValueError(f"{flag}: this model was trained with --label-drop 0 and has to know the class: give --class")
     image = torch.from_numpy(read_image(flag, args.inpaint or args.vary, tokenizer.size))[None]    # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(bundle.device))                                             # (1, N)
     if flag == "--vary":
@@ -312,13 +319,14 @@ def draw_from_image(args, bundle, chosen, labels, settings):
         cells = drawn.view(tokenizer.grid).repeat_interleave(tokenizer.f, 0).repeat_interleave(tokenizer.f, 1)
         columns = {"image": image, "mask": image.where(~cells, 128)}
         options = {"known": tokens.masked_fill(drawn.to(bundle.device), -1)}
-    rows = chosen if args.classes else [bundle.model.num_classes]
-    images = sample_images(bundle, torch.tensor(rows).repeat_interleave(n), seed=args.seed, batch=args.batch,
-                           indices=list(range(n)) * len(rows), **options, **settings)
-    before = torch.cat(list(columns.values())).expand(len(rows), -1, -1, -1, -1)
-    save_grid(torch.cat([before, images.view(len(rows), n, *images.shape[1:])], 1).flatten(0, 1), args.out,
+    if not args.classes:
+        chosen, settings = [bundle.model.num_classes], settings | {"guidance": 0.0}  # no class to be guided to
+    images = sample_images(bundle, torch.tensor(chosen).repeat_interleave(n), seed=args.seed, batch=args.batch,
+                           indices=list(range(n)) * len(chosen), **options, **settings)
+    before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
+    save_grid(torch.cat([before, images.view(len(chosen), n, *images.shape[1:])], 1).flatten(0, 1), args.out,
               len(columns) + n, column_labels=list(columns),
-              row_labels=[bundle.class_names[label] for label in rows] if args.classes else None)
+              row_labels=words(bundle, torch.tensor(chosen)) if args.classes else None)
 
 
 def slerp(a, b, n):
@@ -332,16 +340,15 @@ def slerp(a, b, n):
 
 
 def draw_interpolation(args, bundle, chosen, labels, settings):
-    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, with the other numbers of A; a row per
-    class."""
-    seeds, n, rows, model = args.interpolate.split(","), len(labels), chosen[:16], bundle.model
+    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else that of A; a row per class."""
+    seeds, n, rows, model = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16]), bundle.model
     if len(seeds) != 2 or not all(seed.strip().isdecimal() for seed in seeds) or int(seeds[0]) == int(seeds[1]):
         raise ValueError(f"--interpolate {args.interpolate}: give two different seeds, as 0,1")
     ends = [torch.randn(model.N, model.D, generator=image_generators(int(seed), [0])[0]) for seed in seeds]
-    images = sample_images(bundle, torch.tensor(rows).repeat_interleave(n), seed=int(seeds[0]), batch=args.batch,
+    images = sample_images(bundle, rows.repeat_interleave(n), seed=int(seeds[0]), batch=args.batch,
                            indices=[0] * n * len(rows), noise=slerp(*ends, n).repeat(len(rows), 1, 1), **settings)
-    save_grid(images, args.out, n, column_labels=[f"seed {int(seeds[0])}"] + [""] * (n - 2) + [f"seed {int(seeds[1])}"],
-              row_labels=[bundle.class_names[label] for label in rows] if bundle.class_names else None)
+    save_grid(images, args.out, n, row_labels=words(bundle, rows),
+              column_labels=[f"seed {seeds[0]}"] + [""] * (n - 2) + [f"seed {seeds[1]}"])
 
 
 # ----------------------------------------------------------------------------
@@ -448,14 +455,14 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
     parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes; for "
-                        "the special pictures below: 8)")
+                        "the special pictures below: 8, in each row)")
     parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
     parser.add_argument("--guidance", type=float, help="omega; 0 is the plain model (default: in the checkpoint)")
     parser.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn; most are decided long "
-                        "before 0, so a little more saves steps (default: 0)")
+    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn; above 0 no steps are spent "
+                        "where all is decided (default: 0)")
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: in the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
@@ -464,25 +471,26 @@ def parse_arguments():
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
                         "images one by one (default: samples.png)")
-    special = parser.add_argument_group("special pictures, one at a time").add_mutually_exclusive_group()
+    group = parser.add_argument_group("special pictures, one at a time")
+    special = group.add_mutually_exclusive_group()
     special.add_argument("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, "
                          "temperature or end; image i has the same noise in every row")
     special.add_argument("--trajectory", action="store_true", default=None, help="what the network takes the image "
                          "for as time goes down: a row per image, and all steps in OUT.gif")
-    special.add_argument("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; with --class, a row "
-                         "per class")
-    special.add_argument("--vary", metavar="IMAGE", help="noise an image up to time --strength and come back; with "
-                         "--class, a row per class")
+    special.add_argument("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of "
+                         "--class, or one row without class and guidance")
+    special.add_argument("--vary", metavar="IMAGE", help="noise an image up to time --strength and come back; rows as "
+                         "for --inpaint")
     special.add_argument("--interpolate", metavar="A,B", help="from seed A to seed B: the first noise turns, all other "
-                         "numbers stay; smoothest with --sampler ddim")
-    parser.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
-    parser.add_argument("--strength", type=float, help="for --vary: above 0, which changes nothing, up to 1, which "
-                        "keeps nothing (default: 0.6)")
+                         "numbers stay; a row per class; smoothest with --sampler ddim")
+    group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
+    group.add_argument("--strength", type=float, help="for --vary: near 0 nothing changes, at 1 nothing stays "
+                       "(default: 0.6)")
     return parser.parse_args()
 
 
-SPECIAL = {"grid_of": draw_grid_of, "trajectory": draw_trajectory, "inpaint": draw_from_image,
-           "vary": draw_from_image, "interpolate": draw_interpolation}
+SPECIAL = {"grid_of": draw_grid_of, "trajectory": draw_trajectory, "inpaint": draw_from_image, "vary": draw_from_image,
+           "interpolate": draw_interpolation}
 
 
 def check_arguments(args, special):
@@ -497,14 +505,13 @@ def check_arguments(args, special):
         raise ValueError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
     if out.suffix != ".png" and out.exists():
         raise ValueError(f"--out {out} is there already: remove it, or give another name")
-    if special and out.suffix != ".png":
-        raise ValueError(f"--out {out}: --{special.replace('_', '-')} draws one picture, give a name that ends in .png")
-    if special and processes()[1] > 1:
-        raise ValueError(f"--{special.replace('_', '-')} is for one process: start it with python, not with torchrun")
-    if (args.inpaint is None) != (args.mask is None):
-        raise ValueError("--inpaint IMAGE and --mask IMAGE belong together: give both")
-    if args.strength is not None and args.vary is None:
-        raise ValueError("--strength belongs to --vary: give both")
+    flag = f"--{special.replace('_', '-')}" if special else None
+    if flag and out.suffix != ".png":
+        raise ValueError(f"--out {out}: {flag} draws one picture, give a name that ends in .png")
+    if flag and processes()[1] > 1:
+        raise ValueError(f"{flag} is for one process: start it with python, not with torchrun")
+    if (args.inpaint is None) != (args.mask is None) or (args.strength is not None and args.vary is None):
+        raise ValueError("--inpaint and --mask belong together, and --strength to --vary: give both")
 
 
 def draw(args):
@@ -532,8 +539,7 @@ def draw(args):
     elif out.suffix == ".png":
         images = sample_together(bundle, labels, seed=args.seed, batch=args.batch, **settings)
         if rank == 0:
-            save_grid(images, out, COLUMNS,
-                      row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
+            save_grid(images, out, COLUMNS, row_labels=words(bundle, labels[::COLUMNS]))
     else:
         sample_files(bundle, labels, out, args.batch, args.seed, **settings)
     if rank == 0:
