@@ -461,7 +461,7 @@ def parse_arguments():
     parser.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn; above 0 no steps are spent "
+    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn; above 0 no step is spent "
                         "where all is decided (default: 0)")
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: in the checkpoint")
