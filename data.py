@@ -932,23 +932,33 @@ def contact_sheet(images, path, columns=8):
     save_grid(images.batch(sum(rows, [])), path, columns, row_labels=names)
 
 
-def save_grid(images, path, columns, scale=None, row_labels=None):
-    """Writes uint8 images (n, 3, H, W) as a PNG, row by row, 2 pixels apart; the old file stays until it is complete.
+def grid_page(images, columns, scale=None, row_labels=None, column_labels=None):
+    """uint8 images (n, 3, H, W) on a page, a Pillow image, row by row, 2 pixels apart.
 
-    scale: whole-number enlargement without smoothing (default: tiles of about 64 pixels). row_labels: one word a row.
+    scale: whole-number enlargement without smoothing (default: tiles of about 64 pixels). row_labels, column_labels:
+    one word a row or column.
     """
     n, _, height, width = images.shape
     scale = scale or max(1, round(64 / width))
     rows, tile_h, tile_w = -(-n // columns), height * scale + 2, width * scale + 2
     font = ImageFont.load_default(15)
     margin = 0 if not row_labels else 12 + max(int(font.getlength(str(word))) for word in row_labels)
-    page = Image.new("RGB", (margin + 2 + columns * tile_w, 2 + rows * tile_h), "white")
+    top = 20 if column_labels else 0
+    page = Image.new("RGB", (margin + 2 + columns * tile_w, top + 2 + rows * tile_h), "white")
     for i, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        page.paste(tile, (margin + 2 + i % columns * tile_w, 2 + i // columns * tile_h))
+        page.paste(tile, (margin + 2 + i % columns * tile_w, top + 2 + i // columns * tile_h))
+    pen = ImageDraw.Draw(page)
     for row, word in enumerate(row_labels or []):
-        ImageDraw.Draw(page).text((6, 2 + (row + 0.5) * tile_h), str(word), fill="black", font=font, anchor="lm")
-    path = Path(path)
+        pen.text((6, top + 2 + (row + 0.5) * tile_h), str(word), fill="black", font=font, anchor="lm")
+    for column, word in enumerate(column_labels or []):
+        pen.text((margin + 2 + (column + 0.5) * tile_w, 12), str(word), fill="black", font=font, anchor="mm")
+    return page
+
+
+def save_grid(images, path, columns, **options):
+    """Writes the page of grid_page, with its options, as a PNG; the old file stays until it is complete."""
+    page, path = grid_page(images, columns, **options), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     page.save(partial, "png")

@@ -2,6 +2,8 @@
 
     python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2               a grid, samples.png
     python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz                   or a .zip, or a folder; resumable
+    python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4                    also --trajectory, --interpolate 0,1
+    python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png            also --vary star.png --strength 0.6
 
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
@@ -14,6 +16,7 @@ number of images, any batch size and any device, up to the rounding of the netwo
 import argparse
 import datetime
 import io
+import math
 import os
 import sys
 import zipfile
@@ -23,13 +26,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import vqvae
-from data import save_grid
+from data import DataError, grid_page, load_image, save_grid
 from embedding_diffusion import EmbeddingDiffusion
-from schedule import ShiftedCosine, alpha_sigma, posterior
+from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"
 COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
@@ -51,17 +55,38 @@ def ddim_step(z_t, e_hat, log_snr_t, log_snr_s):
     return alpha_s[:, None, None] * e_hat + sigma_s[:, None, None] * eps_hat
 
 
-@torch.no_grad()
-def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, sampler="ancestral", progress=None):
-    """Tokens (B, N) for labels (B,), one torch.Generator (on the CPU) per image.
-
-    steps counts calls of the network: steps - 1 moves on a grid uniform in t from 1 to 0, then the tokens are drawn
-    from p_theta(x | z_0). guidance is omega; 0 is the plain conditional model. progress: called after each step.
-    """
+def check_settings(steps=50, guidance=0.0, sampler="ancestral", temperature=1.0, interval=(0.0, 1.0), end=0.0, t=1.0):
+    """ValueError, in one line, for settings of sample_tokens that make no sense. t: where the grid starts."""
     if sampler not in ("ancestral", "ddim"):
         raise ValueError(f"sampler must be ancestral or ddim, got {sampler!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance interval {interval[0]} {interval[1]}: must be 0 <= LOW <= HIGH <= 1")
+    if not 0 <= end < t <= 1:
+        raise ValueError(f"time goes down from t = {t} to the end at {end}: both must lie in [0, 1], the end lower")
+
+
+@torch.no_grad()
+def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, sampler="ancestral", *, temperature=1.0,
+                  interval=(0.0, 1.0), end=0.0, known=None, start=None, noise=None, watch=None):
+    """Tokens (B, N) for labels (B,), one torch.Generator (on the CPU) per image.
+
+    steps counts calls of the network: steps - 1 moves on a grid uniform in t from 1 to end, then the tokens are drawn
+    from p_theta(x | z_end). guidance is omega; 0 is the plain conditional model.
+
+    temperature: p_theta is softmax(logits / temperature), at every step. interval: omega counts for t in [low, high]
+    only, elsewhere it is 0 (Kynkaanniemi et al. 2024). known: tokens (B or 1, N) int64 to keep, -1 where free: there
+    e_hat is the known embedding, and an ancestral step is exactly q(z_s | z_t, x). start: (tokens (B or 1, N), t), the
+    image to start at and how far it is noised. noise: (B, N, D) for the first noise, z_1 or start's eps, in place of
+    the generators', which go on as if they had been asked. watch(t, p (B, N, K)): called after each step.
+    """
+    t = 1.0 if start is None else start[1]
+    check_settings(steps, guidance, sampler, temperature, interval, end, t)
     table, device, B = model.table(), labels.device, len(labels)
 
     def draw(*shape, source=torch.randn):
@@ -72,11 +97,22 @@ def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, s
         return numbers.to(device, non_blocking=True)
 
     # The grid in float64: lambda is steep at both ends.
-    log_snrs = schedule.log_snr(torch.linspace(1, 0, steps, dtype=torch.float64)).to(table.dtype).to(device)
+    times = torch.linspace(t, end, steps, dtype=torch.float64)
+    log_snrs = schedule.log_snr(times).to(table.dtype).to(device)                                  # (steps,)
     z = draw(model.N, model.D)                                                                     # (B, N, D)
-    for i in range(steps):
+    if noise is not None:
+        z = noise.to(z)
+    if start is not None:
+        z = add_noise(F.embedding(start[0], table), log_snrs[0].expand(B), z)
+    if known is not None:
+        one_hot = F.one_hot(known.clamp(min=0), model.K).to(table.dtype)                           # (B or 1, N, K)
+    for i, t in enumerate(times.tolist()):
         log_snr_t = log_snrs[i].expand(B)                                                          # (B,)
-        p = model.guided(z, log_snr_t, labels, guidance, table=table).softmax(-1)                  # (B, N, K)
+        omega = guidance if interval[0] <= t <= interval[1] else 0.0
+        p = model.guided(z, log_snr_t, labels, omega, table=table)                                 # logits (B, N, K)
+        p = (p if temperature == 1 else p / temperature).softmax(-1)                               # (B, N, K)
+        if known is not None:
+            p = torch.where(known[..., None] < 0, p, one_hot)
         if i + 1 < steps:
             e_hat = p @ table                                                                      # (B, N, D)
             log_snr_s = log_snrs[i + 1].expand(B)
@@ -84,8 +120,8 @@ def sample_tokens(model, schedule, labels, generators, steps=50, guidance=0.0, s
                 z = ddim_step(z, e_hat, log_snr_t, log_snr_s)
             else:
                 z = ancestral_step(z, e_hat, log_snr_t, log_snr_s, draw(model.N, model.D))
-        if progress is not None:
-            progress()
+        if watch is not None:
+            watch(t, p)
     # Categorical draw by inversion, one uniform number per token: the first k whose cumulated p exceeds u.
     u = draw(model.N, 1, source=torch.rand)                                                        # (B, N, 1)
     cumulated = p.cumsum(-1)
@@ -98,19 +134,27 @@ def image_generators(seed, indices):
     return [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds]
 
 
-def sample_images(bundle, labels, *, seed=0, first=0, steps, guidance, sampler, batch=256, show_progress=True):
+def sample_images(bundle, labels, *, seed=0, first=0, indices=None, noise=None, steps, guidance, sampler, batch=256,
+                  show_progress=True, watch=None, **options):
     """uint8 images (n, 3, H, W) for labels (n,), by a bundle of load_checkpoint (or the like, from train.py).
 
-    They are the images first, first + 1, ... of this seed.
+    They are the images first, first + 1, ... of this seed, or those of indices. noise: (n, N, D). The other options
+    are those of sample_tokens, and known and the tokens of start are the same for all images.
     """
-    images = []
+    images, indices = [], range(first, first + len(labels)) if indices is None else indices
+
+    def after_step(t, p):
+        bar.update()
+        if watch is not None:
+            watch(t, p)
+
     with tqdm(total=-(-len(labels) // batch) * steps, desc="sampling", unit="step", leave=False,
               disable=None if show_progress else True) as bar:
         for start in range(0, len(labels), batch):
-            part = labels[start:start + batch].to(bundle.device)
-            generators = image_generators(seed, range(first + start, first + start + len(part)))
-            tokens = sample_tokens(bundle.model, bundle.schedule, part, generators, steps, guidance, sampler,
-                                   progress=bar.update)
+            here = slice(start, start + batch)
+            tokens = sample_tokens(bundle.model, bundle.schedule, labels[here].to(bundle.device),
+                                   image_generators(seed, indices[here]), steps, guidance, sampler,
+                                   noise=None if noise is None else noise[here], watch=after_step, **options)
             images.append(bundle.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 
@@ -194,6 +238,117 @@ def pack(images, labels, out):
 def default_labels(n, num_classes):
     """(n,) labels: rows of COLUMNS images of one class, class after class; zeros (the null class) without classes."""
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
+
+
+def words(bundle, labels):
+    """Labels (n,) -> their class names, or None without classes."""
+    return [bundle.class_names[label] for label in labels.tolist()] if bundle.class_names else None
+
+
+# ----------------------------------------------------------------------------
+# Special pictures: what a setting does, what happens over time, images made from an image or between two.
+
+def draw_grid_of(args, bundle, chosen, labels, settings):
+    """--grid-of NAME=V,V: a row for each value, with the images that the plain grid has, in one row."""
+    kinds = {"guidance": float, "steps": int, "temperature": float, "end": float}
+    name, _, values = args.grid_of.partition("=")
+    try:
+        rows = [settings | {name: kinds[name](value)} for value in values.split(",")]
+    except (KeyError, ValueError):
+        raise ValueError(f"--grid-of {args.grid_of}: give NAME=VALUE,VALUE,... of {', '.join(kinds)}") from None
+    for row in rows:
+        check_settings(**row)
+    images = [sample_images(bundle, labels, seed=args.seed, batch=args.batch, **row) for row in rows]
+    save_grid(torch.cat(images), args.out, len(labels), row_labels=[f"{name} {row[name]:g}" for row in rows])
+
+
+def draw_trajectory(args, bundle, chosen, labels, settings):
+    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: about ten times in OUT.png, all in OUT.gif."""
+    seen, steps = [], settings["steps"]  # (t, tokens), for all steps of the first batch, then of the next
+    sample_images(bundle, labels, seed=args.seed, batch=args.batch,
+                  watch=lambda t, p: seen.append((t, p.argmax(-1))), **settings)
+    times = [t for t, _ in seen[:steps]]
+    frames = [torch.cat([bundle.tokenizer.decode(tokens).cpu() for _, tokens in seen[i::steps]]) for i in range(steps)]
+    shown = sorted({round(i) for i in np.linspace(0, steps - 1, 10)})
+    save_grid(torch.stack([frames[i] for i in shown], 1).flatten(0, 1), args.out, len(shown),
+              row_labels=words(bundle, labels),
+              column_labels=[f"t {times[i]:.2f}" for i in shown])
+    # The labels make all frames different: Pillow would leave out one that is the same as the last.
+    pages = [grid_page(frame, min(COLUMNS, len(labels)), column_labels=[f"{i + 1}/{steps}", f"t {t:.2f}"])
+             for i, (t, frame) in enumerate(zip(times, frames, strict=True))]
+    partial = Path(args.out).with_suffix(".gif.part")
+    pages[0].save(partial, "gif", save_all=True, append_images=pages[1:], duration=[100] * (steps - 1) + [2000], loop=0)
+    partial.replace(Path(args.out).with_suffix(".gif"))
+
+
+def read_image(flag, path, size=None):
+    """data.load_image, the way to pixels that training takes, with errors that name the flag."""
+    try:
+        return load_image(path, size)
+    except DataError as error:
+        raise DataError(f"{flag} {path}: {error}") from error
+
+
+def read_mask(path, tokenizer):
+    """A mask image -> (N,) bool, True where a token is to be drawn: a pixel of its f x f cell is white."""
+    pixels, size, f = read_image("--mask", path), tokenizer.size, tokenizer.f                      # (3, H, W) uint8
+    (height, width), side = pixels.shape[1:], min(pixels.shape[1:])
+    left, top = (width - side) // 2, (height - side) // 2  # the centre square, as load_image takes it of the image
+    mask = Image.fromarray(pixels.min(0)).resize((size, size), Image.Resampling.NEAREST,
+                                                 box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.asarray(mask) >= 128).view(size // f, f, size // f, f).any(3).any(1).flatten()
+
+
+def draw_from_image(args, bundle, chosen, labels, settings):
+    """--inpaint and --vary: the image, for --inpaint also the image without its masked cells, then the new images.
+
+    With --class a row per class; without, one row by the null class, by which the model draws images of any class.
+    """
+    tokenizer, n, flag = bundle.tokenizer, len(labels), "--vary" if args.inpaint is None else "--inpaint"
+    if bundle.class_names and not args.classes and not bundle.config["training"]["label_drop"]:
+        raise ValueError(f"{flag}: this model was trained with --label-drop 0 and has to know the class: give --class")
+    image = torch.from_numpy(read_image(flag, args.inpaint or args.vary, tokenizer.size))[None]    # (1, 3, H, W)
+    tokens = tokenizer.encode(image.to(bundle.device))                                             # (1, N)
+    if flag == "--vary":
+        columns, options = {"image": image}, {"start": (tokens, 0.6 if args.strength is None else args.strength)}
+        check_settings(**settings, t=options["start"][1])
+    else:
+        drawn = read_mask(args.mask, tokenizer)                                                    # (N,)
+        if not drawn.any():
+            raise ValueError(f"--mask {args.mask} has no white pixel: paint white what is to be drawn anew")
+        cells = drawn.view(tokenizer.grid).repeat_interleave(tokenizer.f, 0).repeat_interleave(tokenizer.f, 1)
+        columns = {"image": image, "mask": image.where(~cells, 128)}
+        options = {"known": tokens.masked_fill(drawn.to(bundle.device), -1)}
+    if not args.classes:
+        chosen, settings = [bundle.model.num_classes], settings | {"guidance": 0.0}  # no class to be guided to
+    images = sample_images(bundle, torch.tensor(chosen).repeat_interleave(n), seed=args.seed, batch=args.batch,
+                           indices=list(range(n)) * len(chosen), **options, **settings)
+    before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
+    save_grid(torch.cat([before, images.view(len(chosen), n, *images.shape[1:])], 1).flatten(0, 1), args.out,
+              len(columns) + n, column_labels=list(columns),
+              row_labels=words(bundle, torch.tensor(chosen)) if args.classes else None)
+
+
+def slerp(a, b, n):
+    """a, b (N, D) -> (n, N, D), from a to b along the circle: straight ones in between would be too short to be noise.
+
+    a sin((1 - w) angle) / sin(angle) + b sin(w angle) / sin(angle), w = 0, ..., 1; both ends are exact.
+    """
+    w = torch.linspace(0, 1, n, dtype=torch.float64)[:, None, None]
+    angle = F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).acos()
+    return (((1 - w) * angle).sin() / angle.sin() * a + (w * angle).sin() / angle.sin() * b).to(a.dtype)
+
+
+def draw_interpolation(args, bundle, chosen, labels, settings):
+    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else that of A; a row per class."""
+    seeds, n, rows, model = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16]), bundle.model
+    if len(seeds) != 2 or not all(seed.strip().isdecimal() for seed in seeds) or int(seeds[0]) == int(seeds[1]):
+        raise ValueError(f"--interpolate {args.interpolate}: give two different seeds, as 0,1")
+    ends = [torch.randn(model.N, model.D, generator=image_generators(int(seed), [0])[0]) for seed in seeds]
+    images = sample_images(bundle, rows.repeat_interleave(n), seed=int(seeds[0]), batch=args.batch,
+                           indices=[0] * n * len(rows), noise=slerp(*ends, n).repeat(len(rows), 1, 1), **settings)
+    save_grid(images, args.out, n, row_labels=words(bundle, rows),
+              column_labels=[f"seed {seeds[0]}"] + [""] * (n - 2) + [f"seed {seeds[1]}"])
 
 
 # ----------------------------------------------------------------------------
@@ -296,12 +451,18 @@ def parse_classes(text, class_names):
     return ids
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
-    parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes)")
+    parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes; for "
+                        "the special pictures below: 8, in each row)")
     parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
     parser.add_argument("--guidance", type=float, help="omega; 0 is the plain model (default: in the checkpoint)")
+    parser.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
+    parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
+    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn; above 0 no step is spent "
+                        "where all is decided (default: 0)")
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: in the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
@@ -310,49 +471,91 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
                         "images one by one (default: samples.png)")
-    args = parser.parse_args()
+    group = parser.add_argument_group("special pictures, one at a time")
+    special = group.add_mutually_exclusive_group()
+    special.add_argument("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, "
+                         "temperature or end; image i has the same noise in every row")
+    special.add_argument("--trajectory", action="store_true", default=None, help="what the network takes the image "
+                         "for as time goes down: a row per image, and all steps in OUT.gif")
+    special.add_argument("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of "
+                         "--class, or one row without class and guidance")
+    special.add_argument("--vary", metavar="IMAGE", help="noise an image up to time --strength and come back; rows as "
+                         "for --inpaint")
+    special.add_argument("--interpolate", metavar="A,B", help="from seed A to seed B: the first noise turns, all other "
+                         "numbers stay; a row per class; smoothest with --sampler ddim")
+    group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
+    group.add_argument("--strength", type=float, help="for --vary: near 0 nothing changes, at 1 nothing stays "
+                       "(default: 0.6)")
+    return parser.parse_args()
+
+
+SPECIAL = {"grid_of": draw_grid_of, "trajectory": draw_trajectory, "inpaint": draw_from_image, "vary": draw_from_image,
+           "interpolate": draw_interpolation}
+
+
+def check_arguments(args, special):
+    """ValueError for what is wrong whatever the checkpoint. special: the name of a special picture, or None."""
+    for name in ("n", "steps", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    if args.seed < 0:
+        raise ValueError("--seed must not be negative")
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npz", ".zip", ""):
+        raise ValueError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
+    if out.suffix != ".png" and out.exists():
+        raise ValueError(f"--out {out} is there already: remove it, or give another name")
+    flag = f"--{special.replace('_', '-')}" if special else None
+    if flag and out.suffix != ".png":
+        raise ValueError(f"--out {out}: {flag} draws one picture, give a name that ends in .png")
+    if flag and processes()[1] > 1:
+        raise ValueError(f"{flag} is for one process: start it with python, not with torchrun")
+    if (args.inpaint is None) != (args.mask is None) or (args.strength is not None and args.vary is None):
+        raise ValueError("--inpaint and --mask belong together, and --strength to --vary: give both")
+
+
+def draw(args):
+    """Does what the command line says. ValueError, before any work, if that cannot be done."""
     rank, _ = processes()
-    try:
-        for name in ("n", "steps", "batch"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if args.seed < 0:
-            raise ValueError("--seed must not be negative")
-        out = Path(args.out)
-        if out.suffix not in (".png", ".npz", ".zip", ""):
-            raise ValueError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
-        if out.suffix != ".png" and out.exists():
-            raise ValueError(f"--out {out} is there already: remove it, or give another name")
-        bundle = load_checkpoint(args.checkpoint, choose_device(args.device))
-        names = bundle.class_names
-        chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
-    except ValueError as error:  # CheckpointError is one of them
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    special = next((name for name in SPECIAL if getattr(args, name) is not None), None)
+    check_arguments(args, special)
+    bundle = load_checkpoint(args.checkpoint, choose_device(args.device))
+    names, out = bundle.class_names, Path(args.out)
     settings = {key: getattr(args, key) if getattr(args, key) is not None else default
                 for key, default in bundle.sampling.items()}
-    n = args.n or (COLUMNS * min(len(chosen), 16) if names else 64)
+    settings |= {key: getattr(args, key) for key in ("temperature", "interval", "end")
+                 if getattr(args, key) is not None}
+    check_settings(**settings)
+    chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
+    n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
     labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
     if args.compile:
         bundle.model.guided = torch.compile(bundle.model.guided, mode="reduce-overhead", dynamic=False)
     if rank == 0:
-        print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.seed}, "
+        print(f"{args.checkpoint}: step {bundle.step:,}, {n} images, seed {args.interpolate or args.seed}, "
               + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    if out.suffix == ".png":
+    if special:
+        SPECIAL[special](args, bundle, chosen, labels, settings)
+    elif out.suffix == ".png":
         images = sample_together(bundle, labels, seed=args.seed, batch=args.batch, **settings)
         if rank == 0:
-            save_grid(images, out, COLUMNS,
-                      row_labels=[names[label] for label in labels[::COLUMNS].tolist()] if names else None)
+            save_grid(images, out, COLUMNS, row_labels=words(bundle, labels[::COLUMNS]))
     else:
-        try:
-            sample_files(bundle, labels, out, args.batch, args.seed, **settings)
-        except (ValueError, OSError) as error:
-            print(f"sample.py: error: {error}", file=sys.stderr)
-            sys.exit(2 if isinstance(error, ValueError) else 1)
+        sample_files(bundle, labels, out, args.batch, args.seed, **settings)
     if rank == 0:
-        print(f"wrote {args.out}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        print(f"wrote {args.out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
+
+
+def main():
+    args = parse_arguments()
+    try:
+        draw(args)
+    except (ValueError, OSError) as error:  # CheckpointError and DataError are ValueErrors
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

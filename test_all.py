@@ -487,6 +487,91 @@ def test_batch_size_never_changes_an_image():
     assert (together != images(0, 5, seed=8)).any(1).all() and not torch.equal(together[0], together[2])
 
 
+@pytest.fixture
+def one_thread():
+    """For tiny networks, whose threads would wait for each other; call() keeps to it."""
+    torch.set_num_threads(1)
+    with mock.patch.object(sys.modules[__name__], "THREADS", 1):
+        yield
+    torch.set_num_threads(THREADS)
+
+
+def drawn(model, *args, B=3, schedule=None, **options):
+    """Tokens, and what was seen on the way: the arguments of each call of the network, (t, p) after each step."""
+    seen = []
+    with mock.patch.object(model, "forward", wraps=model.forward) as spy:
+        tokens = sample.sample_tokens(model, schedule or ShiftedCosine(0.4), torch.arange(B) % 2,
+                                      sample.image_generators(7, range(B)), *args,
+                                      watch=lambda t, p: seen.append((t, p)), **options)
+    return tokens, [call.args for call in spy.call_args_list], seen
+
+
+def first_noise(model, B=3, seed=7):
+    return torch.stack([torch.randn(model.N, model.D, generator=generator, dtype=torch.float64)
+                        for generator in sample.image_generators(seed, range(B))])
+
+
+def test_sampling_options(one_thread):
+    """temperature, interval and end: nothing at their defaults, else exactly what they say."""
+    model = small_model(num_classes=2, grid=(4, 4))
+    plain, calls, _ = drawn(model, 5, 2.0)
+    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.0)[0])
+    assert [len(z) for z, *_ in calls] == [6] * 5
+    # omega counts at t = 1, 3/4, 1/2, 1/4, 0 in the interval only; elsewhere there is one pass, not two
+    tokens, calls, _ = drawn(model, 5, 2.0, interval=(0.3, 0.45))
+    assert torch.equal(tokens, drawn(model, 5, 0.0)[0]) and [len(z) for z, *_ in calls] == [3] * 5
+    assert [len(z) for z, *_ in drawn(model, 5, 2.0, interval=(0.25, 0.75))[1]] == [3, 6, 6, 6, 3]
+    # one step is softmax(logits / T); T -> 0 is the argmax, at every step
+    log_snr = ShiftedCosine(0.4).log_snr(f64(1, 1, 1))
+    logits = model(first_noise(model), log_snr, torch.arange(3) % 2)
+    close(drawn(model, 1, temperature=2.0)[2][0][1], (logits / 2).softmax(-1), rtol=0, atol=1e-15)
+    tokens, _, seen = drawn(model, 4, temperature=1e-9)
+    assert torch.equal(drawn(model, 1, temperature=1e-9)[0], logits.argmax(-1))
+    assert torch.equal(tokens, seen[-1][1].argmax(-1)) and all(set(p.unique().tolist()) == {0, 1} for _, p in seen)
+    # the grid is uniform from 1 to end
+    _, calls, seen = drawn(model, 3, end=0.5)
+    assert [t for t, _ in seen] == [1, 0.75, 0.5]
+    assert [float(log_snr[0]) for _, log_snr, _ in calls] == ShiftedCosine(0.4).log_snr(f64(1, 0.75, 0.5)).tolist()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_known_tokens_come_out(one_thread, sampler):
+    """Exactly, and e_hat is their embedding at every step; the others vary, and differ from image to image."""
+    model = small_model(num_classes=2, grid=(4, 4))
+    known = torch.where(torch.arange(16) % 3 == 0, torch.arange(16) % 6, -1)[None]  # one row for all images
+    kept, step = known[0] >= 0, f"{sampler}_step"
+    with mock.patch.object(sample, step, wraps=getattr(sample, step)) as spy:
+        tokens, _, _ = drawn(model, 6, 1.0, sampler, known=known)
+    assert (tokens[:, kept] == known[:, kept]).all()
+    assert all((tokens[i, ~kept] != tokens[j, ~kept]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    for call in spy.call_args_list:
+        assert (call.args[1][:, kept] == model.table()[known[0, kept]]).all()
+    nothing = torch.full((3, 16), -1)
+    assert torch.equal(drawn(model, 6, 1.0, sampler, known=nothing)[0], drawn(model, 6, 1.0, sampler)[0])
+
+
+def test_start_and_noise(one_thread):
+    """A start is noised as in training, and little noise changes no token; other noise is the first noise alone."""
+    model, tokens, schedule = small_model(grid=(4, 4), num_classes=2), torch.arange(16) % 6, ShiftedCosine(1, -10, 20)
+    assert torch.equal(drawn(model, 4, schedule=schedule, start=(tokens[None], 1e-4))[0], tokens.expand(3, 16))
+    found, calls, seen = drawn(model, 3, schedule=schedule, start=(tokens[None], 0.8), end=0.2)
+    log_snr = schedule.log_snr(f64(0.8, 0.8, 0.8))
+    assert torch.equal(calls[0][0], add_noise(model.table()[tokens][None], log_snr, first_noise(model)))
+    assert [t for t, _ in seen] == pytest.approx([0.8, 0.5, 0.2], abs=1e-15) and (found != tokens).any()
+    here, there = first_noise(model), first_noise(model, seed=8)
+    assert torch.equal(drawn(model, 4, noise=here)[0], drawn(model, 4)[0])
+    with mock.patch.object(sample, "ancestral_step", wraps=sample.ancestral_step) as spy:
+        _, calls, _ = drawn(model, 2, noise=there)
+        drawn(model, 2)
+    assert torch.equal(calls[0][0], there)
+    assert torch.equal(*(call.args[4] for call in spy.call_args_list))  # the later noise is the same
+    path = sample.slerp(here[0], there[0], 5)
+    assert torch.equal(path[0], here[0]) and torch.equal(path[4], there[0]) and len(sample.slerp(*here[:2], 1)) == 1
+    path = sample.slerp(f64([3, 0]), f64([0, 3]), 4)  # in steps of 30 degrees
+    close(path, 3 * f64([[1, 0]], [[0.75 ** 0.5, 0.5]], [[0.5, 0.75 ** 0.5]], [[0, 1]]), rtol=0, atol=1e-12)
+
+
+
 # ----------------------------------------------------------------------------
 # The tokenizer.
 
@@ -1715,9 +1800,11 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
             return np.asarray(image)
 
     baseline = picture()
-    changed = {"steps": 1, "guidance": 1e4, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20}
-    assert parser_flags(sample) == sorted(["classes" if f == "class" else f for f in changed]
-                                          + ["batch", "compile", "device", "out"])
+    changed = {"steps": 1, "guidance": 1e4, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20, "temperature": 1e-3,
+               "end": 0.9}
+    assert parser_flags(sample) == sorted(["classes" if f == "class" else f for f in changed] + [
+        "batch", "compile", "device", "out", "interval",
+        "grid_of", "trajectory", "inpaint", "mask", "vary", "strength", "interpolate"])  # test_special_pictures
     for name, value in changed.items():
         assert not np.array_equal(picture(**{name: value}), baseline), name
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
@@ -1725,6 +1812,99 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
         assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
     assert np.array_equal(picture(**{"class": "1"}), picture(**{"class": "dog"}))
     assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
+
+
+def test_special_pictures(one_thread, run, tmp_path):
+    """Each is made of the right images, tile by tile: those of the plain grid, or of sample_images."""
+    bundle, side = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu")), 66  # 8 pixels, 8 times, and 2 between
+    settings = bundle.sampling | {"guidance": 1e4}  # the model is hardly trained: less is hardly seen
+
+    def tiles(columns, *words, rows=1):
+        """[row][column] -> the pixels of a tile, without the words at the left and above."""
+        assert call(sample, run / "ckpt.pt", "--guidance", 1e4, *words, "--out", tmp_path / "a.png") == 0
+        page = np.asarray(Image.open(tmp_path / "a.png"))[-side * rows:, -side * columns:]
+        return [[page[side * i:side * i + 64:8, side * j:side * j + 64:8].transpose(2, 0, 1) for j in range(columns)]
+                for i in range(rows)]
+
+    def same(found, images):
+        return all(np.array_equal(tile, image) for tile, image in zip(found, images, strict=True))
+
+    [plain] = tiles(8, "--n", 8)
+    for values, rows in (("guidance=0,1e4", 2), ("steps=3,1", 2), ("temperature=1,1e-3", 2), ("end=0,0.9", 2)):
+        found = tiles(8, "--grid-of", values, rows=rows)
+        default = int(values.startswith("guidance"))
+        assert [same(row, plain) for row in found] == [i == default for i in range(rows)], values
+    [unguided] = tiles(8, "--n", 8, "--guidance", 0)
+    assert same(tiles(8, "--n", 8, "--guidance-interval", 0.6, 0.7)[0], unguided)  # t = 1, 0.5 and 0 alone are visited
+    assert not any(same(tiles(8, "--n", 8, "--guidance-interval", 0, 0.7)[0], row) for row in (plain, unguided))
+
+    # over time: the last column is the argmax of the last p; the film has all steps, and the same last image
+    seen, labels = [], torch.zeros(4, dtype=torch.int64)
+    sample.sample_images(bundle, labels, **settings, watch=lambda t, p: seen.append((t, p.argmax(-1))))
+    found = tiles(3, "--n", 4, "--trajectory", "--batch", 3, rows=4)
+    for column, (_, tokens) in enumerate(seen):
+        assert same([row[column] for row in found], bundle.tokenizer.decode(tokens).numpy())
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 3
+    [found] = tiles(10, "--n", 1, "--trajectory", "--steps", 12)
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 12
+        film.seek(11)  # one image of 64 pixels: the 256 colours of a GIF are enough
+        assert np.array_equal(np.asarray(film.convert("RGB"))[-side:-2:8, -side:-2:8].transpose(2, 0, 1), found[-1])
+
+    # made from an image
+    pixels = torch.randint(256, (10, 14, 3), generator=seeded(0), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    mask = np.zeros((20, 28), np.uint8)
+    mask[18, 5] = 255  # its centre square is columns 4 to 23: this is the cell at the lower left
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = data.load_image(tmp_path / "image.png", 8)
+    tokens = bundle.tokenizer.encode(torch.from_numpy(image)[None])
+    known = tokens.masked_fill(torch.tensor([False, False, True, False]), -1)
+    grey = image.copy()
+    grey[:, 4:, :4] = 128
+    words = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--n", 3]
+    for names, labels, omega in (([], [2], 0.0), (["--class", "dog,cat"], [1, 0], 1e4)):  # 2: the null class
+        for row, label in zip(tiles(5, *words, *names, rows=len(labels)), labels, strict=True):
+            images = sample.sample_images(bundle, torch.full((3,), label), known=known,
+                                          **settings | {"guidance": omega})
+            assert same(row, [image, grey, *images.numpy()])
+    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog"]
+    for strength, more in ((0.6, []), (0.9, ["--strength", 0.9])):
+        images = sample.sample_images(bundle, torch.ones(3, dtype=torch.int64), start=(tokens, strength), **settings)
+        assert same(tiles(4, *words, *more)[0], [image, *images.numpy()])
+
+    # between two seeds
+    found = tiles(4, "--interpolate", "0,1", "--n", 4, rows=2)
+    assert np.array_equal(found[0][0], plain[0])
+    noise = torch.randn(4, 4, generator=sample.image_generators(1, [0])[0])[None]
+    for row, label in zip(found, (0, 1), strict=True):
+        images = [sample.sample_images(bundle, torch.tensor([label]), noise=z, **settings)[0] for z in (None, noise)]
+        assert same([row[0], row[3]], images)
+
+
+def test_special_pictures_alone(run, tmp_path, capsys, monkeypatch):
+    """One at a time, in one process; and the process group ends when an error leaves early."""
+    words = [run / "ckpt.pt", "--out", tmp_path / "a.png"]
+    assert call(sample, *words, "--trajectory", "--interpolate", "0,1") == 2
+    assert "--interpolate: not allowed with argument --trajectory" in capsys.readouterr().err
+    with mock.patch.object(sample, "processes", lambda: (0, 2)):
+        assert call(sample, *words, "--grid-of", "steps=1,2") == 2
+    assert "--grid-of is for one process: start it with python" in capsys.readouterr().err
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    checkpoint["config"]["training"]["label_drop"] = 0.0
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert call(sample, tmp_path / "ckpt.pt", "--vary", tmp_path / "image.png") == 2
+    assert "trained with --label-drop 0" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with mock.patch.object(sample, "check_arguments", side_effect=lambda *_: 1 / 0) as early:
+        with pytest.raises(ZeroDivisionError):
+            call(sample, *words)
+    assert early.called and not torch.distributed.is_initialized() and not (tmp_path / "a.png").exists()
 
 
 def test_sample_files(run, tmp_path, capsys):
@@ -1854,6 +2034,8 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save(Path("not weights only"), tmp_path / "pickle.pt")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png")
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
     shutil.copytree(run, tmp_path / "run")
 
     def state():
@@ -1889,6 +2071,23 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         (sample, ["run/ckpt.pt", "--class", "cow"], "no class 'cow'; there are 2: cat, dog"),
         (sample, ["run/ckpt.pt", "--n", 0], "--n must be at least 1"),
         (sample, ["run/ckpt.pt", "--device", "cuda:99"], "is not available here"),
+        (sample, ["run/ckpt.pt", "--temperature", 0], "temperature must be positive"),
+        (sample, ["run/ckpt.pt", "--guidance", "nan"], "guidance must be a finite number"),
+        (sample, ["run/ckpt.pt", "--guidance-interval", 0.5, 0.4], "must be 0 <= LOW <= HIGH <= 1"),
+        (sample, ["run/ckpt.pt", "--end", 1], "both must lie in [0, 1], the end lower"),
+        (sample, ["run/ckpt.pt", "--grid-of", "seed=1,2"], "of guidance, steps, temperature, end"),
+        (sample, ["run/ckpt.pt", "--grid-of", "steps=1,2.5"], "give NAME=VALUE,VALUE,..."),
+        (sample, ["run/ckpt.pt", "--grid-of", "steps=1,0"], "steps must be at least 1"),
+        (sample, ["run/ckpt.pt", "--trajectory", "--out", "a.npz"], "give a name that ends in .png"),
+        (sample, ["run/ckpt.pt", "--interpolate", "1,1"], "give two different seeds"),
+        (sample, ["run/ckpt.pt", "--inpaint", "hurt/0.png"], "belong together"),
+        (sample, ["run/ckpt.pt", "--mask", "hurt/0.png"], "belong together"),
+        (sample, ["run/ckpt.pt", "--inpaint", "good.png", "--mask", "black.png"], "black.png has no white pixel"),
+        (sample, ["run/ckpt.pt", "--inpaint", "good.png", "--mask", "text.pt"], "--mask text.pt: no image of a format"),
+        (sample, ["run/ckpt.pt", "--inpaint", "none.png", "--mask", "black.png"], "--inpaint none.png: No such file"),
+        (sample, ["run/ckpt.pt", "--vary", "hurt/0.png"], "--vary hurt/0.png: "),
+        (sample, ["run/ckpt.pt", "--vary", "good.png", "--strength", 1.1], "time goes down from t = 1.1"),
+        (sample, ["run/ckpt.pt", "--strength", 0.5], "and --strength to --vary: give both"),
         (data, ["texts"], "it holds only files like .txt"),
     ]:
         capsys.readouterr()
