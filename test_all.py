@@ -2766,7 +2766,8 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "c" / "results.csv").read_text()
     assert call(compare, *words) == 0 and (tmp_path / "c" / "results.csv").read_text() == before
     assert "Guidance" in (tmp_path / "c" / "results.md").read_text()
-    assert {"VQ-LCMD-ancestral-2.png", "absorbing-confidence-1.png"} < set(os.listdir(tmp_path / "c"))
+    assert {"VQ-LCMD-ancestral-2.png", "absorbing-confidence-1.png", "steps.png", "collapse.png", "guidance.png",
+            "samples.png"} < set(os.listdir(tmp_path / "c"))
     assert call(compare, "--n", 3) == 2 and call(compare, "--only", "nothing") == 2
     images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
     turned = compare.Rotated(images).batch([4, 5, 7])

@@ -103,9 +103,17 @@ def prepare(args, words):
 # ----------------------------------------------------------------------------
 # One row: training and sampling.
 
+def weights_of(out, name, seed, budget):
+    return out / f"{name.replace(' ', '_')}-{seed}-{budget}.pt"
+
+
+def picture_of(out, name, sampler, steps):
+    return out / f"{name.replace(' ', '_')}-{sampler}-{steps}.png"
+
+
 def train_row(name, seed, budget, shared):
     """The averaged weights of one row and how its table fared, from its file if they are there."""
-    path = shared.out / f"{name.replace(' ', '_')}-{seed}-{budget}.pt"
+    path = weights_of(shared.out, name, seed, budget)
     config, device = shared.config | ROWS[name], shared.device
     models = train.describe_models(config, len(shared.classes))
     torch.manual_seed(train.seed_for(seed, train.STAGES["weights"], 1))
@@ -309,7 +317,7 @@ def tables(lines, references):
 
 
 def plots(lines, out):
-    """steps.png: distance against steps. collapse.png: the tables over training. guidance.png: the sweep."""
+    """steps.png: distance against steps. collapse.png: tables over training. guidance.png: the sweep. samples.png."""
     try:
         import matplotlib
     except ImportError:
@@ -326,33 +334,47 @@ def plots(lines, out):
         figure.savefig(out / name, dpi=110)
         pyplot.close(figure)
 
-    steps = sorted({line["steps"] for line in lines}, key=int)
+    steps, drawn = sorted({line["steps"] for line in lines}, key=int), {line["row"] for line in lines}
+    methods = [name for name in METHODS if name in drawn]
     figure, axes = pyplot.subplots(figsize=(5.5, 4))
-    for name in METHODS:
+    for name in methods:
         axes.plot([int(n) for n in steps], [mean("distance", row=name, sampler="ancestral", steps=n, guidance="0.0")
                                             for n in steps], "o-", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance")
+    axes.set(xscale="log", xlabel="sampling steps", ylabel="Fréchet distance", ylim=(0, None))
+    axes.set_xticks([int(n) for n in steps], steps)
+    axes.minorticks_off()
     axes.legend()
     finish(figure, "steps.png")
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4))
-    for path in sorted(out.glob("*-0-*.pt")):
-        name = path.name.rsplit("-", 2)[0].replace("_", " ")
-        if name in ROWS and name not in baselines.KINDS and not name.startswith(("shift", "frozen")):
+    for axes in both:
+        axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    for name in ROWS:
+        path = weights_of(out, name, 0, lines[0]["budget"])
+        if path.exists() and ROWS[name].get("loss") not in baselines.KINDS and not name.startswith("shift"):
             curve = np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"])
             for axes, column in zip(both, (1, 2), strict=True):
-                axes.plot(curve[:, 0], curve[:, column], label=name, lw=1.2)
+                axes.plot(curve[:, 0], curve[:, column], label=name, lw=1.5)
     for axes, title in zip(both, ("effective rank of the table", "smallest distance of two embeddings"), strict=True):
         axes.set(xlabel="training step", title=title)
-    both[0].legend(fontsize=7)
+    both[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(figure, "collapse.png")
     figure, axes = pyplot.subplots(figsize=(5.5, 4))
-    for name in METHODS:
+    for name in methods:
         wanted = dict(row=name, seed="0", sampler="ancestral", steps=str(GUIDED_STEPS))
         axes.plot(*([mean(c, guidance=str(omega), **wanted) for omega in (0.0, *GUIDANCE)]
                     for c in ("recall", "precision")), "o-", label=name)
     axes.set(xlabel="recall", ylabel="precision", title="guidance 0 to 4: fidelity against diversity")
     axes.legend()
     finish(figure, "guidance.png")
+    most = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])
+    found = [(name, path) for name in ROWS if (path := picture_of(out, name, "ancestral", most)).exists()]
+    figure, panels = pyplot.subplots(-(-len(found) // 2), 2, figsize=(9, 1.9 * -(-len(found) // 2)), squeeze=False)
+    for axes in panels.flat:
+        axes.axis("off")
+    for axes, (name, path) in zip(panels.flat, found, strict=False):
+        axes.imshow(pyplot.imread(path), interpolation="nearest")
+        axes.set_title(f"{name}, {most} steps", fontsize=8)
+    finish(figure, "samples.png")
 
 
 # ----------------------------------------------------------------------------
@@ -426,7 +448,7 @@ def main():
                 print(f"{name}, seed {seed}, {sampler}, {steps} steps, ω = {omega:g}: distance "
                       f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
                 if seed == 0 and not omega:
-                    data.save_grid(images[:30], shared.out / f"{name.replace(' ', '_')}-{sampler}-{steps}.png", 10)
+                    data.save_grid(images[:30], picture_of(shared.out, name, sampler, steps), 10)
     lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
     if lines:
         text = f"Features: {judge.name}.\n\n" + tables(lines, references)
