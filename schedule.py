@@ -2,8 +2,8 @@
 
     z_t = alpha_t e(x) + sigma_t eps,   alpha_t^2 = sigmoid(lambda_t),   sigma_t^2 = sigmoid(-lambda_t)
 
-lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from about +9 at t = 0 (clean) to about -12 at t = 1
-(noise). The signal is variance preserving: alpha_t^2 + sigma_t^2 = 1.
+lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from about +5 at t = 0 (clean) to about -12 at t = 1
+(noise), with train.py's settings. The signal is variance preserving: alpha_t^2 + sigma_t^2 = 1.
 
 Why a shift (paper, "shifted cosine noise schedule"): K well separated embeddings in D dimensions can be told
 apart until the SNR is quite low. With the plain cosine schedule the network would spend much of [0, 1] on noise

@@ -2718,8 +2718,7 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     """Entropy and score by enumeration; rows of every kind run, and the same command again computes nothing."""
     monkeypatch.setattr(markov_chain, "K", 4)
     monkeypatch.setattr(markov_chain, "N", 3)
-    for name, value in (("SAMPLES", 20), ("HELD_OUT", 20), ("BATCH", 8)):
-        monkeypatch.setattr(markov_chain, name, value)
+    monkeypatch.setattr(markov_chain, "BATCH", 8)
     chain = markov_chain.Chain()
     every = np.array(list(itertools.product(range(4), repeat=3)))
     p = chain.start[every[:, 0]] * chain.transition[every[:, 0], every[:, 1]] * chain.transition[
@@ -2732,7 +2731,7 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     nll, distance = chain.score(every[:1])  # 0, 0, 0: all bigrams are (0, 0)
     assert nll == pytest.approx(-np.log(p[0]) / 3) and distance == pytest.approx(1 - chain.bigrams[0, 0])
     rows = ["rec + diff + CM, frozen table", "plain cross-entropy", "discrete: absorbing", "train.py's defaults"]
-    words = ["--seeds", 1, "--steps", 2, "--out", tmp_path / "m", "--only", *rows]
+    words = ["--seeds", 1, "--steps", 2, "--samples", 20, "--out", tmp_path / "m", "--only", *rows]
     assert call(markov_chain, *words[:-1]) == 0
     first = (tmp_path / "m" / "results.csv").read_text()
     assert call(markov_chain, *words) == 0
@@ -2741,6 +2740,17 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     assert all(float(line["bound"]) > 0 and float(line["NLL 50"]) > 0 for line in lines)
     text = (tmp_path / "m" / "results.md").read_text()
     assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out
+
+
+def test_markov_chain_side_by_side(tmp_path):
+    """Two processes: every line is there once, with the figures of one process."""
+    words = ["--seeds", 2, "--steps", 1, "--samples", 10, "--only", "plain cross-entropy"]
+    found = []
+    for jobs in (1, 2):
+        assert call(markov_chain, *words, "--jobs", jobs, "--out", tmp_path / str(jobs)) == 0
+        lines = list(csv.DictReader((tmp_path / str(jobs) / "results.csv").open()))
+        found.append(sorted([line[c] for c in markov_chain.COLUMNS[:-4]] for line in lines))
+    assert found[0] == found[1] and len(found[0]) == 2
 
 
 def test_compare(folder, run, tmp_path, monkeypatch, capsys):

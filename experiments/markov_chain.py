@@ -1,6 +1,7 @@
 """An exact toy: tokens from a known Markov chain, so that every sample has a likelihood and every bigram a probability.
 
-    python experiments/markov_chain.py                  all rows, three seeds, one thread: a minute or two for each
+    python experiments/markov_chain.py --jobs 2         the table, three seeds: 36 runs of two or three minutes each
+    python experiments/markov_chain.py --only all       the other rows, too
     python experiments/markov_chain.py --only "plain cross-entropy" --seeds 1 --steps 100
 
 Each row is VQ-LCMD with something changed, or a discrete-state diffusion (baselines.py) with the same transformer,
@@ -15,9 +16,11 @@ same command again does what is missing, and writes the table (results.md) from 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import math
+import multiprocessing
 import platform
 import subprocess
 import sys
@@ -39,7 +42,7 @@ from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
-K, N, D, BATCH, SAMPLES, HELD_OUT = 10, 6, 8, 256, 4000, 20000
+K, N, D, BATCH = 10, 6, 8, 256
 PLAIN = dict(likelihood=False, norm="layer", max_snr=5.0, p_drop=0.0, rec_fraction=0.25)  # without what is ours
 DEFAULTS = dict(norm="rms", max_snr=5.0, p_drop=0.1, rec_fraction=0.25)  # train.py's
 ROWS = {  # options of the model and of training_loss; "s": shift; "loss": another objective; "frozen": the table
@@ -63,6 +66,9 @@ ROWS = {  # options of the model and of training_loss; "s": shift; "loss": anoth
     "defaults, shift 0.7": DEFAULTS | dict(s=0.7),
     "defaults, shift 1": DEFAULTS | dict(s=1.0),
 } | {f"discrete: {kind}": dict(likelihood=False, norm="layer", loss=kind) for kind in baselines.KINDS}
+TABLE = ["rec + diff", "rec + diff, table not normalised", "rec + diff, exact weight", "rec + diff + CM, markov",
+         "rec + diff + CM, shared noise", "rec + CM, no diff", "plain cross-entropy", "train.py's defaults",
+         "defaults, CM off", *(f"discrete: {kind}" for kind in baselines.KINDS)]
 
 
 class Chain:
@@ -98,7 +104,7 @@ class Chain:
         return -log_p.mean() / N, 0.5 * np.abs(counts / counts.sum() - self.bigrams).sum()
 
 
-def run(options, seed, steps, chain, show):
+def run(options, seed, steps, samples, chain, show):
     """Trains and measures one row with one seed -> {measure: value}."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -119,15 +125,15 @@ def run(options, seed, steps, chain, show):
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
     collapse, kind = collapse_diagnostics(ema.table()), options.get("loss")
     found = {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    x = torch.from_numpy(chain.draw(HELD_OUT, np.random.default_rng(10 ** 6)))
+    x = torch.from_numpy(chain.draw(5 * samples, np.random.default_rng(10 ** 6)))
     labels, noise = torch.zeros(len(x), dtype=torch.int64), torch.Generator().manual_seed(10 ** 6)
-    many, nobody = torch.zeros(SAMPLES, dtype=torch.int64), [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+    many, nobody = torch.zeros(samples, dtype=torch.int64), [torch.Generator().manual_seed(i) for i in range(samples)]
     with torch.no_grad():
         if kind in baselines.KINDS:
             found["bound"] = float(baselines.loss(kind, ema, schedule, x, noise).mean())
-            ways = {f"{n}": baselines.sample(kind, ema, schedule, SAMPLES, n, noise) for n in (8, 50)}
+            ways = {f"{n}": baselines.sample(kind, ema, schedule, samples, n, noise) for n in (8, 50)}
             if kind == "absorbing":
-                ways |= {f"{n} by confidence": baselines.sample_by_confidence(ema, schedule, SAMPLES, n, noise)
+                ways |= {f"{n} by confidence": baselines.sample_by_confidence(ema, schedule, samples, n, noise)
                          for n in (3, 6)}  # more steps than tokens decode nothing in some of them
         else:
             found["bound"] = float(sum(vlb(ema, schedule, x, labels, noise).values()).mean())
@@ -161,37 +167,52 @@ def table(lines, names):
     return "\n".join(out) + "\n"
 
 
+def work(task):
+    """One line of results.csv, in a process of its own or in this one."""
+    torch.set_num_threads(1)  # the network is tiny: threads would wait for each other
+    name, seed, steps, samples, alone = task
+    start = time.perf_counter()
+    found = run(ROWS[name], seed, steps, samples, Chain(), f"{name}, seed {seed}" if alone else None)
+    found = {key: f"{value:.5f}" for key, value in found.items()}
+    return {"row": name, "seed": seed, "steps": steps} | found | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every row (default: 3)")
     parser.add_argument("--steps", type=int, default=2500, help="training steps of each run (default: 2500)")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows (default: all)")
+    parser.add_argument("--samples", type=int, default=4000, help="of each run; bounds: five times as many held out "
+                        "(default: 4000)")
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "all"], metavar="ROW", default=TABLE,
+                        help="these rows, or all (default: those of the table in experiments/README.md)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (default: 1)")
     parser.add_argument("--out", default="runs/markov_chain", help="directory of results.csv and results.md")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the network is tiny: threads would wait for each other
+    if min(args.jobs, args.seeds, args.steps, args.samples) < 1:
+        parser.error("--jobs, --seeds, --steps and --samples must be at least 1")
     chain, out = Chain(), Path(args.out)
-    floor, held_out = (chain.score(chain.draw(n, np.random.default_rng(10 ** 6))) for n in (SAMPLES, HELD_OUT))
-    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {SAMPLES:,} true samples: NLL "
-          f"{floor[0]:.4f}, TV {floor[1]:.4f} (the floor); {HELD_OUT:,} held out: {held_out[0]:.4f}, the least bound")
+    floor, held_out = (chain.score(chain.draw(n, np.random.default_rng(10 ** 6))) for n in (args.samples, 5 * args.samples))
+    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {args.samples:,} true samples: NLL "
+          f"{floor[0]:.4f}, TV {floor[1]:.4f} (the floor); {5 * args.samples:,} held out: {held_out[0]:.4f}, the least bound")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.csv"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     facts = {"commit": commit.stdout.strip(),
              "device": f"cpu ({platform.machine()}), 1 thread, torch {torch.__version__}",
-             "command": f"python experiments/markov_chain.py --steps {args.steps}"}
-    for seed in range(args.seeds):
-        for name in args.only or ROWS:
-            done = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-            if any((d["row"], d["seed"], d["steps"]) == (name, str(seed), str(args.steps)) for d in done):
-                continue
-            start = time.perf_counter()
-            found = run(ROWS[name], seed, args.steps, chain, f"{name}, seed {seed}")
-            line = {"row": name, "seed": seed, "steps": args.steps} | {k: f"{v:.5f}" for k, v in found.items()} | facts
-            line["seconds"] = f"{time.perf_counter() - start:.1f}"
+             "command": f"python experiments/markov_chain.py --steps {args.steps}"
+                        + f" --jobs {args.jobs}" * (args.jobs > 1)}
+    lines = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    done = {(line["row"], line["seed"], line["steps"]) for line in lines}
+    tasks = [(name, seed, args.steps, args.samples, args.jobs == 1) for seed in range(args.seeds)
+             for name in (ROWS if "all" in args.only else args.only) if (name, str(seed), str(args.steps)) not in done]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else contextlib.nullcontext() as pool:
+        results = pool.imap_unordered(work, tasks) if pool else map(work, tasks)
+        for line in tqdm(results, "runs", len(tasks), unit="run", disable=None if pool else True):
             with path.open("a", newline="") as file:  # one write: a line is there whole or not at all
                 writer = csv.DictWriter(file, COLUMNS)
-                writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not done) + [line])
-            print(f"{name}, seed {seed}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+                writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (file.tell() == 0) + [line | facts])
+            print(f"{line['row']}, seed {line['seed']}: "
+                  + ", ".join(f"{c} {float(line[c]):.3f}" for c in COLUMNS[3:-4] if c in line))
     lines = [line for line in csv.DictReader(path.open(newline="")) if line["steps"] == str(args.steps)]
     text = table(lines, ROWS) if lines else ""
     (out / "results.md").write_text(text)
