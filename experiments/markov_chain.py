@@ -191,9 +191,10 @@ def main():
     if min(args.jobs, args.seeds, args.steps, args.samples) < 1:
         parser.error("--jobs, --seeds, --steps and --samples must be at least 1")
     chain, out = Chain(), Path(args.out)
-    floor, held_out = (chain.score(chain.draw(n, np.random.default_rng(10 ** 6))) for n in (args.samples, 5 * args.samples))
-    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {args.samples:,} true samples: NLL "
-          f"{floor[0]:.4f}, TV {floor[1]:.4f} (the floor); {5 * args.samples:,} held out: {held_out[0]:.4f}, the least bound")
+    sizes = args.samples, 5 * args.samples
+    floor, held_out = (chain.score(chain.draw(n, np.random.default_rng(10 ** 6))) for n in sizes)
+    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {sizes[0]:,} true samples: NLL "
+          f"{floor[0]:.4f}, TV {floor[1]:.4f} (the floor); {sizes[1]:,} held out: {held_out[0]:.4f}, the least bound")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.csv"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
