@@ -515,12 +515,16 @@ def test_sampling_options(one_thread):
     """temperature, interval and end: nothing at their defaults, else exactly what they say."""
     model = small_model(num_classes=2, grid=(4, 4))
     plain, calls, _ = drawn(model, 5, 2.0)
-    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.0)[0])
+    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.8 / 25)[0])
     assert [len(z) for z, *_ in calls] == [6] * 5
+    # few steps end before 0, in proportion to where they start; one step has nowhere to go, and many end at 0
+    assert [drawn(model, steps)[2][-1][0] for steps in (1, 2, 4, 16)] == pytest.approx([1, 0.2, 0.05, 0], abs=1e-15)
+    start = torch.zeros(1, 16, dtype=torch.int64), 0.5
+    assert drawn(model, 2, start=start)[2][-1][0] == pytest.approx(0.1, abs=1e-15)
     # omega counts at t = 1, 3/4, 1/2, 1/4, 0 in the interval only; elsewhere there is one pass, not two
-    tokens, calls, _ = drawn(model, 5, 2.0, interval=(0.3, 0.45))
-    assert torch.equal(tokens, drawn(model, 5, 0.0)[0]) and [len(z) for z, *_ in calls] == [3] * 5
-    assert [len(z) for z, *_ in drawn(model, 5, 2.0, interval=(0.25, 0.75))[1]] == [3, 6, 6, 6, 3]
+    tokens, calls, _ = drawn(model, 5, 2.0, interval=(0.3, 0.45), end=0.0)
+    assert torch.equal(tokens, drawn(model, 5, 0.0, end=0.0)[0]) and [len(z) for z, *_ in calls] == [3] * 5
+    assert [len(z) for z, *_ in drawn(model, 5, 2.0, interval=(0.25, 0.75), end=0.0)[1]] == [3, 6, 6, 6, 3]
     # one step is softmax(logits / T); T -> 0 is the argmax, at every step
     log_snr = ShiftedCosine(0.4).log_snr(f64(1, 1, 1))
     logits = model(first_noise(model), log_snr, torch.arange(3) % 2)
@@ -2776,7 +2780,7 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "c" / "results.csv").read_text()
     assert call(compare, *words) == 0 and (tmp_path / "c" / "results.csv").read_text() == before
     assert "Guidance" in (tmp_path / "c" / "results.md").read_text()
-    assert {"VQ-LCMD-ancestral-2.png", "absorbing-confidence-1.png", "steps.png", "collapse.png", "guidance.png",
+    assert {"VQ-LCMD-8-ancestral-2.png", "absorbing-8-confidence-1.png", "steps.png", "collapse.png", "guidance.png",
             "samples.png"} < set(os.listdir(tmp_path / "c"))
     assert call(compare, "--n", 3) == 2 and call(compare, "--only", "nothing") == 2
     images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))

@@ -107,8 +107,8 @@ def weights_of(out, name, seed, budget):
     return out / f"{name.replace(' ', '_')}-{seed}-{budget}.pt"
 
 
-def picture_of(out, name, sampler, steps):
-    return out / f"{name.replace(' ', '_')}-{sampler}-{steps}.png"
+def picture_of(out, name, budget, sampler, steps):
+    return out / f"{name.replace(' ', '_')}-{budget}-{sampler}-{steps}.png"
 
 
 def train_row(name, seed, budget, shared):
@@ -340,7 +340,11 @@ def plots(lines, out):
     for name in methods:
         axes.plot([int(n) for n in steps], [mean("distance", row=name, sampler="ancestral", steps=n, guidance="0.0")
                                             for n in steps], "o-", label=name)
-    axes.set(xscale="log", xlabel="sampling steps", ylabel="Fréchet distance", ylim=(0, None))
+        for sampler in ("ddim", "confidence"):
+            found = [mean("distance", row=name, sampler=sampler, steps=n, guidance="0.0") for n in steps]
+            if not np.isnan(found).all():
+                axes.plot([int(n) for n in steps], found, "o--", label=f"{name}, {sampler}", lw=1, ms=3)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance")
     axes.set_xticks([int(n) for n in steps], steps)
     axes.minorticks_off()
     axes.legend()
@@ -367,7 +371,8 @@ def plots(lines, out):
     axes.legend()
     finish(figure, "guidance.png")
     most = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])
-    found = [(name, path) for name in ROWS if (path := picture_of(out, name, "ancestral", most)).exists()]
+    found = [(name, path) for name in ROWS if (path := picture_of(out, name, lines[0]["budget"], "ancestral",
+                                                                    most)).exists()]
     figure, panels = pyplot.subplots(-(-len(found) // 2), 2, figsize=(9, 1.9 * -(-len(found) // 2)), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
@@ -448,7 +453,8 @@ def main():
                 print(f"{name}, seed {seed}, {sampler}, {steps} steps, ω = {omega:g}: distance "
                       f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
                 if seed == 0 and not omega:
-                    data.save_grid(images[:30], picture_of(shared.out, name, sampler, steps), 10)
+                    data.save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps),
+                                   10)
     lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
     if lines:
         text = f"Features: {judge.name}.\n\n" + tables(lines, references)
