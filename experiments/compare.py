@@ -323,7 +323,7 @@ def plots(lines, out):
     except ImportError:
         return print("no plots: pip install matplotlib, and give the same command again")
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     def mean(column, **wanted):
         found = [float(line[column]) for line in lines if all(line[k] == v for k, v in wanted.items()) and line[column]]
@@ -346,6 +346,8 @@ def plots(lines, out):
                 axes.plot([int(n) for n in steps], found, "o--", label=f"{name}, {sampler}", lw=1, ms=3)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance")
     axes.set_xticks([int(n) for n in steps], steps)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend()
     finish(figure, "steps.png")
@@ -373,6 +375,8 @@ def plots(lines, out):
     most = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])
     found = [(name, path) for name in ROWS if (path := picture_of(out, name, lines[0]["budget"], "ancestral",
                                                                     most)).exists()]
+    if not found:  # the pictures were taken away, or drawn by seeds other than 0
+        return
     figure, panels = pyplot.subplots(-(-len(found) // 2), 2, figsize=(9, 1.9 * -(-len(found) // 2)), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
