@@ -336,7 +336,7 @@ def plots(lines, out):
 
     steps, drawn = sorted({line["steps"] for line in lines}, key=int), {line["row"] for line in lines}
     methods = [name for name in METHODS if name in drawn]
-    figure, axes = pyplot.subplots(figsize=(5.5, 4))
+    figure, axes = pyplot.subplots(figsize=(7.5, 4))
     for name in methods:
         axes.plot([int(n) for n in steps], [mean("distance", row=name, sampler="ancestral", steps=n, guidance="0.0")
                                             for n in steps], "o-", label=name)
@@ -349,7 +349,7 @@ def plots(lines, out):
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(figure, "steps.png")
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4))
     for axes in both:
