@@ -76,7 +76,8 @@ def check_settings(steps=50, guidance=0.0, sampler="ancestral", temperature=1.0,
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance interval {interval[0]} {interval[1]}: must be 0 <= LOW <= HIGH <= 1")
-    if end is not None and not 0 <= end < t <= 1:
+    end = default_end(steps, t) if end is None else end
+    if not 0 <= end < t <= 1:
         raise ValueError(f"time goes down from t = {t} to the end at {end}: both must lie in [0, 1], the end lower")
 
 
@@ -563,6 +564,9 @@ def main():
     except (ValueError, OSError) as error:  # CheckpointError and DataError are ValueErrors
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        print("sample.py: stopped; into a folder, .zip or .npz the same command goes on", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

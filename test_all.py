@@ -1834,13 +1834,14 @@ def test_special_pictures(one_thread, run, tmp_path):
         return all(np.array_equal(tile, image) for tile, image in zip(found, images, strict=True))
 
     [plain] = tiles(8, "--n", 8)
-    for values, rows in (("guidance=0,1e4", 2), ("steps=3,1", 2), ("temperature=1,1e-3", 2), ("end=0,0.9", 2)):
+    for values, rows in (("guidance=0,1e4", 2), ("steps=3,1", 2), ("temperature=1,1e-3", 2), (f"end={0.8 / 9},0.9", 2)):
         found = tiles(8, "--grid-of", values, rows=rows)
         default = int(values.startswith("guidance"))
         assert [same(row, plain) for row in found] == [i == default for i in range(rows)], values
-    [unguided] = tiles(8, "--n", 8, "--guidance", 0)
-    assert same(tiles(8, "--n", 8, "--guidance-interval", 0.6, 0.7)[0], unguided)  # t = 1, 0.5 and 0 alone are visited
-    assert not any(same(tiles(8, "--n", 8, "--guidance-interval", 0, 0.7)[0], row) for row in (plain, unguided))
+    [guided], [unguided] = tiles(8, "--n", 8, "--end", 0), tiles(8, "--n", 8, "--guidance", 0, "--end", 0)
+    part = ["--n", 8, "--end", 0, "--guidance-interval"]  # t = 1, 0.5 and 0 alone are visited
+    assert same(tiles(8, *part, 0.6, 0.7)[0], unguided)
+    assert not any(same(tiles(8, *part, 0, 0.7)[0], row) for row in (guided, unguided))
 
     # over time: the last column is the argmax of the last p; the film has all steps, and the same last image
     seen, labels = [], torch.zeros(4, dtype=torch.int64)
@@ -1926,8 +1927,9 @@ def test_sample_files(run, tmp_path, capsys):
                 raise KeyboardInterrupt
             return real(*args, **options)
 
-        with mock.patch.object(sample, "sample_images", stopped), pytest.raises(KeyboardInterrupt):
-            call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name)
+        with mock.patch.object(sample, "sample_images", stopped):
+            assert call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name) == 130
+        assert "the same command goes on" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
         assert call(sample, run / "ckpt.pt", *words, "--out", tmp_path / name, "--steps", 1) == 2
         assert "holds images of another model, seed or setting" in capsys.readouterr().err
