@@ -8,6 +8,8 @@
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
 
+In few steps the tokens are drawn a little before t = 0 (default_end, ours).
+
 The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), class names, default settings. Every
 image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the same for any
 number of images, any batch size and any device, up to the rounding of the network itself.
@@ -76,7 +78,7 @@ def check_settings(steps=50, guidance=0.0, sampler="ancestral", temperature=1.0,
         raise ValueError(f"temperature must be positive, got {temperature}")
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance interval {interval[0]} {interval[1]}: must be 0 <= LOW <= HIGH <= 1")
-    end = default_end(steps, t) if end is None else end
+    end = end or 0.0  # default_end is always before t
     if not 0 <= end < t <= 1:
         raise ValueError(f"time goes down from t = {t} to the end at {end}: both must lie in [0, 1], the end lower")
 

@@ -2744,6 +2744,12 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     lines = list(csv.DictReader((tmp_path / "m" / "results.csv").open()))
     assert (tmp_path / "m" / "results.csv").read_text().startswith(first) and [d["row"] for d in lines] == rows
     assert all(float(line["bound"]) > 0 and float(line["NLL 50"]) > 0 for line in lines)
+    words[words.index("--samples") + 1] = 10  # another number of samples is another run, and a table of its own
+    assert call(markov_chain, *words[:-len(rows)], rows[1]) == 0
+    assert "| 1 |" in (tmp_path / "m" / "results.md").read_text() and rows[0] not in (
+        tmp_path / "m" / "results.md").read_text()
+    words[words.index("--samples") + 1] = 20
+    assert call(markov_chain, *words) == 0
     text = (tmp_path / "m" / "results.md").read_text()
     assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out
 

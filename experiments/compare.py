@@ -457,8 +457,7 @@ def main():
                 print(f"{name}, seed {seed}, {sampler}, {steps} steps, ω = {omega:g}: distance "
                       f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
                 if seed == 0 and not omega:
-                    data.save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps),
-                                   10)
+                    data.save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps), 10)
     lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
     if lines:
         text = f"Features: {judge.name}.\n\n" + tables(lines, references)

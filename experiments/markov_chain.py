@@ -148,14 +148,14 @@ def run(options, seed, steps, samples, chain, show):
     return found
 
 
-COLUMNS = ["row", "seed", "steps", "rank", "smallest", "bound", "CE at 0.4", "CE at 0.95", "NLL 8", "TV 8", "NLL 50",
-           "TV 50", "NLL 3 by confidence", "TV 3 by confidence", "NLL 6 by confidence", "TV 6 by confidence",
-           "seconds", "commit", "device", "command"]
+COLUMNS = ["row", "seed", "steps", "samples", "rank", "smallest", "bound", "CE at 0.4", "CE at 0.95", "NLL 8", "TV 8",
+           "NLL 50", "TV 50", "NLL 3 by confidence", "TV 3 by confidence", "NLL 6 by confidence",
+           "TV 6 by confidence", "seconds", "commit", "device", "command"]
 
 
 def table(lines, names):
     """Markdown: mean over seeds +- half the range, a column per measure."""
-    columns = COLUMNS[3:-4]
+    columns = COLUMNS[4:-4]
     out = ["| row | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
     for name in names:
         mine = [line for line in lines if line["row"] == name]
@@ -174,7 +174,8 @@ def work(task):
     start = time.perf_counter()
     found = run(ROWS[name], seed, steps, samples, Chain(), f"{name}, seed {seed}" if alone else None)
     found = {key: f"{value:.5f}" for key, value in found.items()}
-    return {"row": name, "seed": seed, "steps": steps} | found | {"seconds": f"{time.perf_counter() - start:.1f}"}
+    found = {"row": name, "seed": seed, "steps": steps, "samples": samples} | found
+    return found | {"seconds": f"{time.perf_counter() - start:.1f}"}
 
 
 def main():
@@ -200,12 +201,13 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     facts = {"commit": commit.stdout.strip(),
              "device": f"cpu ({platform.machine()}), 1 thread, torch {torch.__version__}",
-             "command": f"python experiments/markov_chain.py --steps {args.steps}"
+             "command": f"python experiments/markov_chain.py --steps {args.steps} --samples {args.samples}"
                         + f" --jobs {args.jobs}" * (args.jobs > 1)}
     lines = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    done = {(line["row"], line["seed"], line["steps"]) for line in lines}
+    done = {(line["row"], line["seed"], line["steps"], line["samples"]) for line in lines}
     tasks = [(name, seed, args.steps, args.samples, args.jobs == 1) for seed in range(args.seeds)
-             for name in (ROWS if "all" in args.only else args.only) if (name, str(seed), str(args.steps)) not in done]
+             for name in (ROWS if "all" in args.only else args.only)
+             if (name, str(seed), str(args.steps), str(args.samples)) not in done]
     with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else contextlib.nullcontext() as pool:
         results = pool.imap_unordered(work, tasks) if pool else map(work, tasks)
         for line in tqdm(results, "runs", len(tasks), unit="run", disable=None if pool else True):
@@ -213,8 +215,9 @@ def main():
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (file.tell() == 0) + [line | facts])
             print(f"{line['row']}, seed {line['seed']}: "
-                  + ", ".join(f"{c} {float(line[c]):.3f}" for c in COLUMNS[3:-4] if c in line))
-    lines = [line for line in csv.DictReader(path.open(newline="")) if line["steps"] == str(args.steps)]
+                  + ", ".join(f"{c} {float(line[c]):.3f}" for c in COLUMNS[4:-4] if c in line))
+    lines = [line for line in csv.DictReader(path.open(newline=""))
+             if (line["steps"], line["samples"]) == (str(args.steps), str(args.samples))]
     text = table(lines, ROWS) if lines else ""
     (out / "results.md").write_text(text)
     print(text)
