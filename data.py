@@ -15,7 +15,6 @@ Where there are train/ and test/ (or val/), those are the splits; elsewhere ever
 import argparse
 import difflib
 import functools
-import gzip
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ import math
 import os
 import pickle
 import re
+import stat
 import struct
 import sys
 import tarfile
@@ -37,6 +37,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from extras.archives import LARGEST_IMAGE, open_npz, read_gzip, read_json, read_npz_array, read_tar
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS and the like, which start other programs
@@ -103,6 +105,8 @@ def load_image(source, size=None):
         if isinstance(source, np.ndarray):
             opened = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
         else:
+            if not isinstance(source, bytes) and stat.S_ISFIFO(os.stat(source).st_mode):
+                raise ValueError("a pipe, no file")  # opening it would wait for ever
             opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with opened as image:
             if size:
@@ -278,6 +282,8 @@ def shorter_side(image):
     """Of a path, bytes or array, in pixels; reads the header only."""
     if isinstance(image, np.ndarray):
         return min(image.shape[:2])
+    if not isinstance(image, bytes) and stat.S_ISFIFO(os.stat(image).st_mode):
+        raise ValueError("a pipe, no file")
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
         return min(opened.size)
 
@@ -322,7 +328,7 @@ def stylegan_labels(text, names, where):
             return [], [0] * len(names)
         numbers = {name: int(label) for name, label in numbers}
         return [str(c) for c in range(max(numbers.values()) + 1)], [numbers[name] for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}/dataset.json has no whole-number label for every image ({error}): make it again "
                         "with dataset_tool, or take it away") from error
 
@@ -378,6 +384,8 @@ class Zip(Source):
                            and not os.path.basename(m.filename).startswith(".")]
                 images = [m for m in members if os.path.splitext(m.filename)[1].lower() in EXTENSIONS]
                 if "dataset.json" in archive.namelist():
+                    if archive.getinfo("dataset.json").file_size > LARGEST_IMAGE:
+                        raise DataError(f"{path}: its dataset.json unpacks to more than {LARGEST_IMAGE:,} bytes")
                     labelled = archive.read("dataset.json")
         except (OSError, zipfile.BadZipFile, RuntimeError) as error:
             raise DataError(f"{path} cannot be read as a zip ({error}): fetch or make it again") from error
@@ -397,6 +405,8 @@ class Zip(Source):
 
     def read(self, i):
         offset, packed, size, method, checksum = self.places[i].tolist()
+        if max(packed, size) > LARGEST_IMAGE:
+            raise DataError(f"it unpacks to {size:,} bytes, more than {LARGEST_IMAGE:,}")
         with open(self.path, "rb") as file:  # its own handle: threads read side by side
             file.seek(offset)
             lengths = struct.unpack("<HH", file.read(30)[26:])  # of the name and of the extra field
@@ -485,11 +495,11 @@ def as_images(array, where):
 def read_arrays(path):
     """.npy (memory-mapped), or .npz with images and perhaps labels, and perhaps test images, under common names."""
     try:
-        loaded = np.load(path, mmap_mode="r")
-        if isinstance(loaded, np.ndarray):
+        if path.suffix == ".npy":
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
             return Tokens(path, loaded) if loaded.dtype.names else Arrays(path, [(as_images(loaded, path), None)])
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        with open_npz(path) as loaded:
+            arrays = {name: read_npz_array(loaded, name) for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise
@@ -514,7 +524,7 @@ def read_idx(folder):
         if path is None:
             raise DataError(f"{folder} lacks {stem.replace('?', '-')}-ubyte(.gz): put MNIST's four files there")
         try:
-            content = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+            content = read_gzip(path, 1 << 30)
             shape = struct.unpack(f">{content[3]}I", content[4:4 + 4 * content[3]])
             if content[:3] != b"\0\0\x08" or content[3] != int(stem[-1]):
                 raise ValueError("its header is another's")
@@ -547,9 +557,7 @@ def read_cifar(path):
         if path.is_dir():
             files = {p.name: p.read_bytes() for p in path.iterdir() if "_batch" in p.name and p.is_file()}
         else:
-            with tarfile.open(path) as archive:
-                files = {os.path.basename(m.name): archive.extractfile(m).read() for m in archive
-                         if m.isfile() and "_batch" in os.path.basename(m.name)}
+            files = read_tar(path, lambda name: "_batch" in name)
         ending = ".bin" if "test_batch.bin" in files else ""
         parts = []
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -580,7 +588,7 @@ class Tokens(Source):
         n_classes = int(rows["label"].max()) + 1
         class_names = [str(c) for c in range(n_classes)] if n_classes > 1 else []
         if config.exists():
-            class_names = json.loads(config.read_text())["classes"]
+            class_names = read_json(config)["classes"]
         super().__init__(path, class_names, rows["label"], *(np.flatnonzero(rows["test"] == t) for t in (False, True)))
         self.name, self.tokens_per_image = f"{path.resolve().parent.name}-tokens", rows["x"].shape[1]
 

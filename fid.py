@@ -33,6 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data
+from extras.archives import open_npz, read_npz_array
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -383,10 +384,10 @@ class Statistics:
     @staticmethod
     def load(path):
         """From a file of save, pytorch-fid, clean-fid or ADM; n and resize are None where it does not hold them."""
-        with np.load(path) as file:
-            mean, cov = {"2048": file["mu"]}, {"2048": file["sigma"]}
+        with open_npz(path) as file:
+            mean, cov = ({"2048": read_npz_array(file, name)} for name in ("mu", "sigma"))
             if "mu_s" in file:
-                mean["spatial"], cov["spatial"] = file["mu_s"], file["sigma_s"]
+                mean["spatial"], cov["spatial"] = (read_npz_array(file, name) for name in ("mu_s", "sigma_s"))
             return Statistics(int(file["n"]) if "n" in file else None, mean, cov,
                               str(file["resize"]) if "resize" in file else None)
 
@@ -568,7 +569,7 @@ def open_side(word, root, size, trained_on):
     """
     path = Path(word).expanduser()
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path) as file:
+        with open_npz(path) as file:
             names = set(file.files)
         if "arr_0" not in names and not {"mu", "sigma"} <= names:
             raise FIDError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: expected arr_0 (images), or mu and "

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import vqvae
 from data import DataError, grid_page, load_image, save_grid
 from embedding_diffusion import EmbeddingDiffusion
+from engine.checkpoint import CheckpointError, detect_container
 from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"
@@ -367,22 +368,17 @@ def draw_interpolation(args, bundle, chosen, labels, settings):
 # ----------------------------------------------------------------------------
 # Checkpoints and the command line.
 
-class CheckpointError(ValueError):
-    """One line: what is wrong with the file and what to do. found: the format it is of, if it is of this project."""
-
-    found = None
-
-
 def previous(path):
     """Where train.py keeps the checkpoint before the last one while it trains: ckpt.pt, ckpt.previous.pt."""
     return path.with_suffix(".previous.pt")
 
 
 def read_checkpoint(path, expected=CHECKPOINT_FORMAT):
-    """The dict in a checkpoint file, on the CPU. Nothing in the file is executed (weights_only=True)."""
+    """The dict in a checkpoint file, on the CPU. Nothing in the file is executed (detect_container, weights_only)."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the ckpt.pt that train.py wrote, e.g. runs/toy/ckpt.pt")
+    detect_container(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here; all mean the same to a user

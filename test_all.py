@@ -885,7 +885,7 @@ def test_hostile_checkpoints(tmp_path):
         for zipped in (True, False):
             path = tmp_path / f"{i}.ckpt"
             torch.save({"state_dict": {}, "callbacks": hostile}, path, _use_new_zipfile_serialization=zipped)
-            with pytest.raises(vqvae.TokenizerError, match=r"is refused: it names \w+\.\w+, which has no place"):
+            with pytest.raises(sample.CheckpointError, match=r"is refused: it names \w+\.\w+, which has no place"):
                 vqvae.read_published(path)
             with pytest.raises(sample.CheckpointError, match="cannot be read as a checkpoint"):
                 sample.read_checkpoint(path)
@@ -894,7 +894,7 @@ def test_hostile_checkpoints(tmp_path):
     torch.save({"state_dict": {"quantize.embed.weight": torch.zeros(2)}}, tmp_path / "gumbel.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
     for name, says in (("part", "it has no decoder"), ("gumbel", "Gumbel quantiser"), ("text", "cannot be read")):
-        with pytest.raises(vqvae.TokenizerError, match=says):
+        with pytest.raises(ValueError, match=says):
             vqvae.read_published(tmp_path / f"{name}.ckpt")
 
 
@@ -2102,6 +2102,142 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         assert says in error and error.count("\n") == 1 and "error: " in error, (words, error)
         shutil.rmtree(tmp_path / "new", ignore_errors=True)  # --stage tokens makes its run directory
         assert state() == before, words
+
+
+class Program(torch.nn.Module):
+    """TorchScript runs __setstate__ when it is loaded: "write" makes a file, "overwrite" changes one, "loop" waits."""
+
+    def __init__(self, act: str, target: str):
+        super().__init__()
+        self.act, self.target = act, target
+
+    def forward(self):
+        return 0
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.act, self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, str, bool]):
+        self.act, self.target, self.training = state
+        if self.act != "loop":
+            self.training = bool(torch.from_file(self.target, True, 4, dtype=torch.uint8).fill_(65).all())
+        while self.act == "loop":
+            self.training = not self.training
+
+
+@pytest.fixture(scope="module")
+def hostile_files(tmp_path_factory):
+    """{name: file} of programs that pose as checkpoints. Their targets lie beside them."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "precious").write_text("years of work")
+    files = {act: folder / f"{act}.ckpt" for act in ("write", "overwrite", "loop")}
+    for act, path in files.items():
+        target = folder / {"write": "new", "overwrite": "precious", "loop": ""}[act]
+        torch.jit.save(torch.jit.script(Program(act, str(target))), path)
+    for kind, name in ((tarfile.LNKTYPE, "hard"), (tarfile.SYMTYPE, "symbolic")):
+        files[name] = folder / f"{name}.ckpt"
+        with tarfile.open(files[name], "w") as archive:
+            for member in ("storages", "tensors", "pickle"):
+                info = tarfile.TarInfo(member)
+                info.type, info.linkname = kind, str(folder / "precious")
+                archive.addfile(info)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_file_of_others_runs_nothing(hostile_files, small_lpips, weights, folder, run, tmp_path, capsys):
+    """TorchScript and tar archives, given wherever a file is taken: one line, status 2, nothing written, no waiting.
+
+    torch.load hands the first to TorchScript, which runs what it says, and unpacks the second.
+    """
+    precious = next(iter(hostile_files.values())).parent / "precious"
+    before = {path: path.read_bytes() for path in precious.parent.iterdir()}
+    commands = {
+        "--tokenizer": (train, ["--data", folder, "--out", tmp_path / "a", "--tokenizer"], "is refused: it is"),
+        "--lpips-weights": (train, ["--data", folder, "--out", tmp_path / "b", *flags(TINY), "--perceptual", 1,
+                                    "--lpips-weights"], "is refused: it is"),
+        "report": (vqvae, ["report"], "is refused: it is"),
+        "report --lpips-weights": (vqvae, ["report", run / "tokenizer.pt", "--data", folder, "--lpips-weights"],
+                                   "is refused: it is"),
+        "ckpt.pt": (sample, [], "is refused: it is"),
+        "--weights": (fid, [folder, folder, "--weights"], "is not the published file of Inception weights"),
+    }
+    for name, file in hostile_files.items():
+        for where, (program, words, says) in commands.items():
+            if name == "loop" and where != "--tokenizer":
+                continue  # a guard that fails would wait for ever: once is enough, below by a process of its own
+            capsys.readouterr()
+            if name == "loop":
+                done = subprocess.run([sys.executable, HERE / "train.py", *map(str, words), str(file)], timeout=60,
+                                      capture_output=True, text=True)
+                status, error = done.returncode, done.stderr
+            else:
+                status, error = call(program, *words, file), capsys.readouterr().err
+            assert status == 2 and error.count("\n") == 1 and says in error, (name, where, error)
+        if name == "loop":
+            continue
+        for ending, program in ((".pt", sample), (".npz", fid), (".npz", data)):  # posing as what it is not
+            pose = tmp_path / ("pose" + ending)
+            shutil.copyfile(file, pose)
+            words = [folder, pose, "--weights", weights] if program is fid else [pose]
+            capsys.readouterr()
+            assert call(program, *words) == 2 and capsys.readouterr().err.count("\n") == 1, (name, ending)
+        for part in ("tokenizer.pt", "ckpt.pt"):  # in a run directory that somebody passed on
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            shutil.copytree(run, tmp_path / "run")
+            shutil.copyfile(file, tmp_path / "run" / part)
+            capsys.readouterr()
+            assert call(train, "--data", folder, "--out", tmp_path / "run", *flags(TINY)) == 2
+            error = capsys.readouterr().err
+            assert "is refused: it is" in error and error.count("\n") == 1, (name, part, error)
+    assert {path: path.read_bytes() for path in precious.parent.iterdir()} == before
+
+
+def test_small_files_that_claim_much(tmp_path, folder, run, capsys, monkeypatch):
+    """Archives that unpack to more than they hold, sizes that are not there, a pipe: refused, and no memory taken."""
+    from extras import archives, foreign_checkpoint
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:  # a header of 4 TB
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False,
+                                                      "shape": (1 << 20, 1024, 1024, 3)})
+        archive.writestr("images.npy", header.getvalue())
+    monkeypatch.setattr(archives, "LARGEST_ARRAY", 1 << 20)
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((2, 1 << 20, 1, 3), np.uint8))
+    pickled = np.empty(2, object)
+    np.savez(tmp_path / "pickled.npz", images=pickled)
+    np.save(tmp_path / "pickled.npy", pickled)
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "b.png")
+    (tmp_path / "deep" / "dataset.json").write_text("[" * 100000)
+    for name, says in (("huge.npz", "more than it holds"), ("bomb.npz", "unpacks to"), ("pickled.npz", "llow_pickle"),
+                       ("pickled.npy", "Python objects"), ("deep", "no whole-number label")):
+        capsys.readouterr()
+        assert call(train, "--data", tmp_path / name, "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, (name, error)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("[" * 100000)
+    assert call(train, "--data", folder, "--out", tmp_path / "run", *flags(TINY)) == 2
+    assert "cannot be read as JSON" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "deep" / "c.png")
+    with pytest.raises(data.DataError, match="a pipe, no file"):  # opening it would wait for a writer
+        data.load_image(str(tmp_path / "deep" / "c.png"), 8)
+    # Tensors and archives of checkpoints.
+    storage = torch.arange(4.0)
+    for size, stride in (((1 << 40,), (0,)), ((2, 4), (4, 1)), ((3,), (2,))):
+        with pytest.raises((ValueError, RuntimeError)):
+            foreign_checkpoint.rebuild_tensor(storage, 0, size, stride)
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, \
+            zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.namelist():
+            packed.writestr(member, plain.read(member))
+    assert foreign_checkpoint.read_state(tmp_path / "plain.pt")["a"].shape == (1000,)
+    with pytest.raises(ValueError, match="unpacks to more than the file holds"):
+        foreign_checkpoint.read_state(tmp_path / "packed.pt")
 
 
 # ----------------------------------------------------------------------------

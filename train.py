@@ -48,6 +48,7 @@ import data
 import fid
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
+from extras.archives import read_json
 from losses import collapse_diagnostics, draw, held_out_bound, partial_loss, share
 from sample import (
     CHECKPOINT_FORMAT,
@@ -251,7 +252,7 @@ def read_config(out):
     """What an earlier start of this run was asked for; {} if there was none."""
     path = out / "config.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return read_json(path)
     early = ("skipped.txt", "data.png", "config.json", ".lock")  # .part: of a run that was killed
     if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")

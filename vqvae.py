@@ -19,7 +19,6 @@ here is ours. Under torchrun every process holds the same codebook, that of the 
 
 import argparse
 import hashlib
-import pickle
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import fetch
+from extras.foreign_checkpoint import read_state
 
 
 class TokenizerError(ValueError):
@@ -524,64 +524,13 @@ def through_end(h, part, mid=None):
     return conv(F.silu(norm(through_middle(h, mid) if mid else h, part.norm_out)), part.conv_out)
 
 
-class Inert:
-    """Stands for what a pickle names beside tensors: it can be called and filled, and does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def ignore(self, *args, **kwargs):
-        return self
-
-    __call__ = __setstate__ = __setitem__ = append = extend = add = update = ignore
-
-
-class InertPickle:
-    """A pickle module for torch.load that builds tensors and plain containers, and imports nothing.
-
-    What the libraries that wrote such files left in them becomes Inert; any other name in the pickle is refused.
-    """
-
-    class Unpickler(pickle.Unpickler):
-        BUILT = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor"), ("torch", "Size"),
-                 ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
-        LEFT_ALONE = {"pytorch_lightning", "lightning", "omegaconf", "numpy", "argparse", "pathlib", "collections",
-                      "torch", "taming", "ldm", "main", "_codecs", "copyreg"}
-        PLAIN = {"set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "bool", "complex", "bytearray"}
-
-        def find_class(self, module, name):
-            is_storage = module == "torch" and name.isidentifier() and name.endswith("Storage")
-            if (module, name) in self.BUILT or is_storage:
-                return super().find_class(module, name)
-            plain = module in ("builtins", "__builtin__") and name in self.PLAIN
-            if plain or module.split(".")[0] in self.LEFT_ALONE:
-                return Inert
-            raise TokenizerError(f"it names {module}.{name}, which has no place in a checkpoint")
-
-    @classmethod
-    def load(cls, file, **options):
-        return cls.Unpickler(file, **options).load()
-
-
 PUBLISHED_PARTS = ("encoder.", "decoder.", "quantize.embedding.weight", "quant_conv.", "post_quant_conv.")
-
-
-def read_state(path):
-    """{name: tensor} in a checkpoint, whatever else it holds. TokenizerError if it cannot be trusted or read."""
-    try:
-        content = torch.load(path, map_location="cpu", pickle_module=InertPickle, weights_only=False)
-    except TokenizerError as error:
-        raise TokenizerError(f"{path} is refused: {error}") from error
-    except Exception as error:  # damaged files raise all sorts of things here
-        raise TokenizerError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def read_published(path):
     """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
 
-    Such files hold pickled objects of other libraries beside the weights. Nothing of theirs is imported or executed.
+    Such files hold pickled objects of other libraries beside the weights, of which nothing is imported or executed.
     Discriminator and LPIPS weights are left out. TokenizerError if this is no such file.
     """
     state = {name.removeprefix("first_stage_model."): value for name, value in read_state(path).items()}
