@@ -4,10 +4,12 @@
     predicted embedding  e_hat = sum_k p_theta(k | z_t) E_k, which lies in the convex hull of the table E
 
 From the paper: tokens x live in a learned K x D table E, trained together with the denoiser; the denoiser ends in a
-softmax over the K tokens; some embeddings are dropped at random in training. Ours: the table's normalisation and start,
-the likelihood term below, and the transformer's details (DiT-style adaptive layer norm, Peebles & Xie 2023).
+softmax over the K tokens; some embeddings are dropped at random in training. From Plaid (Gulrajani & Hashimoto 2023,
+Likelihood-Based Diffusion Language Models): e_hat as the softmax's mixture of the table, which they call categorical
+reparameterisation, and the output prior below. From DiT (Peebles & Xie 2023): adaptive layer norm. Ours: the table's
+normalisation and its start at the tokenizer's codebook.
 
-The likelihood term (ours). Given the tokens, the noise is independent from position to position, so Bayes' rule says
+The output prior (Plaid). Given the tokens, the noise is independent from position to position, so Bayes' rule says
 
     p(x_i = k | z_t)  ~  p(x_i = k | z_t at the other positions)  x  N(z_ti ; alpha_t E_k, sigma_t^2 I).
 
@@ -15,7 +17,7 @@ The second factor is known in closed form. We add its logarithm to the logits an
 a token should be in view of its neighbours. Nothing is assumed or lost: the network also sees z_ti and can correct.
 An untrained network (zero output) is then the exact denoiser of independent uniform tokens, and its bound is exactly
 log2 K bits per token. Guidance, which combines logits, sharpens the learned factor and leaves this one as it is.
-`--no-likelihood` trains without it.
+`--no-output-prior` trains without it, which is nearer to the paper.
 """
 
 import math
@@ -88,13 +90,13 @@ class EmbeddingDiffusion(nn.Module):
 
     K: codebook size. grid: (rows, columns) of tokens, N = rows * columns. D: embedding width.
     num_classes: 0 for unconditional; class number num_classes is the null class of classifier-free guidance.
-    bf16: matrix products of the transformer in bfloat16; table, likelihood, softmax and e_hat stay in float32.
-    recompute: keep only what enters a block for the backward pass, and run the block again there (activation
-    checkpointing): a fraction of the memory for about a third more time, and the same numbers.
+    output_prior: add Plaid's closed-form term. bf16: matrix products of the transformer in bfloat16; table, output
+    prior, softmax and e_hat stay in float32. recompute: keep only what enters a block for the backward pass, and run
+    the block again there (activation checkpointing): a fraction of the memory, 1.1 to 1.2 times a step, same numbers.
     """
 
-    def __init__(self, K, grid, D=16, width=128, depth=4, heads=4, num_classes=0, norm="rms", likelihood=True,
-                 bf16=False, recompute=False):
+    def __init__(self, K, grid, D, width, depth, heads, num_classes=0, norm="rms", output_prior=True, bf16=False,
+                 recompute=False):
         super().__init__()
         if norm not in ("rms", "layer", "none"):
             raise ValueError(f"norm must be rms, layer or none, got {norm!r}")
@@ -103,8 +105,8 @@ class EmbeddingDiffusion(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"width = {width} must be a multiple of heads = {heads} and of 4")
         self.K, self.N, self.D, self.num_classes = K, grid[0] * grid[1], D, num_classes
-        self.norm, self.likelihood, self.bf16, self.recompute = norm, likelihood, bf16, recompute
-        self.embedding = nn.Parameter(torch.randn(K, D))  # standard deviation 1, not 0.02: eps would bite
+        self.norm, self.output_prior, self.bf16, self.recompute = norm, output_prior, bf16, recompute
+        self.embedding = nn.Parameter(torch.randn(K, D))  # standard deviation 1: as large as what normalise makes of it
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(sincos_2d(*grid, width))
         self.input = nn.Linear(D, width)
@@ -125,7 +127,7 @@ class EmbeddingDiffusion(nn.Module):
         return normalise(self.embedding, self.norm)
 
     @torch.no_grad()
-    def start_from(self, codes):
+    def init_from_codebook(self, codes):
         """Starts the table at the tokenizer's codes (K, C), not at random (ours): tokens that look alike are close.
 
         Principal components, the first D of them, with the square root of their spread: half-way between the codebook,
@@ -142,8 +144,8 @@ class EmbeddingDiffusion(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.input.weight.dtype)      # (B, 128)
         return F.silu(self.log_snr_mlp(features) + self.class_embedding(labels))                   # (B, width)
 
-    def log_likelihood(self, z, log_snr, table):
-        """log N(z ; alpha E_k, sigma^2 I) for each k, up to a constant in k.
+    def prior_factors(self, z, log_snr, table):
+        """The output prior: log N(z ; alpha E_k, sigma^2 I) for each k, up to a constant in k.
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
@@ -159,7 +161,8 @@ class EmbeddingDiffusion(nn.Module):
         """z (B, N, D), log_snr (B,), labels (B,) -> logits (B, N, K) in float32.
 
         mask (B, N) bool: positions whose embedding is dropped; the network is told, by a learned mask embedding in
-        place of the input, and nothing of z reaches the output there. table: self.table() if computed already.
+        place of the input. Nothing of their z reaches the output: they are named from their neighbours alone.
+        table: self.table() if computed already.
         """
         B, N, D = z.shape
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"
@@ -179,14 +182,14 @@ class EmbeddingDiffusion(nn.Module):
             logits = self.head(h.flatten(0, 1))                                                    # (B N, K)
         with torch.autocast(z.device.type, enabled=False):
             logits = logits.to(table.dtype)
-            if self.likelihood:
-                evidence, codes = self.log_likelihood(z, log_snr, table)
+            if self.output_prior:
+                evidence, codes = self.prior_factors(z, log_snr, table)
                 if mask is not None:
                     evidence = evidence.masked_fill(mask[..., None], 0)
                 logits.addmm_(evidence.flatten(0, 1), codes)                                       # (B N, K)
         return logits.view(B, N, self.K)
 
-    def guided(self, z, log_snr, labels, guidance=0.0, table=None):
+    def guided(self, z, log_snr, labels, guidance, table=None):
         """Classifier-free guidance on raw logits: (1 + omega) conditional - omega unconditional.
 
         Raw logits, never log-softmax, whose underflow would give inf - inf. omega = 0 skips the unconditional pass.

@@ -19,28 +19,30 @@ Per token and in nats, an upper bound on -log p(x) / N (paper: joint embedding-d
     L_rec   = E[ -log p_theta(x | z_0) ]
     L_diff  = 1/2 E_t[ -lambda'(t) e^lambda(t) |e(x) - e_hat(z_t, t)|^2 ]
 
-Trained naively the embeddings collapse: |e - e_hat|^2 is smallest when all embeddings are close together. With the
-exact weight and an optimal network the bound does not care how far apart they are (test_all.py shows it); it is a
-*bounded* weight, which everybody uses for stability, and an imperfect network that reward collapse. The cure:
+Trained naively the embeddings collapse: |e - e_hat|^2 is small when all embeddings are close together. With the exact
+weight and an optimal network the bound does not care how far apart they are (test_all.py shows it). Two things reward
+closeness: a *clipped* weight, which everybody uses for stability, and a network that is not good yet. L_rec does stop
+the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
+losses.py`: the sum falls down to a distance of about 0.3, and rises again only below). The cure:
 
     L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
 
 The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
 
-Two ways to draw the pair (z_s, z_t), and the choice matters (ours to ask, test_all.py has the exact example):
+Two ways to draw the pair (z_s, z_t), and the choice matters (the question is ours, test_all.py has the exact example):
   markov   z_s ~ q(z_s | z_t, x). Then E[ p(x | z_s) | z_t ] = p(x | z_t), the tower rule: the true posterior is the
            fixed point of L_CM for every gap between s and t.
   shared   the same noise in z_s and z_t, as in consistency training. Given both, e(x) is known exactly, the tower
            rule fails, and the fixed point is over-confident: the posterior at the end of the ODE's path, not at z_t.
 """
 
-import argparse
 import math
 
 import torch
 import torch.nn.functional as F
 
-from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
+from engine.distributed import all_reduce_sum, rank_and_world
+from schedule import add_noise, posterior
 
 
 def stratified(count, generator, device):
@@ -73,13 +75,13 @@ def reconstruction_loss(logits, x):
     return F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view_as(x)
 
 
-def diffusion_loss(e, e_hat, log_snr, d_log_snr, max_snr=float("inf")):
-    """L_diff: 1/2 (-lambda'(t)) min(e^lambda(t), max_snr) |e(x) - e_hat|^2.  e, e_hat (B, N, D), the others (B,).
+def diffusion_loss(e, e_hat, log_snr, d_log_snr, weight_clip):
+    """L_diff: 1/2 (-lambda'(t)) min(e^lambda(t), weight_clip) |e(x) - e_hat|^2.  e, e_hat (B, N, D), the others (B,).
 
-    max_snr = inf is the exact bound. A finite one (ours) reduces the variance; it leaves the network's optimum as it
-    is, but not the table's: it rewards collapse, which L_rec and L_CM then have to hold back.
+    weight_clip = inf is the exact bound. A finite one (after Min-SNR, Hang et al. 2023) reduces the variance; it leaves
+    the network's optimum as it is, but not the table's: it rewards collapse, which L_rec and L_CM have to hold back.
     """
-    weight = -0.5 * d_log_snr * log_snr.exp().clamp(max=max_snr)                                   # (B,)
+    weight = -0.5 * d_log_snr * log_snr.exp().clamp(max=weight_clip)                               # (B,)
     return weight[:, None] * (e - e_hat).square().sum(-1)                                          # (B, N)
 
 
@@ -89,23 +91,24 @@ def consistency_loss(teacher_logits, log_p):
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def draw_earlier(coupling, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
-    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient; eps_s is new noise."""
+def sample_z_s(cm_pairs, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
+    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient; eps_s is new noise.
+
+    cm_pairs: "markov" or "shared", see the top of this file.
+    """
     z_t, e = z_t.detach(), e.detach()
-    if coupling == "shared":
+    if cm_pairs == "shared":
         return add_noise(e, log_snr_s, eps)
     mean, std = posterior(z_t, e, log_snr_t, log_snr_s)
     return mean + std * eps_s
 
 
 # ----------------------------------------------------------------------------
-# One training step's loss. First all random numbers of the batch are drawn, then its rows are computed: all at once, in
-# several passes, or by several processes. Whoever computes a part draws everything and takes its share. So neither the
-# numbers nor, up to rounding, the gradient depend on how the work is divided.
+# One training step: first all random numbers of the batch are drawn, then the loss of its rows is computed.
 
 @torch.no_grad()
-def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1, max_gap=1.0):
-    """All random numbers of a step -> (rows, n_rec, counts).
+def sample_noise(model, x, labels, generator, *, rec_fraction, max_drop_rate, label_drop, max_gap):
+    """All random numbers of a step -> (rows, n_rec, counts), what training_loss takes.
 
     x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first axis the
     batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at
@@ -118,8 +121,8 @@ def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_dr
     least = (t - max_gap).clamp(min=0)
     s = least + (t - least) * torch.rand(B, generator=generator, device=x.device)                  # < t
     eps = noise_like(e, generator)
-    # Random dropping (ours in its exact form): a rate per image in [0, p_drop]; the network is told which.
-    rate = p_drop * torch.rand(B, 1, generator=generator, device=x.device)
+    # Random dropping (ours in its exact form): a rate per image in [0, max_drop_rate]; the network is told which.
+    rate = max_drop_rate * torch.rand(B, 1, generator=generator, device=x.device)
     mask = torch.rand(B, N, generator=generator, device=x.device) < rate                           # (B, N)
     # Classifier-free guidance: now and then the label is the null class.
     drop = torch.rand(B, generator=generator, device=x.device) < label_drop
@@ -130,18 +133,13 @@ def draw(model, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_dr
     return dict(x=x, labels=labels, t=t, s=s, eps=eps, eps_s=eps_s, mask=mask), n_rec, counts
 
 
-def share(rows, n_rec, counts, part, parts):
-    """Every parts-th row from row `part` on, so that all parts have about as much work of each kind."""
-    return {name: value[part::parts] for name, value in rows.items()}, len(range(part, n_rec, parts)), counts
+def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_diff, w_cm, weight_clip, cm_pairs):
+    """The objective w_rec L_rec + w_diff L_diff + w_cm L_CM, by one pass of the model and one of the teacher.
 
-
-def partial_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec=1.0, w_diff=1.0, w_cm=1.0,
-                 max_snr=float("inf"), coupling="markov"):
-    """What some rows contribute to the objective and to its terms, by one pass of the model and one of the teacher.
-
-    rows, n_rec, counts: of draw, or of share: sums over its rows are divided by the counts of the whole batch, so the
-    results of all shares, and their gradients, add up to those of the batch. teacher: the model itself or its EMA.
+    rows, n_rec, counts: of sample_noise. teacher: the model itself or its EMA.
     Returns (loss, terms): a scalar to differentiate and (3,) detached: L_rec, L_diff and L_CM in nats.
+    (Where a batch is computed in parts, rows are some of its rows and counts those of all: the losses, and their
+    gradients, of the parts add up to those of the batch.)
     """
     x, labels, t, mask = rows["x"], rows["labels"], rows["t"], rows["mask"]
     table = model.table()                                                                          # (K, D)
@@ -151,32 +149,24 @@ def partial_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec=1.0, w_
 
     logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
 
+    # A dropped position is asked for its token by L_rec and L_CM, which it can only know from its neighbours.
     rec = reconstruction_loss(logits[:n_rec], x[:n_rec]).sum()
     # From here on, the rows at t > 0.
     t, log_snr, e, z_t, mask, labels = (value[n_rec:] for value in (t, log_snr, e, z_t, mask, labels))
     log_p = logits[n_rec:].log_softmax(-1)                                                         # (B', N, K)
     with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
         e_hat = log_p.exp() @ table                                                                # (B', N, D)
-    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), max_snr)
-    diff = (diff * ~mask).sum()  # a dropped position, at the exact weight, would swamp everything
+    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip)
+    diff = (diff * ~mask).sum()  # not by L_diff: at its exact weight a dropped position would swamp everything
     cm = torch.zeros_like(diff)
     if w_cm > 0:
         with torch.no_grad():
             log_snr_s = schedule.log_snr(rows["s"][n_rec:])
-            z_s = draw_earlier(coupling, z_t, e, rows["eps"][n_rec:], log_snr, log_snr_s, rows["eps_s"][n_rec:])
+            z_s = sample_z_s(cm_pairs, z_t, e, rows["eps"][n_rec:], log_snr, log_snr_s, rows["eps_s"][n_rec:])
             teacher_logits = teacher(z_s, log_snr_s, labels, mask=mask, table=table.detach())
         cm = consistency_loss(teacher_logits, log_p).sum()
     terms = torch.stack([rec, diff, cm]) / counts                                                  # (3,)
     return w_rec * terms[0] + w_diff * terms[1] + w_cm * terms[2], terms.detach()
-
-
-def training_loss(model, teacher, schedule, x, labels, generator, *, rec_fraction=0.25, p_drop=0.0, label_drop=0.1,
-                  max_gap=1.0, **options):
-    """(loss, {"rec", "diff", "cm"}) of a whole batch in one piece: draw, then partial_loss with its options."""
-    drawn = draw(model, x, labels, generator, rec_fraction=rec_fraction, p_drop=p_drop, label_drop=label_drop,
-                 max_gap=max_gap)
-    loss, terms = partial_loss(model, teacher, schedule, *drawn, **options)
-    return loss, dict(zip(("rec", "diff", "cm"), terms.unbind(), strict=True))
 
 
 # ----------------------------------------------------------------------------
@@ -201,27 +191,28 @@ def vlb(model, schedule, x, labels, generator):
     logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
     with torch.autocast(x.device.type, enabled=False):
         e_hat = logits.softmax(-1) @ table                                                         # (B, N, D)
-    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t))                                # (B, N)
+    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip=math.inf)          # (B, N)
     return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
 
 
-def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256, rank=0, world=1):
+def held_out_bound(model, schedule, x, labels, seeds, draws, batch):
     """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
 
     x (M, N), labels (M,) on the model's device. Goes over the set once, or again until it has `draws` pairs (z_0, z_t).
-    seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise.
-    Process `rank` of `world` computes every world-th batch.
+    seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise (with
+    another batch size other noise, and another estimate within the standard error).
+    Several processes share the batches.
     """
+    rank, world = rank_and_world()
     order = (torch.arange(max(draws, len(x)), device=x.device) % len(x)).split(batch)
     parts = [torch.zeros(3, len(rows), device=x.device) for rows in order]
     for i in range(rank, -(-len(order) // world) * world, world):  # all call the model equally often, as FSDP demands
         rows = order[i % len(order)]
-        found = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values()))  # (3, batch)
+        terms = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values()))  # (3, batch)
         if i < len(order):
-            parts[i].copy_(found)
+            parts[i].copy_(terms)
     parts = torch.cat(parts, 1)
-    if world > 1:
-        torch.distributed.all_reduce(parts)
+    all_reduce_sum([parts])
     bits = parts.double().cpu() / math.log(2)                                                      # (3, draws)
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
@@ -230,10 +221,10 @@ def held_out_bound(model, schedule, x, labels, seeds, draws, batch=256, rank=0, 
 
 @torch.no_grad()
 def collapse_diagnostics(table):
-    """How far the (K, D) table is from collapse: effective rank, smallest and mean distance between two rows.
+    """How far the (K, D) table is from collapse: effective rank, smallest and mean distance between two embeddings.
 
     Effective rank: exp of the entropy of p_i = s_i^2 / sum s^2, s the singular values of the table with its mean row
-    taken away: 1 when all rows lie on a line, D when they fill the space evenly (Roy & Vetterli 2007 use s_i; we
+    taken away: 1 when all embeddings lie on a line, D when they fill the space evenly (Roy & Vetterli 2007 use s_i; we
     use the variances s_i^2). Two rows that merged show as a smallest distance near 0. For a table of mean square 1 two
     random rows are sqrt(2 D) apart.
     """
@@ -245,69 +236,6 @@ def collapse_diagnostics(table):
             "smallest_distance": float(distances.min()), "mean_distance": float(distances.mean())}
 
 
-# ----------------------------------------------------------------------------
-# python losses.py: two tokens, x = +1 or -1 equally often, D = 1, e(x) = x d / 2, and the best denoiser there
-# is, p(+1 | z) = sigmoid(alpha d z / sigma^2). Everything by quadrature over the noise, in float64.
-
-def two_tokens(distances, schedule, max_snr):
-    """Terms of the objective at the exact posterior, (len(distances), 4): L_rec, L_diff exact and bounded, L_CM."""
-    eps = torch.linspace(-9, 9, 361, dtype=torch.float64)
-    density = torch.exp(-eps.square() / 2) / torch.exp(-eps.square() / 2).sum()
-    t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    log_snr = schedule.log_snr(torch.cat([torch.zeros_like(t[:1]), t]))  # 0 for L_rec, then t
-    rows = []
-    for d in distances:
-        alpha, sigma = alpha_sigma(log_snr[:, None])
-        z = alpha * d / 2 + sigma * eps  # of x = +1, as good as the other                             (2001, 361)
-        odds = alpha * d * z / sigma.square()
-        entropy = (F.softplus(-odds) * density).sum(1)  # H(x | z_t) = E[ -log p(x | z_t) ]
-        error = ((d * torch.sigmoid(-odds)).square() * density).sum(1)[1:]  # E |e - e_hat|^2
-        exact, bounded = ((-0.5 * schedule.d_log_snr(t) * log_snr[1:].exp().clamp(max=bound) * error).mean()
-                          for bound in (float("inf"), max_snr))
-        earlier = entropy[1:].cumsum(0) / torch.arange(1, 2001)  # mean over s in [0, t)
-        rows.append(torch.stack([entropy[0], exact, bounded, (entropy[1:] - earlier).mean()]))
-    return torch.stack(rows)
-
-
-def mean_target(coupling, z_t=0.8, log_snr_t=-1.0, log_snr_s=0.0):
-    """(p(+1 | z_t), what L_CM teaches at z_t: the mean of p(+1 | z_s)) for e = +-1. They should be the same."""
-    def p_plus(z, log_snr):
-        return torch.sigmoid(2 * z * log_snr.exp() / torch.sigmoid(log_snr).sqrt())  # 2 alpha z / sigma^2
-
-    z_t, log_snr_t, log_snr_s = (torch.tensor([v], dtype=torch.float64) for v in (z_t, log_snr_t, log_snr_s))
-    eps_s = torch.linspace(-9, 9, 1801, dtype=torch.float64)
-    density = torch.exp(-eps_s.square() / 2) / torch.exp(-eps_s.square() / 2).sum()
-    alpha, sigma = alpha_sigma(log_snr_t)
-    p, target = p_plus(z_t, log_snr_t), 0
-    for x, p_x in ((1.0, p), (-1.0, 1 - p)):
-        e = torch.full((1, 1801, 1), x, dtype=torch.float64)
-        eps = (z_t - alpha * e) / sigma  # given z_t and the token, it is known
-        z_s = draw_earlier(coupling, z_t.expand_as(e), e, eps, log_snr_t, log_snr_s, eps_s.view(1, -1, 1))
-        target += float(p_x) * float((p_plus(z_s.flatten(), log_snr_s) * density).sum())
-    return float(p), target
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Why embeddings collapse, and why the coupling matters: two tokens, "
-                                     "exactly.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shift", type=float, default=0.4, help="s of the schedule")
-    parser.add_argument("--max-snr", type=float, default=5.0, help="bound on e^lambda in the trained L_diff")
-    args = parser.parse_args()
-    if not args.shift > 0:
-        parser.error(f"--shift {args.shift}: must be positive")
-    distances = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
-    print(f"Two tokens at a distance, the best denoiser there is, nats (log 2 = {math.log(2):.4f}).")
-    print("The exact bound does not care how close they are. With a bounded weight the loss falls as they collapse.\n")
-    print("distance    L_rec   L_diff      sum  | L_diff, weight <= max_snr      sum    L_CM")
-    for d, row in zip(distances, two_tokens(distances, ShiftedCosine(args.shift, -10, 7), args.max_snr), strict=True):
-        rec, exact, bounded, cm = row.tolist()
-        print(f"{d:8.2f} {rec:8.4f} {exact:8.4f} {rec + exact:8.4f}  | {bounded:25.4f} {rec + bounded:8.4f} {cm:7.4f}")
-    print("\nConsistency matching at z_t = 0.8, lambda from -1 to 0, tokens at +1 and -1: what it teaches on average.")
-    for coupling in ("markov", "shared"):
-        p, target = mean_target(coupling)
-        print(f"{coupling:>8}: posterior {p:.6f}, mean target {target:.6f}"
-              + ("" if abs(p - target) < 1e-6 else "   over-confident"))
-
-
 if __name__ == "__main__":
+    from extras.two_tokens import main
     main()

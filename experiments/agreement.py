@@ -16,8 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-from sample import choose_device, load_checkpoint, sample_images
+from engine.distributed import choose_device
+from extras.datasets import find
+from sample import load_checkpoint, sample_images
 from vqvae import to_float
 
 
@@ -71,11 +72,11 @@ def main():
     args = parser.parse_args()
     try:
         device = choose_device(args.device)
-        bundle = load_checkpoint(args.checkpoint, device)
-        if not bundle.class_names:
+        pipeline = load_checkpoint(args.checkpoint, device)
+        if not pipeline.class_names:
             raise ValueError(f"{args.checkpoint} was trained without classes: there are no labels to agree with")
-        train, test = data.find(args.data, args.root).load(bundle.tokenizer.size)
-        if train.class_names != bundle.class_names:
+        train, test = find(args.data, args.root).load(pipeline.tokenizer.size)
+        if train.class_names != pipeline.class_names:
             raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
     except ValueError as error:
         print(f"agreement.py: error: {error}", file=sys.stderr)
@@ -84,16 +85,17 @@ def main():
     images = test.batch(range(len(test)))
     rate, _ = agreement(classifier, images, test.labels, device)
     print(f"held-out images    {rate:.2%} of {len(test):,}")
-    rebuilt = torch.cat([bundle.tokenizer.decode(bundle.tokenizer.encode(part.to(device))).cpu()
+    rebuilt = torch.cat([pipeline.tokenizer.decode(pipeline.tokenizer.encode(part.to(device))).cpu()
                          for part in images.split(256)])
     rate, _ = agreement(classifier, rebuilt, test.labels, device)
     print(f"reconstructions    {rate:.2%} of {len(test):,}")
-    names, labels = bundle.class_names, torch.arange(args.n) % len(bundle.class_names)
-    settings = dict(bundle.sampling)
+    names, labels = pipeline.class_names, torch.arange(args.n) % len(pipeline.class_names)
+    settings = dict(pipeline.sampling)
     settings.update({key: getattr(args, key) for key in ("steps", "sampler") if getattr(args, key) is not None})
     for omega in args.guidance or [settings["guidance"]]:
         settings["guidance"] = omega
-        rate, counts = agreement(classifier, sample_images(bundle, labels, seed=args.seed, **settings), labels, device)
+        samples = sample_images(pipeline, labels, seed=args.seed, **settings)
+        rate, counts = agreement(classifier, samples, labels, device)
         print(f"samples            {rate:.2%} of {args.n:,}   {settings}, seed {args.seed}")
         worst = sorted(range(len(names)), key=lambda c: float(counts[c, c] / counts[c].sum().clamp(min=1)))[:3]
         print("  least agreement: " + "; ".join(

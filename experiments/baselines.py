@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from losses import noise_like, stratified, training_loss
+from engine.config import DEFAULTS
+from losses import noise_like, sample_noise, stratified, training_loss
 from schedule import add_noise
 
 T = 1000
@@ -67,10 +68,12 @@ def reverse(kind, p, x_t, t, s):
     return joint / joint.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def predict(model, schedule, x_t, t, labels=None, guidance=0.0):
+def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None):
     """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
 
-    labels (B,), or None for the null class. guidance: omega, of the raw logits, as in EmbeddingDiffusion.guided.
+    labels (B,), or None for the null class. guidance: omega, of the raw logits, as in EmbeddingDiffusion.guided. kind:
+    add what x_ti itself says of x_i, as the output prior does for VQ-LCMD: log q(x_t | x_0 = k) in the logits, that is
+    log(a [x_t = k] + b / K), and nothing where it is masked. The network learns what the neighbours say.
     """
     mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
@@ -78,18 +81,30 @@ def predict(model, schedule, x_t, t, labels=None, guidance=0.0):
     logits = model(z, log_snr, null if labels is None else labels, mask=mask, table=table)
     if guidance and labels is not None:
         logits = (1 + guidance) * logits - guidance * model(z, log_snr, null, mask=mask, table=table)
+    if kind is not None:
+        a, b, _ = (rate[:, None, None] for rate in rates(kind, t))
+        same = x_t[..., None] == torch.arange(model.K, device=x_t.device)                          # (B, N, K)
+        logits = logits + torch.where(mask[..., None], 0, (a * same + b / model.K).clamp(min=1e-30).log())
     return logits.log_softmax(-1)
 
 
-def loss(kind, model, schedule, x, generator, labels=None):
-    """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified."""
+def loss(kind, model, schedule, x, generator, labels=None, analytic=False, auxiliary=0.0):
+    """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified.
+
+    analytic: with the closed-form term of predict. auxiliary: weight of -log p(x_0 | x_t) beside each interval's KL,
+    5e-4 in VQ-Diffusion, 0.01 in D3PM's hybrid loss; with it this is no bound.
+    """
     number = (stratified(len(x), generator, x.device) * T).long()
     t, s = (number + 1) / T, number / T                                                            # (B,)
     x_t = corrupt(kind, x, model.K, t, generator)
-    p = predict(model, schedule, x_t, t, labels).exp()
+    log_p = predict(model, schedule, x_t, t, labels, 0.0, kind if analytic else None)
+    p = log_p.exp()
     truth = reverse(kind, F.one_hot(x, model.K).to(p.dtype), x_t, t[:, None], s[:, None])
     ours = reverse(kind, p, x_t, t[:, None], s[:, None])
-    return T * (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1).mean(1)
+    kl = (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1)                 # (B, N)
+    if auxiliary:
+        kl = kl - auxiliary * log_p.gather(-1, x[..., None])[..., 0]
+    return T * kl.mean(1)
 
 
 def draw(p, generator):
@@ -98,15 +113,15 @@ def draw(p, generator):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0):
-    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid."""
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False):
+    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid. analytic: as in loss."""
     device = generator.device
     start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
     start[-1] = KINDS[kind][1]
     x = draw(start.expand(n, model.N, -1), generator)
     for i in range(steps, 0, -1):
         t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
-        p = predict(model, schedule, x, t, labels, guidance).exp()
+        p = predict(model, schedule, x, t, labels, guidance, kind if analytic else None).exp()
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
     return x
 
@@ -144,16 +159,18 @@ def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
 def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.0):
     """The loss of one batch for a row of an experiment. "loss": a discrete-state kind, or cross-entropy, else VQ-LCMD.
 
-    x (B, N), labels (B,); the other options are those of training_loss, and "teacher": "ema".
+    x (B, N), labels (B,); the other options are train.py's, with its defaults, and label_drop is an argument.
     """
-    kind = options.get("loss")
+    options, kind = DEFAULTS | options, options.get("loss")
     if kind and label_drop:
         drop = torch.rand(labels.shape, generator=generator, device=x.device) < label_drop
         labels = torch.where(drop, model.num_classes, labels)
     if kind in KINDS:
-        return loss(kind, model, schedule, x, generator, labels).mean()
+        return loss(kind, model, schedule, x, generator, labels, options.get("analytic", False),
+                    options.get("auxiliary", 0.0)).mean()
     if kind == "cross-entropy":
         return cross_entropy(model, schedule, x, labels, generator, options["rec_fraction"])
-    names = ("w_rec", "w_diff", "w_cm", "max_snr", "coupling", "p_drop", "rec_fraction", "max_gap")
-    return training_loss(model, ema if options.get("teacher") == "ema" else model, schedule, x, labels, generator,
-                         label_drop=label_drop, **{name: options[name] for name in names if name in options})[0]
+    noisy = sample_noise(model, x, labels, generator, label_drop=label_drop, **{
+        name: options[name] for name in ("rec_fraction", "max_drop_rate", "max_gap")})
+    return training_loss(model, ema if options["teacher"] == "ema" else model, schedule, *noisy, **{
+        name: options[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")})[0]

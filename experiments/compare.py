@@ -7,9 +7,12 @@ Every row has the same tokens, transformer, optimizer, batches and number of ste
 bit for bit. The tokenizer comes from train.py, to which all other words of the command line go (--preset, --size, ...;
 its network and settings are taken from there, too). In the run directory:
 
-    tokens/           tokenizer and tokens          ROW-SEED.pt       weights, and the table's collapse over training
-    classifier.pt     whose features measure        results.csv       a line per row, seed, sampler, steps and guidance
-    results.md, *.png tables, curves, and samples of every row side by side
+    tokens/                          tokenizer and tokens
+    classifier.pt                    whose features measure
+    ROW-SEED-BUDGET.pt               weights, and the table's collapse over training; spaces in ROW become _
+    ROW-BUDGET-SAMPLER-STEPS.png     samples of a row, seed 0
+    results.csv                      a line per row, seed, sampler, steps and guidance
+    results.md, *.png                tables, curves, and samples of every row side by side
 
 The same command again does what is missing; two of them with different rows or seeds may share one directory.
 
@@ -40,40 +43,61 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import agreement  # noqa: E402
 import baselines  # noqa: E402
 
-import data  # noqa: E402
-import fid  # noqa: E402
-import train  # noqa: E402
 from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
+from engine.config import describe_models  # noqa: E402
+from engine.distributed import bf16_works, choose_device  # noqa: E402
+from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for  # noqa: E402
+from engine.run import write_atomically  # noqa: E402
+from engine.tokens import TokenDataset, load_tokenizer  # noqa: E402
+from extras.datasets import find  # noqa: E402
+from extras.downloads import DownloadError  # noqa: E402
+from extras.grids import save_grid  # noqa: E402
+from extras.inception import find_inception, load_inception  # noqa: E402
+from extras.metrics import kernel_distance, precision_recall  # noqa: E402
+from fid import frechet_distance  # noqa: E402
 from losses import collapse_diagnostics, held_out_bound  # noqa: E402
-from sample import bf16_works, choose_device, image_generators, sample_tokens  # noqa: E402
+from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine  # noqa: E402
+from train import learning_rate, update  # noqa: E402
 from vqvae import to_float  # noqa: E402
 
 ROWS = {  # what differs from train.py's settings; "loss": another objective, "frozen": the table
     "VQ-LCMD": {},
-    "absorbing": dict(loss="absorbing", likelihood=False),                  # D3PM, MDLM
-    "uniform": dict(loss="uniform", likelihood=False),                      # D3PM, multinomial diffusion
-    "mask-and-replace": dict(loss="mask-and-replace", likelihood=False),    # VQ-Diffusion
+    "absorbing": dict(loss="absorbing", output_prior=False),                # D3PM, MDLM
+    "uniform": dict(loss="uniform", output_prior=False),                    # D3PM, multinomial diffusion
+    "mask-and-replace": dict(loss="mask-and-replace", output_prior=False),  # VQ-Diffusion
     "cross-entropy": dict(loss="cross-entropy"),                            # CDCD
+    # The same with their own closed-form term, as VQ-LCMD has its output prior; the better of a kind counts.
+    "uniform + likelihood": dict(loss="uniform", output_prior=False, analytic=True),
+    "uniform + likelihood, hybrid": dict(loss="uniform", output_prior=False, analytic=True, auxiliary=0.01),
+    "mask-and-replace + likelihood": dict(loss="mask-and-replace", output_prior=False, analytic=True),
+    "mask-and-replace + likelihood, auxiliary": dict(loss="mask-and-replace", output_prior=False, analytic=True,
+                                                     auxiliary=5e-4),
+    "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", output_prior=False, analytic=True,
+                                                          auxiliary=0.01),
+    # The paper's method as we know it: no output prior, a random table; and naive joint training beside it.
+    "paper": dict(output_prior=False, embedding_init="random"),
+    "paper, shift 1": dict(output_prior=False, embedding_init="random", shift=1.0),
+    "naive": dict(output_prior=False, embedding_init="random", w_cm=0.0, max_drop_rate=0.0),
     "without CM": dict(w_cm=0.0),
     "without L_diff": dict(w_diff=0.0),
-    "without dropping": dict(p_drop=0.0),
+    "without dropping": dict(max_drop_rate=0.0),
     "shift 0.1": dict(shift=0.1),
     "shift 0.2": dict(shift=0.2),
     "shift 0.4": dict(shift=0.4),
     "shift 0.7": dict(shift=0.7),
     "shift 1": dict(shift=1.0),
-    "shared noise": dict(coupling="shared"),
+    "shared noise": dict(cm_pairs="shared"),
     "gap at most 0.1": dict(max_gap=0.1),
     "random start": dict(embedding_init="random"),
     "frozen random table": dict(embedding_init="random", frozen=True),
     "table not normalised": dict(norm="none"),
     "teacher = EMA": dict(teacher="ema"),
-    "exact weight": dict(max_snr=math.inf),
-    "without likelihood": dict(likelihood=False),
-    "cross-entropy without likelihood": dict(loss="cross-entropy", likelihood=False),
+    "exact weight": dict(weight_clip=math.inf),
+    "without likelihood": dict(output_prior=False),  # of the output prior, which had this name when it was measured
+    "cross-entropy without likelihood": dict(loss="cross-entropy", output_prior=False),
 }
-METHODS = list(ROWS)[:5]
+METHODS = list(ROWS)[:10]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
@@ -90,14 +114,14 @@ def prepare(args, words):
         if subprocess.run([*command, "--stage", stage]).returncode:
             raise ValueError(f"train.py could not make the {stage}: see above")
     config = json.loads((out / "tokens" / "config.json").read_text())
-    models = train.describe_models(config, len(config["classes"]))
-    tokenizer, _ = train.load_tokenizer(models, out / "tokens", device)
+    models = describe_models(config, len(config["classes"]))
+    tokenizer, _ = load_tokenizer(models["tokenizer"], out / "tokens", device)
     rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
     held_out = np.flatnonzero(rows["test"])[:2000]
-    images, unseen = data.find(args.data, args.root).load(config["size"])
+    images, unseen = find(args.data, args.root).load(config["size"])
     return SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
-                           tokens=train.Tokens(rows[~rows["test"]], device), images=images, unseen=unseen,
-                           held_out=train.Tokens(rows[held_out], device).batch(np.arange(len(held_out))))
+                           tokens=TokenDataset(rows[~rows["test"]], device), images=images, unseen=unseen,
+                           held_out=TokenDataset(rows[held_out], device).batch(np.arange(len(held_out))))
 
 
 # ----------------------------------------------------------------------------
@@ -115,11 +139,11 @@ def train_row(name, seed, budget, shared):
     """The averaged weights of one row and how its table fared, from its file if they are there."""
     path = weights_of(shared.out, name, seed, budget)
     config, device = shared.config | ROWS[name], shared.device
-    models = train.describe_models(config, len(shared.classes))
-    torch.manual_seed(train.seed_for(seed, train.STAGES["weights"], 1))
+    models = describe_models(config, len(shared.classes))
+    torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
     model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device))
     if config["embedding_init"] == "codebook":
-        model.start_from(shared.tokenizer.codebook)
+        model.init_from_codebook(shared.tokenizer.codebook)
     model.to(device).embedding.requires_grad_(not config.get("frozen", False))
     ema, schedule = copy.deepcopy(model).requires_grad_(False).eval(), ShiftedCosine(**models["schedule"])
     if path.exists():
@@ -130,19 +154,18 @@ def train_row(name, seed, budget, shared):
                                   weight_decay=config["weight_decay"], fused=True)
     curve, start = [], time.perf_counter()
     for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, budget, config["warmup"], config["lr"])
-        x, labels = shared.tokens.batch(train.batch_indices(len(shared.tokens.x), config["batch"], seed, "diffusion",
-                                                            step))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, budget, config["warmup"], config["lr"])
+        x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion", step))
         loss = baselines.objective(config, model, ema, schedule, x, labels,
-                                   train.generator_for(seed, "diffusion", step, device), config["label_drop"])
+                                   generator_for(seed, "diffusion", step, device), config["label_drop"])
         loss.backward()
-        train.update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
+        update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
         if (step + 1) % max(budget // POINTS, 1) == 0 or step == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"{name}, seed {seed}: the loss is no longer finite")
     state = {"ema": ema.state_dict(), "curve": curve, "seconds": time.perf_counter() - start}
-    train.write_atomically(path, lambda partial: torch.save(state, partial))
+    write_atomically(path, lambda partial: torch.save(state, partial))
     return ema, schedule, state
 
 
@@ -150,12 +173,13 @@ def bound(name, model, schedule, shared):
     """Bits per token of held-out images (at most 2,000, two draws each), an upper bound."""
     (x, labels), kind = shared.held_out, ROWS[name].get("loss")
     if kind not in baselines.KINDS:
-        return held_out_bound(model, schedule, x, labels, lambda i: train.generator_for(0, "evaluation", i,
-                              shared.device), 2 * len(x))["total"]
-    noise, values = train.generator_for(0, "evaluation", 0, shared.device), []
+        return held_out_bound(model, schedule, x, labels, lambda i: generator_for(0, "evaluation", i, shared.device),
+                              2 * len(x), shared.config["eval_batch"])["total"]
+    noise, values = generator_for(0, "evaluation", 0, shared.device), []
     with torch.no_grad():
         for rows in (torch.arange(2 * len(x), device=x.device) % len(x)).split(256):
-            values.append(baselines.loss(kind, model, schedule, x[rows], noise, labels[rows]))
+            values.append(baselines.loss(kind, model, schedule, x[rows], noise, labels[rows],
+                                         ROWS[name].get("analytic", False)))
     return float(torch.cat(values).mean()) / math.log(2)
 
 
@@ -183,7 +207,8 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, batch=250):
             options = dict(labels=labels if shared.classes else None, guidance=guidance)
             tokens = (baselines.sample_by_confidence(model, schedule, len(labels), steps, generator, **options)
                       if sampler == "confidence" else
-                      baselines.sample(kind, model, schedule, len(labels), steps, generator, **options))
+                      baselines.sample(kind, model, schedule, len(labels), steps, generator,
+                                       analytic=ROWS[name].get("analytic", False), **options))
         else:
             tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
                                    sampler)
@@ -225,14 +250,14 @@ def feature_network(shared, steps):
         some = torch.arange(min(len(test_set), 10000))
         rate, _ = agreement.agreement(classifier, test_set.batch(some), test_set.labels[some], device)
         state = {"weights": classifier.state_dict(), "accuracy": rate}
-        train.write_atomically(path, lambda partial: torch.save(state, partial))
+        write_atomically(path, lambda partial: torch.save(state, partial))
     kind = "classes" if shared.classes else "rotations"
     name = f"own classifier of {kind}, {state['accuracy']:.2%} right on held-out images"
     network = classifier[:-1]
     try:
-        inception = fid.load_inception(fid.find_weights(may_download=False), device)
+        inception = load_inception(find_inception(may_download=False), device)
         name, network = "Inception-v3", lambda images: inception(images)["2048"]
-    except fid.FIDError:
+    except DownloadError:
         pass
 
     @torch.no_grad()
@@ -244,7 +269,7 @@ def feature_network(shared, steps):
     return features, name, classifier if shared.classes else None
 
 
-class Judge:
+class Evaluator:
     """Scores images against 10,000 training images."""
 
     def __init__(self, shared, classifier_steps):
@@ -256,9 +281,9 @@ class Judge:
     def __call__(self, images, labels=None):
         fake = self.features(images)
         statistics = [value for f in (self.real, fake) for value in (f.mean(0).numpy(), np.cov(f.numpy().T))]
-        found = {"distance": fid.frechet_distance(*statistics), "kid": fid.kernel_distance(self.real, fake)[0]}
+        found = {"distance": frechet_distance(*statistics), "kid": kernel_distance(self.real, fake)[0]}
         if len(fake) > 3:
-            found |= dict(zip(("precision", "recall"), fid.precision_recall(self.real, fake), strict=True))
+            found |= dict(zip(("precision", "recall"), precision_recall(self.real, fake), strict=True))
         if self.classifier is not None:
             labels = torch.arange(len(images)) % self.classes if labels is None else labels
             found["agreement"], _ = agreement.agreement(self.classifier, images, labels, self.device)
@@ -416,20 +441,20 @@ def main():
     args, words = parse_arguments()
     try:
         shared = prepare(args, words)
-        judge = Judge(shared, args.classifier_steps)
+        evaluator = Evaluator(shared, args.classifier_steps)
     except ValueError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     unseen = shared.unseen.batch(np.linspace(0, len(shared.unseen) - 1, min(args.n, len(shared.unseen))).astype(int))
     rebuilt = torch.cat([shared.tokenizer.decode(shared.tokenizer.encode(part.to(shared.device))).cpu()
                          for part in unseen.split(250)])
-    references = {"held-out images": judge(unseen), "reconstructions of held-out images": judge(rebuilt)}
-    print(f"features: {judge.name}; " + "; ".join(f"{name}: {found['distance']:.2f}"
-                                                  for name, found in references.items()))
+    references = {"held-out images": evaluator(unseen), "reconstructions of held-out images": evaluator(rebuilt)}
+    print(f"features: {evaluator.name}; " + "; ".join(f"{name}: {found['distance']:.2f}"
+                                                      for name, found in references.items()))
     path = shared.out / "results.csv"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     chip = torch.cuda.get_device_name() if shared.device.type == "cuda" else platform.machine()
-    facts = {"features": judge.name, "commit": commit.stdout.strip(),
+    facts = {"features": evaluator.name, "commit": commit.stdout.strip(),
              "device": f"{shared.device.type} ({chip}), {torch.get_num_threads()} threads, torch {torch.__version__}",
              "command": " ".join(["python experiments/compare.py", *sys.argv[1:]])}
     for seed in args.seeds:
@@ -451,16 +476,16 @@ def main():
                 start = time.perf_counter()
                 images = draw(name, model, schedule, shared, args.n, sampler, steps, omega)
                 about["sample_seconds"] = time.perf_counter() - start
-                found = judge(images) | about
+                found = evaluator(images) | about
                 append(path, dict(zip(COLUMNS, setting, strict=False)) | {k: f"{v:.5f}" for k, v in found.items()}
                        | facts)
                 print(f"{name}, seed {seed}, {sampler}, {steps} steps, ω = {omega:g}: distance "
                       f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
                 if seed == 0 and not omega:
-                    data.save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps), 10)
+                    save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps), 10)
     lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
     if lines:
-        text = f"Features: {judge.name}.\n\n" + tables(lines, references)
+        text = f"Features: {evaluator.name}.\n\n" + tables(lines, references)
         (shared.out / "results.md").write_text(text)
         plots(lines, shared.out)
         print(text)

@@ -21,7 +21,11 @@ import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fid  # noqa: E402
+from extras.datasets import find  # noqa: E402
+from extras.fid_sources import Pictures  # noqa: E402
+from extras.inception import PREPROCESS, InceptionV3, fold_batch_norm, load_inception  # noqa: E402
+from extras.metrics import inception_score, kernel_distance, precision_recall  # noqa: E402
+from fid import compute_scores, frechet_distance, measure  # noqa: E402
 
 
 def import_peers():
@@ -45,7 +49,7 @@ def import_peers():
 def random_weights(seed=0):
     """A state dict in the published layout, from NumPy's generator: the same everywhere. Activations stay near 1."""
     rng, state = np.random.default_rng(seed), {}
-    for name, like in fid.InceptionV3().state_dict().items():
+    for name, like in InceptionV3().state_dict().items():
         if name.endswith("conv.weight"):
             value = rng.standard_normal(like.shape) * (2 / like[0].numel()) ** 0.5
         elif name.endswith(("bn.weight", "running_var")):
@@ -94,10 +98,10 @@ def features(args, device, peers):
     pytorch_fid.inception.load_state_dict_from_url = lambda *a, **k: state
     other = pytorch_fid.inception.InceptionV3([3]).to(device).eval()
     networks = {}
-    for resize in fid.PREPROCESS:
-        network = fid.InceptionV3(resize)
+    for resize in PREPROCESS:
+        network = InceptionV3(resize)
         network.load_state_dict(state)
-        networks[resize] = fid.fold_batch_norm(network).to(device)
+        networks[resize] = fold_batch_norm(network).to(device)
     print("largest difference / root mean square; uint8 images")
     for size in (32, 64, 256, 299):
         images = test_images(size, 8).to(device)
@@ -135,10 +139,9 @@ def folders(args, device, peers):
     with tempfile.TemporaryDirectory() as place:
         torch.save(torch.load(args.weights, weights_only=True) if args.weights else random_weights(),
                    Path(place, "weights.pth"))
-        network = fid.load_inception(Path(place, "weights.pth"), device)
-        real, fake = (fid.measure(fid.Pictures(fid.data.find(folder)), network, name=folder)
-                      for folder in args.folders)
-        ours = fid.compare(real, fake)
+        network = load_inception(Path(place, "weights.pth"), device)
+        real, fake = (measure(Pictures(find(folder)), network, name=folder) for folder in args.folders)
+        ours = compute_scores(real, fake)
         theirs = torch_fidelity.calculate_metrics(
             input1=args.folders[1], input2=args.folders[0], fid=True, kid=True, isc=True, prc=True,
             feature_extractor="inception-v3-compat", feature_layer_prc="2048", cuda=device.type == "cuda",
@@ -175,7 +178,7 @@ def metrics(args, device, peers):
         return metric_fid.fid_statistics_to_metric({"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2},
                                                    False)["frechet_inception_distance"]
 
-    functions = {"ours": fid.frechet_distance, "torch-fidelity": torch_fidelity,
+    functions = {"ours": frechet_distance, "torch-fidelity": torch_fidelity,
                  "pytorch-fid": pytorch_fid.fid_score.calculate_frechet_distance}
     print("\nFrechet distance, d = 2048, of the same statistics")
     exact = {}
@@ -199,15 +202,15 @@ def metrics(args, device, peers):
     theirs = metric_kid.kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, rng_seed=2020,
                                                kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None,
                                                kid_kernel_poly_coef0=1, verbose=False)
-    ours = fid.kernel_distance(b.to(device), a.to(device))
+    ours = kernel_distance(b.to(device), a.to(device))
     table = [("KID", ours[0], theirs["kernel_inception_distance_mean"]),
              ("KID, deviation", ours[1], theirs["kernel_inception_distance_std"])]
-    theirs, ours = metric_isc.isc_features_to_metric(logits), fid.inception_score(logits.to(device))
+    theirs, ours = metric_isc.isc_features_to_metric(logits), inception_score(logits.to(device))
     table += [("IS", ours[0], theirs["inception_score_mean"]),
               ("IS, deviation", ours[1], theirs["inception_score_std"])]
     theirs = metric_prc.prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=10000, save_cpu_ram=False,
                                                verbose=False)
-    ours = fid.precision_recall(b.to(device), a.to(device))
+    ours = precision_recall(b.to(device), a.to(device))
     table += [("precision", ours[0], theirs["precision"]), ("recall", ours[1], theirs["recall"])]
     print("\n3,000 generated and 2,500 real features       ours           torch-fidelity    relative difference")
     for name, o, t in table:

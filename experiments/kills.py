@@ -42,6 +42,8 @@ def tensors(value, name=""):
     """{path: value} of everything in a checkpoint, tensors as bytes."""
     if isinstance(value, dict):
         return {path: v for key in value for path, v in tensors(value[key], f"{name}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return tensors(dict(enumerate(value)), name)
     return {name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value}
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from extras.datasets import find
 
 
 def make_jpegs(n, side=256, seed=0):
@@ -56,7 +57,7 @@ def speed(args):
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(data.WORKERS) as processes:
         for i, content in enumerate(make_jpegs(args.n)):
             Path(folder, f"{i:05d}.jpg").write_bytes(content)
-        source = data.find(folder)
+        source = find(folder)
         items = np.arange(args.n)
         paths = [source.read(i) for i in items]
         print(f"{args.n} JPEG files of 256 x 256 pixels, {os.cpu_count()} cores, milliseconds an image (speed relative "
@@ -102,7 +103,7 @@ def memory(args):
 def read(path):
     """As a run reads a set that does not fit into memory: list, check every image, then batches from all over it."""
     data.IN_MEMORY_BYTES = 0
-    listed = data.find(path)
+    listed = find(path)
     images, _ = listed.load(64)
     rng = np.random.default_rng(0)
     for _ in range(100):

@@ -5,8 +5,9 @@
     python experiments/markov_chain.py --only "plain cross-entropy" --seeds 1 --steps 100
 
 Each row is VQ-LCMD with something changed, or a discrete-state diffusion (baselines.py) with the same transformer,
-optimizer, steps and batches. Six tokens of ten codes, D = 8, shift 0.4. One line of results.csv per row and seed; the
-same command again does what is missing, and writes the table (results.md) from all lines there are.
+optimizer, steps and batches. Six tokens of ten codes, D = 8; what a row does not say is train.py's default (shift 0.4).
+One line of results.csv per row and seed; the same command again does what is missing, and writes the table (results.md)
+from all lines there are.
 
     rank, smallest  effective rank of the embedding table's EMA, and the smallest distance of two rows
     bound           held-out bound, nats per token; the held-out tokens' own NLL is the least there is
@@ -37,35 +38,35 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import baselines  # noqa: E402
 
 from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
+from engine.config import DEFAULTS  # noqa: E402
 from losses import collapse_diagnostics, noise_like, vlb  # noqa: E402
 from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
 K, N, D, BATCH = 10, 6, 8, 256
-PLAIN = dict(likelihood=False, norm="layer", max_snr=5.0, p_drop=0.0, rec_fraction=0.25)  # without what is ours
-DEFAULTS = dict(norm="rms", max_snr=5.0, p_drop=0.1, rec_fraction=0.25)  # train.py's
-ROWS = {  # options of the model and of training_loss; "s": shift; "loss": another objective; "frozen": the table
+PLAIN = dict(output_prior=False, norm="layer", max_drop_rate=0.0)  # no output prior (Plaid's), no unit-RMS norm (ours)
+ROWS = {  # what differs from train.py's defaults; "loss": another objective; "frozen": the table
     "rec + diff": PLAIN | dict(w_cm=0.0),
     "rec + diff, table not normalised": PLAIN | dict(w_cm=0.0, norm="none"),
-    "rec + diff, exact weight": PLAIN | dict(w_cm=0.0, max_snr=math.inf),
+    "rec + diff, exact weight": PLAIN | dict(w_cm=0.0, weight_clip=math.inf),
     "rec + diff + CM, markov": PLAIN,
-    "rec + diff + CM, shared noise": PLAIN | dict(coupling="shared"),
+    "rec + diff + CM, shared noise": PLAIN | dict(cm_pairs="shared"),
     "rec + CM, no diff": PLAIN | dict(w_diff=0.0),
-    "rec + diff + CM, exact weight": PLAIN | dict(max_snr=math.inf),
+    "rec + diff + CM, exact weight": PLAIN | dict(weight_clip=math.inf),
     "rec + diff + CM, teacher = EMA": PLAIN | dict(teacher="ema"),
     "rec + diff + CM, gap at most 0.1": PLAIN | dict(max_gap=0.1),
-    "rec + diff + CM, dropping 0.1": PLAIN | dict(p_drop=0.1),
+    "rec + diff + CM, dropping 0.1": PLAIN | dict(max_drop_rate=0.1),
     "rec + diff + CM, frozen table": PLAIN | dict(frozen=True),
     "plain cross-entropy": PLAIN | dict(loss="cross-entropy"),
-    "train.py's defaults": DEFAULTS,
-    "defaults, CM off": DEFAULTS | dict(w_cm=0.0),
-    "defaults, cross-entropy": DEFAULTS | dict(loss="cross-entropy"),
-    "defaults, shift 0.1": DEFAULTS | dict(s=0.1),
-    "defaults, shift 0.2": DEFAULTS | dict(s=0.2),
-    "defaults, shift 0.7": DEFAULTS | dict(s=0.7),
-    "defaults, shift 1": DEFAULTS | dict(s=1.0),
-} | {f"discrete: {kind}": dict(likelihood=False, norm="layer", loss=kind) for kind in baselines.KINDS}
+    "train.py's defaults": {},
+    "defaults, CM off": dict(w_cm=0.0),
+    "defaults, cross-entropy": dict(loss="cross-entropy"),
+    "defaults, shift 0.1": dict(shift=0.1),
+    "defaults, shift 0.2": dict(shift=0.2),
+    "defaults, shift 0.7": dict(shift=0.7),
+    "defaults, shift 1": dict(shift=1.0),
+} | {f"discrete: {kind}": PLAIN | dict(loss=kind) for kind in baselines.KINDS}
 TABLE = ["rec + diff", "rec + diff, table not normalised", "rec + diff, exact weight", "rec + diff + CM, markov",
          "rec + diff + CM, shared noise", "rec + CM, no diff", "plain cross-entropy", "train.py's defaults",
          "defaults, CM off", *(f"discrete: {kind}" for kind in baselines.KINDS)]
@@ -106,22 +107,24 @@ class Chain:
 
 def run(options, seed, steps, samples, chain, show):
     """Trains and measures one row with one seed -> {measure: value}."""
+    options = DEFAULTS | options
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
-                               **{name: options[name] for name in ("norm", "likelihood") if name in options})
+                               **{name: options[name] for name in ("norm", "output_prior")})
     model.embedding.requires_grad_(not options.get("frozen", False))
-    ema, schedule = copy.deepcopy(model).requires_grad_(False), ShiftedCosine(options.get("s", 0.4), -10.0, 7.0)
+    schedule = ShiftedCosine(*(options[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, betas=(0.9, 0.99),
-                                  weight_decay=0.0)
+                                  weight_decay=options["weight_decay"])
     for step in tqdm(range(steps), desc=show, leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 100, 2e-3)
         optimizer.zero_grad(set_to_none=True)
         x = torch.from_numpy(chain.draw(BATCH, rng))
         baselines.objective(options, model, ema, schedule, x, torch.zeros_like(x[:, 0]), generator).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
         optimizer.step()
-        decay = min(0.999, (1 + step) / (10 + step))
+        decay = min(options["ema_decay"], (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
     collapse, kind = collapse_diagnostics(ema.table()), options.get("loss")
     found = {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
@@ -142,7 +145,7 @@ def run(options, seed, steps, samples, chain, show):
                 log_snr = schedule.log_snr(torch.full((len(x),), t))
                 logits = ema(add_noise(e, log_snr, noise_like(e, noise)), log_snr, labels)
                 found[f"CE at {t}"] = float(F.cross_entropy(logits.flatten(0, 1), x.flatten()))
-            ways = {f"{n}": sample_tokens(ema, schedule, many, nobody, n) for n in (8, 50)}
+            ways = {f"{n}": sample_tokens(ema, schedule, many, nobody, n, 0.0, options["sampler"]) for n in (8, 50)}
     for name, tokens in ways.items():
         found[f"NLL {name}"], found[f"TV {name}"] = map(float, chain.score(tokens.numpy()))
     return found

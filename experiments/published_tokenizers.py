@@ -4,9 +4,9 @@
     python experiments/published_tokenizers.py taming-transformers latent-diffusion
 
 Builds the original models from their source with random weights, saves them as their training does, with a pickled
-callback beside the weights, reads them with vqvae.read_published and compares tokens and images. What their modules
+callback beside the weights, reads them with read_published and compares tokens and images. What their modules
 import and do not need here (PyTorch Lightning, einops) is stood in for. Where torchvision is installed, which their
-perceptual loss needs, that is compared too: read by vqvae.read_lpips from the same kind of file.
+perceptual loss needs, that is compared too: read by read_lpips from the same kind of file.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import vqvae  # noqa: E402
+from extras.published_vqgan import PublishedVQGAN, read_published  # noqa: E402
+from extras.vqgan_losses import LPIPS, read_lpips  # noqa: E402
+from vqvae import to_float  # noqa: E402
 
 LAYOUTS = {  # channels, their multiples by level, levels with attention, z channels, code width, codes
     "taming f16, K = 1024": (128, (1, 1, 2, 2, 4), {4}, 256, 256, 1024),
@@ -148,18 +150,18 @@ def compare_lpips(size):
     network = torchvision.models.vgg16  # in its place: the same without downloaded weights
     torchvision.models.vgg16 = lambda pretrained=False: network()
     stand_in("taming.util", get_ckpt_path=None)
-    from taming.modules.losses.lpips import LPIPS
-    LPIPS.load_from_pretrained = lambda self: None
+    from taming.modules.losses.lpips import LPIPS as TheirLPIPS
+    TheirLPIPS.load_from_pretrained = lambda self: None
     torch.manual_seed(0)
-    theirs = LPIPS().eval()
+    theirs = TheirLPIPS().eval()
     for name, value in theirs.named_parameters():
         if name.startswith("lin"):
             value.abs_()  # as the published ones are
     with tempfile.TemporaryDirectory() as folder:
         state = {f"loss.perceptual_loss.{name}": value for name, value in theirs.state_dict().items()}
         torch.save({"state_dict": state}, Path(folder, "last.ckpt"))
-        ours = vqvae.LPIPS(vqvae.read_lpips([Path(folder, "last.ckpt")]))
-    x, y = vqvae.to_float(torch.randint(256, (2, 2, 3, size, size)))
+        ours = LPIPS(read_lpips([Path(folder, "last.ckpt")]))
+    x, y = to_float(torch.randint(256, (2, 2, 3, size, size)))
     found = []
     for network in (theirs, ours):
         y.requires_grad_(True)
@@ -184,8 +186,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             torch.save({"state_dict": theirs.state_dict(), "epoch": 3, "callbacks": {Callback: Callback()}},
                        Path(folder, "last.ckpt"))
-            state = vqvae.read_published(Path(folder, "last.ckpt"))
-        ours = vqvae.PublishedVQGAN({key: value.shape for key, value in state.items()}, args.size)
+            state = read_published(Path(folder, "last.ckpt"))
+        ours = PublishedVQGAN({key: value.shape for key, value in state.items()}, args.size)
         ours.load_state_dict(state)
         images = test_images(args.size)
         z = theirs.quant_conv(theirs.encoder(images / 127.5 - 1))

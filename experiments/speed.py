@@ -26,11 +26,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
 from embedding_diffusion import EmbeddingDiffusion
-from losses import draw, partial_loss
-from sample import bf16_works, choose_device, image_generators, sample_tokens
+from engine.config import DEFAULTS, PRESETS
+from engine.distributed import bf16_works, choose_device, compute_gradient
+from engine.randomness import image_generators
+from losses import sample_noise, training_loss
+from sample import sample_tokens
 from schedule import ShiftedCosine
+from train import update
 
 SIZES = ("size", "f", "K", "D", "width", "depth", "heads", "batch", "micro_batch")
 
@@ -105,19 +108,19 @@ def there_and_back(network, *inputs, gradient):
 def training_step(setup, *, fused=True, bf16=None, attention=None, compiled=False, recompute=False, **changed):
     """What train.py does in a step: random numbers, all losses, gradient, clipping, AdamW, EMA."""
     model, config = setup.model, setup.config | changed
-    loss_of = functools.partial(partial_loss, model, model, setup.schedule, **{
-        name: config[name] for name in ("w_rec", "w_diff", "w_cm", "max_snr", "coupling")})
+    loss_of = functools.partial(training_loss, model, model, setup.schedule, **{
+        name: config[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")})
     loss_of = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0, fused=fused,
                                   foreach=False)
-    options = {name: config[name] for name in ("rec_fraction", "p_drop", "label_drop")}
+    options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
 
     def way():
         before, model.bf16, model.recompute = model.bf16, model.bf16 if bf16 is None else bf16, recompute
         with sdpa_kernel(attention) if attention else contextlib.nullcontext():
-            drawn = draw(model, setup.x, setup.labels, setup.generator, **options)
-            train.add_gradient(model, loss_of, drawn, config["micro_batch"])
-        train.update(model, setup.ema, optimizer, config["clip"], 0.999)
+            noisy = sample_noise(model, setup.x, setup.labels, setup.generator, **options)
+            compute_gradient(model, loss_of, noisy, config["micro_batch"])
+        update(model, setup.ema, optimizer, config["clip"], 0.999)
         model.bf16, model.recompute = before, False
     return way
 
@@ -186,7 +189,7 @@ def sampling(setup, args):
     fast.guided = torch.compile(fast.guided, mode="reduce-overhead", dynamic=False)
     found = measure({f"{args.sample_steps} steps, guidance {omega}{', compiled' if network is fast else ''}":
                      functools.partial(sample_tokens, network, setup.schedule, labels, generators, args.sample_steps,
-                                       omega)
+                                       omega, setup.config["sampler"])
                      for network in ([model, fast] if args.compile else [model]) for omega in (0.0, 1.0)},
                     setup.device, max(1, args.repeat // 3), 1)
     table("sampling", found, next(iter(found)), B)
@@ -205,7 +208,7 @@ def profile(setup):
 
 def main():
     parser = argparse.ArgumentParser(description="Speed of training and sampling.")
-    parser.add_argument("--preset", choices=list(train.PRESETS), help="of train.py (default: 32-cpu, on a GPU 256)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="of train.py (default: 32-cpu, on a GPU 256)")
     for name in SIZES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="in place of the preset's")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
@@ -223,9 +226,9 @@ def main():
     args.inner = args.inner or (5 if cuda else 2)
     args.compile, args.measures = (cuda if flag is None else flag for flag in (args.compile, args.measures))
     torch.set_num_threads(args.threads)
-    preset = train.PRESETS[args.preset or ("256" if cuda else "32-cpu")]
+    preset = PRESETS[args.preset or ("256" if cuda else "32-cpu")]
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    setup = prepare({name: default for name, (_, default, _) in train.OPTIONS.items()} | preset | given, device)
+    setup = prepare(DEFAULTS | preset | given, device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
     name = torch.cuda.get_device_name(device) if cuda else f"{device}, {args.threads} thread(s)"
     print(f"{name}, torch {torch.__version__}: {millions:.1f} M parameters, batch {setup.config['batch']}, N = "

@@ -27,9 +27,15 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import train  # noqa: E402
-import vqvae  # noqa: E402
+from engine.config import DEFAULTS, PRESETS, TOKENIZER_OPTIONS  # noqa: E402
+from engine.distributed import bf16_works, choose_device  # noqa: E402
+from engine.randomness import STAGES, batch_indices, generator_for, seed_for  # noqa: E402
+from engine.run import write_atomically  # noqa: E402
+from extras.datasets import find  # noqa: E402
+from extras.grids import save_grid  # noqa: E402
+from extras.tokenizer_metrics import usage_and_perplexity  # noqa: E402
+from train import learning_rate  # noqa: E402
+from vqvae import VQVAE, to_uint8, tokenizer_step  # noqa: E402
 
 TURN = 10  # seconds
 
@@ -68,27 +74,30 @@ class Theirs:
         parts = self.model.eval()
         z = parts._pre_vq_conv(parts._encoder(images.to(self.device).float() / 255 - 0.5))
         _, z_q, _, one_hot = parts._vq_vae(z)
-        return vqvae.to_uint8(2 * parts._decoder(z_q)).cpu(), one_hot.argmax(1).view(len(images), -1).cpu()
+        return to_uint8(2 * parts._decoder(z_q)).cpu(), one_hot.argmax(1).view(len(images), -1).cpu()
 
 
 class Ours:
     """train.py's tokenizer. steps None: its schedule follows progress, the share of its time that has passed."""
 
     def __init__(self, images, seed, device, steps=None, **options):
-        defaults = {name: default for name, (_, default, _) in train.OPTIONS.items()}
-        self.config = defaults | train.PRESETS["32-cpu"] | options
+        self.config = DEFAULTS | PRESETS["32-cpu"] | options
         self.images, self.seed, self.device, self.steps, self.step = images, seed, device, steps, 0
-        torch.manual_seed(train.seed_for(seed, train.STAGES["weights"], 0))
-        arguments = {name: self.config[option] for name, option in train.TOKENIZER_OPTIONS.items()}
-        self.model = vqvae.VQVAE(**arguments, bf16=train.bf16_works(device)).to(device)
+        torch.manual_seed(seed_for(seed, STAGES["weights"], 0))
+        arguments = {name: self.config[option] for name, option in TOKENIZER_OPTIONS.items()}
+        self.model = VQVAE(**arguments, bf16=bf16_works(device)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     def train(self, progress):
         estimate = round(self.step / progress) if progress > 0.002 else self.config["tokenizer_steps"]
-        self.config["tokenizer_steps"] = self.steps or max(self.step + 1, estimate)
-        rows = train.batch_indices(len(self.images), self.config["tokenizer_batch"], self.seed, "tokenizer", self.step)
-        train.tokenizer_step(self.config, self.model.train(), self.optimizer, self.images.batch(rows).to(self.device),
-                             train.generator_for(self.seed, "tokenizer", self.step), self.step)
+        self.config["tokenizer_steps"] = steps = self.steps or max(self.step + 1, estimate)
+        rows = batch_indices(len(self.images), self.config["tokenizer_batch"], self.seed, "tokenizer", self.step)
+        generator = generator_for(self.seed, "tokenizer", self.step)
+        lr = learning_rate(self.step, steps, self.config["warmup"], self.config["tokenizer_lr"])
+        outputs, _ = tokenizer_step(self.config, {"tokenizer": self.model, "optimizer": self.optimizer},
+                                    self.images.batch(rows).to(self.device), generator, self.step / steps, lr, gan_lr=0)
+        if self.step % 50 == 49 and self.step < 0.75 * steps:
+            self.model.quantizer.restart_dead_codes(outputs["z_e"], generator)
         self.step += 1
 
     def reconstruct(self, images):
@@ -98,7 +107,7 @@ class Ours:
 
 @torch.no_grad()
 def measure(contestant, images):
-    """Held-out {"mse" of pixels in [0, 1], "psnr", "usage", "perplexity"}, rounded to 8 bits as in vqvae.evaluate."""
+    """Held-out {"mse" of pixels in [0, 1], "psnr", "usage", "perplexity"}, rounded to 8 bits as for train.py's own."""
     squared, counts = 0.0, torch.zeros(512, dtype=torch.int64)
     for rows in torch.arange(len(images)).split(500):
         x = images.batch(rows.tolist())
@@ -106,7 +115,7 @@ def measure(contestant, images):
         squared += float((x_hat.int() - x.int()).square().sum(dtype=torch.int64))
         counts += torch.bincount(tokens.flatten(), minlength=512)
     mse = squared / (len(images) * 3 * 32 * 32) / 255 ** 2
-    usage, perplexity = vqvae.usage_and_perplexity(counts)
+    usage, perplexity = usage_and_perplexity(counts)
     return {"mse": mse, "psnr": -10 * math.log10(mse), "usage": usage, "perplexity": perplexity}
 
 
@@ -120,9 +129,9 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="runs/tokenizer_peer", help="directory for the state, results.json, a picture")
     args = parser.parse_args()
-    device, out, budget = train.choose_device(args.device), Path(args.out), 60 * args.minutes
+    device, out, budget = choose_device(args.device), Path(args.out), 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True)
-    images, held_out = data.find(args.data, args.root).load(32)
+    images, held_out = find(args.data, args.root).load(32)
     race = {"theirs": Theirs(args.notebook, images, args.seed, device),
             "ours, same time": Ours(images, args.seed, device),
             "ours, same steps": Ours(images, args.seed, device, tokenizer_batch=256)}
@@ -136,7 +145,7 @@ def main():
             race[name].step = step
 
     def save():
-        train.write_atomically(out / "state.pt", lambda partial: torch.save({"spent": spent} | {
+        write_atomically(out / "state.pt", lambda partial: torch.save({"spent": spent} | {
             name: (c.step, c.model.state_dict(), c.optimizer.state_dict()) for name, c in race.items()}, partial))
 
     def turn(name, seconds=math.inf, steps=math.inf):
@@ -168,7 +177,7 @@ def main():
         with torch.no_grad():
             rows.append(contestant.reconstruct(shown)[0])
         print(f"{name:16s}  " + "  ".join(f"{key} {value:.6g}" for key, value in results[name].items()))
-    data.save_grid(torch.cat(rows), out / "reconstructions.png", 16)
+    save_grid(torch.cat(rows), out / "reconstructions.png", 16)
     (out / "results.json").write_text(json.dumps(
         {"command": " ".join(sys.argv), "seed": args.seed, "device": str(device), "torch": torch.__version__,
          "threads": torch.get_num_threads(), "held_out": len(held_out), **results}, indent=2) + "\n")

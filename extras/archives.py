@@ -13,11 +13,13 @@ import zipfile
 
 import numpy as np
 
+from engine.run import UserError
+
 LARGEST_IMAGE = 256 << 20  # bytes of one packed image file
 LARGEST_ARRAY = 4 << 30  # bytes of an array or a table that is unpacked as a whole
 
 
-class ArchiveError(ValueError):
+class ArchiveError(UserError):
     """One line: why an archive is not opened."""
 
 

@@ -1,0 +1,202 @@
+"""Options: each has its type, default, range and help in one table; a preset fills what the command line leaves open.
+
+The one place where a default of the method stands. Called by engine/prepare.py; extras and experiments read DEFAULTS.
+All sizes and step counts are ours, not the paper's.
+"""
+
+import argparse
+import math
+
+from engine.checkpoint import RENAMED
+from engine.run import UserError
+
+OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
+    "size": (int, 32, "pixels a side; images are centre-cropped and resized"),
+    "flip": (bool, False, "train on both orientations; tokens of the mirrored training images are written too"),
+    # tokenizer
+    "f": (int, 4, "down-sampling factor, a power of two: N = (size / f)^2 tokens"),
+    "K": (int, 512, "codebook size"),
+    "code_dim": (int, 16, "width of the tokenizer's codes"),
+    "tokenizer_width": (int, 64, "channels of its first level; doubles per level up to 4x"),
+    "tokenizer_blocks": (int, 1, "residual blocks per level"),
+    "codebook_update": (("ema", "gradient"), "ema", "how the codebook moves"),
+    "codebook_distance": (("euclidean", "cosine"), "euclidean", "between vectors and codes; cosine: directions alone"),
+    "pixel_loss": (("l2", "l1"), "l2", "squared or absolute difference"),
+    "beta": (float, 0.25, "weight of the commitment loss"),
+    "perceptual": (float, 0.0, "weight of the perceptual loss LPIPS, 0: off; without its weights left out, saying so"),
+    "gan": (float, 0.0, "weight of the patch discriminator's loss, 0: off"),
+    "gan_lr": (float, 2e-4, "peak learning rate of the discriminator"),
+    "gan_start": (float, 0.3, "share of the steps before the discriminator trains; a little later the decoder sees it"),
+    "tokenizer_steps": (int, 20000, "training steps of the tokenizer"),
+    "tokenizer_batch": (int, 128, "images per tokenizer step"),
+    "tokenizer_lr": (float, 4e-4, "its peak learning rate"),
+    # embeddings and denoiser
+    "D": (int, 16, "width of the learned token embeddings"),
+    "norm": (("rms", "layer", "none"), "rms", "normalisation of the embedding table"),
+    "embedding_init": (("random", "codebook"), "random", "start of the table: normal, or the tokenizer's codebook"),
+    "width": (int, 384, "width of the transformer"),
+    "depth": (int, 8, "its blocks"),
+    "heads": (int, 6, "its attention heads"),
+    "output_prior": (bool, True, "add to the logits what a token's own noisy embedding says, in closed form (Plaid)"),
+    # schedule and losses
+    "shift": (float, 0.4, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
+    "log_snr_min": (float, -10.0, "lambda(1) before the shift"),
+    "log_snr_max": (float, 7.0, "lambda(0) before the shift"),
+    "w_rec": (float, 1.0, "weight of L_rec"),
+    "w_diff": (float, 1.0, "weight of L_diff"),
+    "w_cm": (float, 1.0, "weight of L_CM; 0 switches it off"),
+    "weight_clip": (float, 5.0, "largest e^lambda in the weight of the trained L_diff; inf is the exact bound"),
+    "rec_fraction": (float, 0.25, "share of the batch at t = 0, which gives L_rec"),
+    "cm_pairs": (("markov", "shared"), "markov", "z_s of L_CM: from the posterior q(z_s | z_t, x), or the same noise"),
+    "max_gap": (float, 1.0, "largest t - s of L_CM"),
+    "teacher": (("current", "ema"), "current", "weights of the CM teacher"),
+    "max_drop_rate": (float, 0.1, "embeddings are dropped at a rate that is drawn per image from [0, this]"),
+    "label_drop": (float, 0.1, "rate of dropped labels, for classifier-free guidance"),
+    # optimisation of the denoiser
+    "steps": (int, 50000, "training steps of the denoiser; may be raised later"),
+    "batch": (int, 256, "images per step, of all passes and processes together"),
+    "lr": (float, 5e-4, "peak learning rate, reached after warmup, then cosine to zero"),
+    "warmup": (int, 200, "warm-up steps, both stages"),
+    "weight_decay": (float, 0.0, "AdamW's, denoiser"),
+    "clip": (float, 1.0, "largest gradient norm, both stages"),
+    "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
+    # speed and memory: none of these changes what is computed, beyond rounding
+    "micro_batch": (int, 0, "images per pass of one process, which is what takes memory; 0: its share of the batch"),
+    "eval_batch": (int, 256, "images at a time where nothing is trained; changes the noise of the held-out bound"),
+    "activation_checkpointing": (bool, False, "compute the blocks again in the backward pass instead of keeping them"),
+    "compile": (bool, False, "torch.compile the loss; faster on a GPU after a minute, needs a C++ compiler"),
+    "fsdp": (bool, False, "under torchrun, split weights, EMA and optimizer among the processes (FSDP2)"),
+    # sampling defaults, stored in the checkpoint
+    "sample_steps": (int, 50, "calls of the network per image"),
+    "guidance": (float, 1.0, "omega of classifier-free guidance"),
+    "sampler": (("ancestral", "ddim"), "ancestral", "sampler"),
+    # bookkeeping
+    "log_every": (int, 100, "steps between status lines"),
+    "sample_every": (int, 1000, "steps between pictures and evaluations"),
+    "save_every": (int, 500, "steps between checkpoints"),
+}
+DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
+SHARES = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap", "ema_decay", "gan_start")
+LIMITS = {  # where not 0 ... inf, or 1 ... inf for whole numbers; tokens are stored in 16 bits
+    "K": (2, 65536), "batch": (2, math.inf), "warmup": (0, math.inf), "micro_batch": (0, math.inf),
+    "log_snr_min": (-math.inf, math.inf), "log_snr_max": (-math.inf, math.inf)} | {name: (0, 1) for name in SHARES}
+CHANGEABLE = {  # when a run goes on: how long, how fast, how often, and what helps after a loss that is not finite
+    "steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler", "micro_batch",
+    "eval_batch", "activation_checkpointing", "compile", "fsdp", "lr", "tokenizer_lr", "gan_lr", "clip", "seed"}
+
+SHARP = dict(pixel_loss="l1", perceptual=1.0, gan=0.5)  # as in VQGAN; for fewer pixels the squared error does
+LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000,
+             tokenizer_batch=32, D=32, width=768, depth=12, heads=12, steps=400000, batch=96, lr=2e-4, ema_decay=0.9999)
+GREY = dict(size=28, K=256, tokenizer_steps=10000, width=256, depth=6, heads=4, steps=30000)  # 7 x 7 tokens
+PRESETS = {
+    "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
+                embedding_init="codebook", width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
+    "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=32, tokenizer_lr=3e-3,
+                   embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
+    "32": dict(size=32),
+    "64": dict(**SHARP, size=64, f=8, K=1024, tokenizer_width=96),
+    "256": LARGE,
+    "cifar10": dict(size=32, flip=True, steps=100000),
+    "mnist": GREY,
+    "fashion-mnist": GREY,
+    # For one GPU of 24 GB, by adding up what the backward pass keeps (16 to 20 GB). With eight of them: eight times the
+    # batch, twice the learning rate, a quarter of the steps. The two smaller sets get a smaller network.
+    "ffhq": LARGE | dict(flip=True, width=512, heads=8, batch=128, steps=300000),
+    "lsun-churches": LARGE | dict(width=512, heads=8, batch=128, steps=300000),
+    "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
+    "imagenet": LARGE | dict(flip=True, K=4096, tokenizer_steps=300000, steps=1000000),
+}
+SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
+TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
+                     "blocks": "tokenizer_blocks", "update": "codebook_update",
+                     "distance": "codebook_distance"}  # argument of VQVAE: option
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse_arguments(names, words=None):
+    """The command line of train.py. names: of the published sets, for the help text."""
+    parser = argparse.ArgumentParser(description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again "
+                                     "continues. Defaults are those without a preset; a preset may set others.")
+    parser.add_argument("--data", default="toy", help=f"toy (built in), {', '.join(names)}, or a path: a "
+                        "folder of images, a zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
+    parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: by name or image size, and device. Those of "
+                        "256 pixels are for one 24 GB GPU; with eight: 8 times --batch, twice --lr, 1/4 of --steps")
+    parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
+    parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
+                        help="run only this stage (default: all)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="train none, but take that of another run (its "
+                        "tokenizer.pt or ckpt.pt), or the checkpoint of a VQGAN of taming-transformers or "
+                        "latent-diffusion; it decides f, K and so on")
+    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth "
+                        "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
+    parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
+                        "images; fid.py says where its weights come from")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    for name, (kind, default, text) in OPTIONS.items():
+        add_option(parser, flag(name), name, kind, f"{text} (default: {default})")
+    for old, name in RENAMED.items():  # still understood, but not shown
+        if name in OPTIONS:
+            add_option(parser, flag(old), name, OPTIONS[name][0], argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def add_option(parser, word, name, kind, text):
+    if kind is bool:
+        parser.add_argument(word, dest=name, action=argparse.BooleanOptionalAction, help=text)
+    elif isinstance(kind, tuple):
+        parser.add_argument(word, dest=name, choices=kind, help=text)
+    else:
+        parser.add_argument(word, dest=name, type=kind, help=text, metavar="N" if kind is int else "X")
+
+
+def resolve(args, source, device, fixed):
+    """Defaults, then the preset, then fixed (of a tokenizer that is given), then what the command line gave.
+
+    -> a dict with the keys of OPTIONS, all checked.
+    """
+    preset = args.preset
+    if preset is None:
+        median = fixed.get("size") or source.sizes()[1]
+        on_gpu = source.dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
+        own = source.dataset and source.dataset not in SMALL_SETS
+        preset = on_gpu if own or device.type != "cpu" else "32-cpu"
+        hint = f"; on a GPU it would be {on_gpu}" if preset == "32-cpu" else ""
+        print(f"preset {preset}: chosen for {source.dataset or 'images'} of {median} pixels on {device.type}{hint} "
+              "(--preset)")
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    config = DEFAULTS | PRESETS[preset] | fixed | given
+    for name, value in config.items():
+        kind = OPTIONS[name][0]
+        if kind in (int, float):
+            low, high = LIMITS.get(name, (int(kind is int), math.inf))
+            if not low <= value <= high:
+                raise UserError(f"{flag(name)} {value}: must lie between {low} and {high}")
+    return config
+
+
+def require_same_run(out, stored, asked):
+    """An existing run is continued as it was begun, but for what is CHANGEABLE; such changes are printed."""
+    for name, value in asked.items():
+        if name in stored and stored[name] != value:
+            if name not in CHANGEABLE:
+                raise UserError(f"{out} was made with {name} {stored[name]}, now {name} is {value}: give another "
+                                "--out, or the old setting to continue it")
+            print(f"{name} was {stored[name]}, from here on it is {value}")
+
+
+def describe_models(config, num_classes, published=None):
+    """Keyword arguments of the three parts, as the checkpoint stores them. published: {name: shape} of a VQGAN."""
+    tokenizer = {name: config[option] for name, option in TOKENIZER_OPTIONS.items()}
+    if published is not None:
+        tokenizer = {"published": published, "size": config["size"]}
+    denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
+                    **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "output_prior")})
+    schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
+    return {"tokenizer": tokenizer, "denoiser": denoiser, "schedule": schedule}

@@ -1,0 +1,203 @@
+"""All that comes before the first step: the data are found and looked at, every option and size is checked, weights of
+others are fetched, and the run directory is made or recognised. Called by train.py.
+"""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from embedding_diffusion import EmbeddingDiffusion
+from engine.checkpoint import digest, rename, save_checkpoint
+from engine.config import describe_models, flag, require_same_run, resolve
+from engine.distributed import choose_device, rank_and_world
+from engine.run import (
+    UserError,
+    catch_signals,
+    lock,
+    main_process_first,
+    on_out_of_memory,
+    user_error,
+    write_atomically,
+    write_json,
+)
+from engine.tokens import options_of, read_tokenizer
+from extras.archives import read_json
+from extras.data_arrays import TokenFile
+from extras.datasets import find
+from extras.grids import contact_sheet
+from extras.inception import find_inception
+from extras.published_vqgan import make_tokenizer
+from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
+from schedule import ShiftedCosine
+
+
+def prepare(args, held):
+    """The run of the command line `args`, or None after --dry-run. Process 0 looks first, then the others.
+
+    held: a contextlib.ExitStack that keeps the lock of the run directory. The run is a namespace with config, models,
+    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, tokenizer_is_given and
+    eval_memory(), a context in which too little memory is a matter of --eval-batch.
+    """
+    run = main_process_first(lambda: prepare_one(args, held))
+    if rank_and_world()[0]:
+        run = prepare_one(args, held)
+    if run:
+        catch_signals()
+    return run
+
+
+def prepare_one(args, held):
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+    if args.eval_fid is not None and args.eval_fid < 2:
+        raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
+    with user_error():
+        device = choose_device(args.device)
+    source = find(args.data, args.root)
+    out = Path(args.out or Path("runs") / source.name)
+    stored = read_config(out)
+    if "sides" in stored:  # known since the first start: no image is opened for it again
+        source.sides = tuple(stored["sides"])
+    print(source.describe())
+    config, models, tokenizer = check_options(args, source, out, device)
+    if args.dry_run:
+        return print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
+    lpips, inception, asked = gather_weights(args, source, out, config, tokenizer, stored, device)
+    require_same_run(out, stored, asked)
+    skipped = read_skipped(out / "skipped.txt") if stored else None
+    load_images = functools.lru_cache(lambda: source.load(config["size"], skipped))  # if a stage needs images at all
+    if rank_and_world()[0] == 0:
+        make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held)
+    return SimpleNamespace(config=config, models=models, source=source, load_images=load_images, out=out,
+                           seed=args.seed, device=device, lpips=lpips, inception=inception,
+                           tokenizer_is_given="published" in models["tokenizer"], eval_memory=lambda: on_out_of_memory(
+                               f"lower --eval-batch {config['eval_batch']}, and the run goes on"))
+
+
+# ----------------------------------------------------------------------------
+# 1. What an earlier start left.
+
+def read_config(out):
+    """What an earlier start of this run was asked for; {} if there was none."""
+    path = out / "config.json"
+    if path.exists():
+        stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise UserError(f"{path} is no configuration of train.py: give another --out")
+        return rename(stored)
+    early = ("skipped.txt", "data.png", "config.json", ".lock")  # .part: of a run that was killed
+    if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):
+        raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
+    return {}
+
+
+def read_skipped(path):
+    """skipped.txt -> {title: why not}; None if there is none, that is, if the images were not checked yet."""
+    if path.exists():
+        return dict(line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def write_skipped(path, skipped):
+    """One line per image that cannot be used: where it lies, a tab, why not. Empty if all are sound."""
+    path.write_text("".join(f"{title}\t{reason}\n" for title, reason in skipped.items()), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------
+# 2. Options and sizes.
+
+def check_options(args, source, out, device):
+    """(config, models, content of --tokenizer or None); UserError for what does not fit, before any work."""
+    tokenizer_file, tokenizer = args.tokenizer, None
+    if isinstance(source, TokenFile):  # tokens mean nothing without their tokenizer, so it decides
+        tokenizer_file = args.tokenizer or source.path.parent / "tokenizer.pt"
+    if tokenizer_file:
+        tokenizer = read_tokenizer(tokenizer_file)
+    fixed = options_of(tokenizer) if tokenizer else {}
+    config, (_, world) = resolve(args, source, device, fixed), rank_and_world()
+    for name, value in fixed.items():
+        if config[name] != value:
+            raise UserError(f"--tokenizer {tokenizer_file} has {name} {value}, this run {config[name]}: leave "
+                            f"{flag(name)} away")
+    for name, least in (("batch", 2), ("tokenizer_batch", 1)):
+        if config[name] % world or config[name] < least * world:
+            raise UserError(f"{flag(name)} {config[name]}: must be a multiple of the number of "
+                            f"processes, {world}{', and at least twice as many' * (least - 1)}")
+    if config["fsdp"] and world == 1:
+        raise UserError("--fsdp splits the weights among processes: start them by torchrun --nproc-per-node")
+    models = describe_models(config, len(source.class_names), tokenizer and tokenizer["config"].get("published"))
+    with torch.device("meta"), user_error():  # every size is checked here, before any work
+        parts = make_tokenizer(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
+        ShiftedCosine(**models["schedule"])
+        if config["gan"]:
+            make_discriminator(config)
+    if config["perceptual"] and config["size"] < (least := 2 ** (len(LPIPS.STAGES) - 1)):
+        raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
+          f"denoiser {sizes[1]:.2f} M, on {device}")
+    return config, models, tokenizer
+
+
+# ----------------------------------------------------------------------------
+# 3. Weights of others.
+
+def gather_weights(args, source, out, config, tokenizer, stored, device):
+    """(LPIPS or None, file of Inception's weights or None, all that makes this run this run)."""
+    counts, has_images = source.counts(), not isinstance(source, TokenFile)
+    if args.eval_fid and not has_images:
+        raise UserError("--eval-fid needs the images: give them instead of their tokens")
+    inception = find_inception() if args.eval_fid else None
+    asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
+             "classes": source.class_names, "lpips": stored.get("lpips", "none"),
+             "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own",
+             **({"sides": list(source.sizes())} if has_images else {}), **config}
+    if args.lpips_weights and (tokenizer or not config["perceptual"]):
+        raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
+    lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()
+    if config["perceptual"] and not tokenizer and (open_question or args.lpips_weights):
+        lpips, asked["lpips"] = load_lpips(args.lpips_weights, device)
+    return lpips, inception, asked
+
+
+def load_lpips(files, device):
+    """(network of the perceptual loss, digest of its weights), or (None, "none") after saying why not."""
+    try:
+        state = read_lpips(find_lpips(files))
+    except UserError as error:
+        if files:
+            raise
+        print(f"The tokenizer is trained without its perceptual loss: {error}")
+        return None, "none"
+    return LPIPS(state).to(device), digest(state)
+
+
+# ----------------------------------------------------------------------------
+# 4. The run directory.
+
+def make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held):
+    """Locks it, looks at the images at the first start, and writes config.json and a tokenizer that was given."""
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(lock(out))
+    if not isinstance(source, TokenFile) and not stored:
+        look_at_images(source, load_images, out, args.allow_bad)
+    write_json(out / "config.json", asked)
+    if tokenizer and not (out / "tokenizer.pt").exists():
+        tokenizer["config"] = models["tokenizer"]
+        save_checkpoint(out / "tokenizer.pt", tokenizer)
+
+
+def look_at_images(source, load_images, out, allow_bad):
+    """The first start of a run: every image is decoded once. Leaves skipped.txt and data.png in the run directory."""
+    train, _ = load_images()
+    bad, total = source.skipped, sum(source.counts())
+    write_atomically(out / "skipped.txt", lambda partial: write_skipped(partial, bad))
+    if bad:
+        print(f"{len(bad):,} of {total:,} images ({len(bad) / total:.2%}) cannot be used and are left out: "
+              f"{out / 'skipped.txt'}")
+    if len(bad) > 0.01 * total and not allow_bad:
+        title, reason = next(iter(bad.items()))
+        raise UserError(f"{len(bad):,} of {total:,} images cannot be used, more than 1 %, e.g. {title} ({reason}); all "
+                        f"are in {out / 'skipped.txt'}: repair them or take them out, or add --allow-bad")
+    contact_sheet(train, out / "data.png")

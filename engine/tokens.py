@@ -1,0 +1,175 @@
+"""Stage 2 and its files: a tokenizer is read, every image encoded once, and the tokens are served in batches.
+
+tokens.npy has one structured row per image: x (N,) uint16, label int32, test bool; the title of the field x names the
+tokenizer by its hash, because tokens of one tokenizer mean nothing to another. Called by train.py.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint import (
+    CHECKPOINT_FORMAT,
+    TOKENIZER_FORMAT,
+    CheckpointError,
+    digest,
+    read_checkpoint,
+    read_newest,
+)
+from engine.config import OPTIONS, TOKENIZER_OPTIONS
+from engine.distributed import bf16_works
+from engine.run import UserError, leave_if_asked, look_ahead, resumable_array, write_atomically
+from extras.data_arrays import TokenFile
+from extras.published_vqgan import make_tokenizer, read_geometry, read_published
+
+
+def read_tokenizer(file):
+    """What --tokenizer names, in the form of tokenizer.pt: another run's tokenizer.pt or ckpt.pt, or a VQGAN."""
+    try:
+        state = read_checkpoint(file, TOKENIZER_FORMAT, CHECKPOINT_FORMAT)
+    except CheckpointError as error:
+        if error.found or not Path(file).is_file():
+            raise
+        weights = read_published(file)
+        shapes = {name: list(value.shape) for name, value in weights.items()}
+        return {"format": TOKENIZER_FORMAT, "config": {"published": shapes}, "tokenizer": weights, "step": 0,
+                "metrics": {}}
+    if state["format"] == CHECKPOINT_FORMAT:
+        state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"], "tokenizer": state["tokenizer"],
+                 "step": state["config"]["training"]["tokenizer_steps"],
+                 "metrics": state["metrics"]["tokenizer"] if state["metrics"] else {"taken from": str(file)}}
+    if not state["metrics"]:
+        raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
+    return state
+
+
+def options_of(tokenizer):
+    """What a tokenizer of read_tokenizer decides: {option: value}."""
+    if "published" in tokenizer["config"]:
+        return dict(zip(("f", "K", "code_dim"), read_geometry(tokenizer["config"]["published"]), strict=True))
+    return {option: tokenizer["config"].get(name, OPTIONS[option][1]) for name, option in TOKENIZER_OPTIONS.items()}
+
+
+def load_tokenizer(config, out, device):
+    """(tokenizer in eval mode, its metrics) from the complete tokenizer.pt of a run directory."""
+    path = out / "tokenizer.pt"
+    state = read_newest(path, TOKENIZER_FORMAT)
+    if not state or not state["metrics"]:
+        raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
+    tokenizer = make_tokenizer(config, bf16_works(device)).to(device).eval()
+    tokenizer.load_state_dict(state["tokenizer"])
+    return tokenizer, state["metrics"]
+
+
+def open_tokens(path):
+    """The rows of a token file, memory-mapped."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and the same command encodes "
+                        "the images again") from error
+
+
+def check_tokenizer_hash(path, tokenizer):
+    """UserError if the tokens in a file are those of another tokenizer."""
+    maker, asked = open_tokens(path).dtype.fields["x"][2:], digest(tokenizer.state_dict())
+    if maker and maker[0] != f"tokenizer {asked}":
+        raise UserError(f"{path} was made by {maker[0]}, this one is {asked}: they do not belong together; give the "
+                        "tokenizer.pt that lies beside the tokens, or encode the images again")
+
+
+def copy_tokens(source, tokenizer, path):
+    """A token file made earlier (data_arrays.TokenFile) is checked and copied."""
+    x, (h, w) = open_tokens(source.path)["x"], tokenizer.grid
+    if x.shape[1] != h * w or x.max() >= tokenizer.K:
+        raise UserError(f"{source.path} has {x.shape[1]} tokens per image up to {x.max()}, the tokenizer {h * w} "
+                        f"below {tokenizer.K}: they do not belong together")
+    check_tokenizer_hash(source.path, tokenizer)
+    write_atomically(path, lambda partial: shutil.copyfile(source.path, partial))
+
+
+@torch.no_grad()
+def encode_sets(model, train, test, path, device, batch, flip=False):
+    """Encodes two data.ImageSets into one token file, training images first.
+
+    With flip, all training images follow once more, mirrored. The file appears when all is done; till then a
+    .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first stopped. The next images
+    are read while these are encoded.
+    """
+    model.eval()
+    partial, starts = path.with_suffix(".part.npy"), [0, len(train)][:1 + flip]
+    total = len(starts) * len(train) + len(test)
+    maker = f"tokenizer {digest(model.state_dict())}"
+    dtype = [((maker, "x"), np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
+    rows, todo = resumable_array(partial, dtype, total, lambda rows: rows["label"].fill(-1)), []
+    for dataset, offsets in ((train, starts), (test, [total - len(test)])):
+        for first in range(0, len(dataset), batch):
+            indices = range(first, min(first + batch, len(dataset)))
+            places = [slice(offset + first, offset + indices.stop) for offset in offsets]
+            if any((rows["label"][here] < 0).any() for here in places):
+                todo.append((dataset, indices, places))
+    remaining = sum(len(indices) * len(places) for _, indices, places in todo)
+    with tqdm(total=total, initial=total - remaining, desc="tokens", unit="img", disable=None, leave=False) as bar:
+        images_of = look_ahead(lambda item: item[0].batch(item[1]), todo)
+        for (dataset, indices, places), images in zip(todo, images_of, strict=True):
+            leave_if_asked()
+            images = images.to(device)
+            for here, oriented in zip(places, (images, images.flip(3)), strict=False):
+                rows["x"][here] = model.encode(oriented).cpu().numpy()
+                rows["test"][here] = dataset is test
+                bar.update(len(images))
+            rows.flush()  # tokens are on the disk before the labels say so, whatever happens in between
+            for here in places:
+                rows["label"][here] = dataset.labels[indices.start:indices.stop].numpy()
+    rows.flush()
+    del rows
+    partial.replace(path)
+
+
+def encode_tokens(run):
+    """Writes tokens.npy of a run, unless it is there: every image encoded, or the tokens that an earlier run made."""
+    path = run.out / "tokens.npy"
+    if path.exists():
+        return print(f"tokens: complete ({len(open_tokens(path)):,} images)")
+    tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
+    if isinstance(run.source, TokenFile):
+        copy_tokens(run.source, tokenizer, path)
+    else:
+        encode_sets(tokenizer, *run.load_images(), path, run.device, run.config["eval_batch"], run.config["flip"])
+    rows = open_tokens(path)
+    print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
+
+
+def to_device(array, device):
+    """A numpy array as a tensor on the device. The copy to a GPU starts from pinned memory, so Python need not wait."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+class TokenDataset:
+    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,), int64."""
+
+    def __init__(self, rows, device):
+        self.x = torch.from_numpy(rows["x"].astype(np.int16)).to(device)
+        self.labels, self.device = torch.from_numpy(rows["label"].astype(np.int64)).to(device), device
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices):
+        indices = to_device(indices, self.device)
+        return self.x[indices].long() & 0xFFFF, self.labels[indices]  # 16 bits without sign
+
+
+def read_tokens(path, tokenizer, device):
+    """(training tokens, at most 2,000 held-out ones as (x, labels)) of a token file, on the device."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: run --stage tokens (or all) first")
+    check_tokenizer_hash(path, tokenizer)
+    rows = open_tokens(path)
+    test = np.flatnonzero(rows["test"])
+    test = test[np.linspace(0, len(test) - 1, min(2000, len(test))).astype(int)]
+    return TokenDataset(rows[~rows["test"]], device), TokenDataset(rows[test], device).batch(np.arange(len(test)))

@@ -1,0 +1,190 @@
+"""Forms of data in files: a folder of images, a zip of them, LSUN's LMDB. What their names say of classes and splits.
+
+Called by extras/datasets.py. Arrays and token files are in extras/data_arrays.py.
+"""
+
+import functools
+import json
+import os
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from data import DataError, Source, printable
+from extras.archives import LARGEST_IMAGE
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def arrange(names, where):
+    """Names like "train/cat/1.png", sorted -> class names, labels (n,), numbers of train and test (or None), a note."""
+    def top(name):
+        return name.split("/", 1)[0] if "/" in name else ""
+
+    def classes_of(names):
+        tops = {top(name) for name in names}
+        return [] if "" in tops or len(tops) < 2 or all(re.fullmatch(r"\d{5}", t) for t in tops) else sorted(tops)
+
+    while len({top(name) for name in names}) == 1 and top(names[0]):  # one folder around everything says nothing
+        names = [name.split("/", 1)[1] for name in names]
+    tops = {t.lower(): t for t in {top(name) for name in names}}
+    split = next((tops[t] for t in ("test", "val", "valid", "validation") if t in tops), None)
+    train, test, note = range(len(names)), None, ""
+    if "train" in tops:
+        train = [i for i, name in enumerate(names) if top(name) == tops["train"]]
+        if split is not None:
+            test = [i for i, name in enumerate(names) if top(name) == split]
+        names = [name.split("/", 1)[-1] for name in names]
+    class_names = classes_of([names[i] for i in train])
+    if test is not None and class_names:
+        found = {top(names[i]) for i in test}
+        unknown = sorted(found - set(class_names))
+        if found == {""}:  # as ImageNet's val/ comes
+            test, note = None, f"{split}/ has no class sub-folders and is left alone; held-out images are of train/"
+        elif unknown:
+            raise DataError(f"{where}/{split} has the class {unknown[0]!r}, {where}/{tops['train']} does not: both "
+                            "must have the same sub-folders")
+    numbers = {name: i for i, name in enumerate(class_names)}
+    return [printable(c) for c in class_names], [numbers.get(top(name), 0) for name in names], train, test, note
+
+
+def stylegan_labels(text, names, where):
+    """dataset.json of StyleGAN's dataset_tool -> class names and labels (n,); no classes where its labels are null."""
+    try:
+        numbers = json.loads(text)["labels"]
+        if numbers is None:
+            return [], [0] * len(names)
+        numbers = {name: int(label) for name, label in numbers}
+        return [str(c) for c in range(max(numbers.values()) + 1)], [numbers[name] for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where}/dataset.json has no whole-number label for every image ({error}): make it again "
+                        "with dataset_tool, or take it away") from error
+
+
+def no_images(where, others):
+    endings = sorted({os.path.splitext(name)[1].lower() or os.path.basename(name) for name in others})
+    held = f"only files like {printable(', '.join(endings[:4]))}" if endings else "no files"
+    return DataError(f"no images in {where}: it holds {held}; expected files that end in "
+                     f"{', '.join(sorted(EXTENSIONS))}")
+
+
+class Folder(Source):
+    """Image files below a folder, at any depth; hidden ones and __MACOSX are left out, links are followed."""
+
+    def __init__(self, path):
+        self.names, others, seen = [], [], set()
+        for directory, subfolders, files in os.walk(path, followlinks=True):
+            status = os.stat(directory)
+            if (status.st_dev, status.st_ino) in seen:  # a link back up would never end
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith((".", "__MACOSX")))
+            base = os.path.relpath(directory, path).replace(os.sep, "/") + "/"
+            base = "" if base == "./" else base
+            found = [base + f for f in files if not f.startswith(".")]
+            images = [name for name in found if os.path.splitext(name)[1].lower() in EXTENSIONS]
+            self.names += images
+            others += found if not images else []
+            if not files and not subfolders and os.path.splitext(directory)[1].lower() in EXTENSIONS:
+                self.names.append(base[:-1])  # an empty directory x.png: somebody took it for an image
+        if not self.names:
+            raise no_images(path, others)
+        self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
+        class_names, labels, train, test, self.note = arrange(self.names, path)
+        if os.path.exists(os.path.join(path, "dataset.json")):
+            text = Path(path, "dataset.json").read_text()
+            class_names, labels = stylegan_labels(text, self.names, path)
+        super().__init__(path, class_names, labels, train, test)
+
+    def read(self, i):
+        return os.path.join(self.path, self.names[i])
+
+
+class Zip(Source):
+    """Images in a zip, read without unpacking; StyleGAN's dataset_tool puts labels beside them."""
+
+    def __init__(self, path):
+        labelled = None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [m for m in archive.infolist() if not m.is_dir() and "__MACOSX" not in m.filename
+                           and not os.path.basename(m.filename).startswith(".")]
+                images = [m for m in members if os.path.splitext(m.filename)[1].lower() in EXTENSIONS]
+                if "dataset.json" in archive.namelist():
+                    if archive.getinfo("dataset.json").file_size > LARGEST_IMAGE:
+                        raise DataError(f"{path}: its dataset.json unpacks to more than {LARGEST_IMAGE:,} bytes")
+                    labelled = archive.read("dataset.json")
+        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+            raise DataError(f"{path} cannot be read as a zip ({error}): fetch or make it again") from error
+        if not images:
+            raise no_images(path, [m.filename for m in members])
+        if any(m.flag_bits & 1 for m in images):
+            raise DataError(f"{path} is encrypted: unpack it and give the folder")
+        images.sort(key=lambda m: m.filename.replace("/", "\0"))
+        self.names = [m.filename for m in images]
+        # Five numbers an image, not zipfile's objects: a million of those would be a gigabyte.
+        self.places = np.array([(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC)
+                                for m in images], np.int64)
+        class_names, labels, train, test, self.note = arrange(self.names, path)
+        if labelled is not None:
+            class_names, labels = stylegan_labels(labelled, self.names, path)
+        super().__init__(path, class_names, labels, train, test)
+
+    def read(self, i):
+        offset, packed, size, method, checksum = self.places[i].tolist()
+        if max(packed, size) > LARGEST_IMAGE:
+            raise DataError(f"it unpacks to {size:,} bytes, more than {LARGEST_IMAGE:,}")
+        with open(self.path, "rb") as file:  # its own handle: threads read side by side
+            file.seek(offset)
+            lengths = struct.unpack("<HH", file.read(30)[26:])  # of the name and of the extra field
+            file.seek(sum(lengths), os.SEEK_CUR)
+            content = file.read(packed)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-15).decompress(content, size + 1)
+        elif method != zipfile.ZIP_STORED:
+            raise DataError(f"packed by method {method}, neither stored nor deflated")
+        if zlib.crc32(content) != checksum:
+            raise DataError("its checksum in the zip differs")
+        return content
+
+
+@functools.cache
+def open_lmdb(path):
+    """Read-only and without a lock file: it may lie on a medium that cannot be written. One per process and path."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise DataError(f"{path} is an LMDB and the package lmdb is not installed: pip install lmdb") from error
+    try:
+        return lmdb.open(path, readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise DataError(f"{path} cannot be opened as an LMDB ({error}): fetch or unpack it again") from error
+
+
+class Lmdb(Source):
+    """LSUN's own archives: a directory NAME_lmdb with data.mdb, in which keys are names and values image files."""
+
+    def __init__(self, path, test_path=None):
+        paths = [path] if test_path is None else [path, test_path]
+        self.parts = [open_lmdb(str(p.resolve())) for p in paths]
+        self.names, ends = [], []
+        for part in self.parts:
+            with part.begin() as transaction:
+                self.names += transaction.cursor().iternext(keys=True, values=False)
+            ends.append(len(self.names))
+        if not ends[0] or ends[-1] == ends[0] and test_path is not None:
+            raise DataError(f"{path} is an empty LMDB: fetch or unpack it again")
+        test = None if test_path is None else range(ends[0], ends[1])
+        super().__init__(path, [], np.zeros(ends[-1]), range(ends[0]), test)
+
+    def read(self, i):
+        with self.parts[int(i >= self.total)].begin() as transaction:
+            return transaction.get(self.names[i])
+
+    def title(self, i):
+        return printable(self.names[i].decode("utf-8", "backslashreplace"))

@@ -1,0 +1,163 @@
+"""Where the images of a FID come from: files as they are, arrays, a training set, samples of a checkpoint, or their
+statistics. A source has n, chunk (images to read at a time) and read(i, j) -> the images i ... j - 1, a uint8 tensor
+(j - i, 3, H, W) or a list of (3, H, W); it is read forwards only. Called by fid.py's command line and train.py.
+"""
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from engine.distributed import barrier, rank_and_world
+from engine.run import UserError, write_json
+from engine.status import format_metrics
+from extras.archives import open_npz, read_json
+from extras.datasets import DATASETS, find
+from extras.inception import WEIGHTS_SHA256, load_inception
+from fid import FIDError, Statistics, compute_scores, measure, print_scores
+from sample import load_checkpoint, sample_images
+
+
+class Pictures:
+    """All images of a source of data.py, as they are (size None) or centre-cropped and resized as for training."""
+
+    chunk = 64
+
+    def __init__(self, source, size=None):
+        self.source, self.size, self.items = source, size, np.sort(np.concatenate([source.train, source.test]))
+        self.n = len(self.items)
+
+    def load(self, item):
+        try:
+            return torch.from_numpy(data.load_image(self.source.read(item), self.size))
+        except data.DataError as error:
+            raise FIDError(f"{self.source.title(item)} cannot be used ({error}): repair it or take it out") from error
+
+    def read(self, i, j):
+        return list(data.decoders().map(self.load, self.items[i:j]))
+
+
+class Array:
+    """arr_0 of an .npz, uint8 (n, H, W, 3), streamed: it may be larger than the memory."""
+
+    chunk = 64
+
+    def __init__(self, path):
+        self.file = zipfile.ZipFile(path).open("arr_0.npy")
+        version = np.lib.format.read_magic(self.file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(self.file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise FIDError(f"{path}: arr_0 must be uint8 of shape (n, H, W, 3), is {dtype} {shape}")
+        self.n, self.shape, self.at = shape[0], shape[1:], 0
+
+    def read(self, i, j):
+        size = int(np.prod(self.shape))
+        while self.at < i:  # another process has these
+            self.file.read(size)
+            self.at += 1
+        content, self.at = bytearray(self.file.read((j - i) * size)), j
+        return torch.frombuffer(content, dtype=torch.uint8).view(j - i, *self.shape).permute(0, 3, 1, 2)
+
+
+class Decoded:
+    """A data.ImageSet."""
+
+    chunk = 256
+
+    def __init__(self, dataset):
+        self.dataset, self.n, self.labels = dataset, len(dataset), dataset.labels
+
+    def read(self, i, j):
+        return self.dataset.batch(range(i, j))
+
+
+class Samples:
+    """n images that a pipeline (sample.load_checkpoint) draws: image i has the noise of sample.py's image i.
+
+    labels: of the real images, if there are any. The classes are then drawn as often as there, in their order, while
+    sample.py goes through them row by row. settings: steps, ... chunk: images at a time.
+    """
+
+    def __init__(self, pipeline, n, labels=None, seed=0, chunk=256, **settings):
+        self.pipeline, self.n, self.seed, self.chunk = pipeline, n, seed, chunk
+        self.settings = pipeline.sampling | settings
+        classes = max(len(pipeline.class_names), 1)
+        if labels is None or len(labels) == 0:
+            self.labels = torch.arange(n) % classes
+        else:
+            self.labels = labels.sort().values[np.linspace(0, len(labels) - 1, n).astype(int)]
+
+    def read(self, i, j):
+        return sample_images(self.pipeline, self.labels[i:j], seed=self.seed, first=i, batch=self.chunk,
+                             show_progress=False, **self.settings)
+
+
+def cached_statistics(dataset, network):
+    """Statistics of a data.ImageSet without features; measured once, then found again in torch's cache.
+
+    What they are of is recognised by the pixels of all images, or of 4,096 where the set is decoded as it is read.
+    """
+    some = range(len(dataset)) if dataset.pixels is not None else np.linspace(0, len(dataset) - 1, 4096).astype(int)
+    digest = hashlib.sha256(f"{WEIGHTS_SHA256} {network.resize} {len(dataset)}".encode())
+    for i in range(0, len(some), 256):
+        digest.update(dataset.batch(some[i:i + 256]).numpy().tobytes())
+    path = Path(torch.hub.get_dir()).parent / "vq-lcmd" / f"fid-{digest.hexdigest()[:16]}.npz"
+    if path.exists():
+        return Statistics.load(path)
+    found = measure(Decoded(dataset), network, keep=0, name="FID, training images")
+    if rank_and_world()[0] == 0:
+        found.save(path)
+    return found
+
+
+def evaluate_run(run, n):
+    """FID of n samples of a run's ckpt.pt, at its defaults, against its training images; joins metrics.json."""
+    barrier()  # it is written
+    path = run.out / "metrics.json"
+    metrics = read_json(path)
+    if metrics.get("fid", {}).get("n") == n:
+        return print(f"fid: complete ({n:,} samples), {format_metrics(metrics['fid'])}")
+    network = load_inception(run.inception, run.device)
+    train, _ = run.load_images()
+    real = cached_statistics(train, network)
+    pipeline = load_checkpoint(run.out / "ckpt.pt", run.device)
+    samples = Samples(pipeline, n, train.labels, chunk=run.config["eval_batch"])
+    scores = compute_scores(real, measure(samples, network, name="FID, samples"), run.device)
+    if rank_and_world()[0] == 0:
+        print_scores(scores, real.n, n)
+        write_json(path, metrics | {"fid": scores | {"n": n}})
+
+
+def open_side(word, root, size, trained_on):
+    """A word of the command line -> (Statistics or None, source of images or None, a few words on it).
+
+    size: None for images as they are. trained_on: read them as training did, without its held-out part.
+    """
+    path = Path(word).expanduser()
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with open_npz(path) as file:
+                names = set(file.files)
+            if "arr_0" not in names and not {"mu", "sigma"} <= names:
+                raise FIDError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: expected arr_0 (images), or mu "
+                               "and sigma (statistics)")
+            statistics = Statistics.load(path) if "mu" in names else None
+            source = Array(path) if "arr_0" in names else None
+        except UserError:
+            raise
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            reason = " ".join(str(error).split())
+            raise FIDError(f"{path} cannot be read as an .npz ({reason}): make it again") from error
+        return statistics, source, "statistics" if statistics else f"{source.n:,} images, {source.shape[0]} px"
+    source = find(word, root)
+    if trained_on or word in ("toy", *DATASETS):
+        size = size or source.sizes()[1]
+        train, _ = source.load(size)
+        return None, Decoded(train), f"{len(train):,} training images, cropped and resized to {size} px"
+    source = Pictures(source, size)
+    return None, source, f"{source.n:,} images, " + (f"cropped and resized to {size} px" if size else "as they are")

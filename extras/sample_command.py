@@ -1,0 +1,133 @@
+"""`python sample.py`: its command line. A grid, images one by one (extras/sample_files.py), or a special picture
+(extras/pictures.py).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from engine.distributed import choose_device, init_distributed, rank_and_world
+from engine.run import UserError, report_errors, user_error
+from extras.grids import save_grid
+from extras.pictures import SPECIAL, words
+from extras.sample_files import sample_files
+from sample import COLUMNS, SAMPLERS, check_settings, default_labels, load_checkpoint, sample_together
+
+
+def parse_classes(text, class_names):
+    """ "heart,3" -> [id of heart, 3]; UserError names the classes there are."""
+    if not class_names:
+        raise UserError("--class: this model was trained without classes")
+    ids = []
+    for item in text.split(","):
+        item = item.strip()
+        if item in class_names:
+            ids.append(class_names.index(item))
+        elif item.isdigit() and int(item) < len(class_names):
+            ids.append(int(item))
+        else:
+            some = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
+            raise UserError(f"--class: no class {item!r}; there are {len(class_names)}: {some}")
+    return ids
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.")
+    parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
+    parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes; for "
+                        "the special pictures below: 8, in each row)")
+    parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
+    parser.add_argument("--guidance", type=float, help="omega; 0 is the plain model (default: in the checkpoint)")
+    parser.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
+    parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
+    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn (default: 0, or "
+                        "0.8 / steps^2 below 16 steps, where it makes them better)")
+    parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: in the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
+    parser.add_argument("--batch", type=int, default=256, help="images at a time (default: 256)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
+    parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
+                        "images one by one (default: samples.png)")
+    group = parser.add_argument_group("special pictures, one at a time")
+    special = group.add_mutually_exclusive_group()
+    special.add_argument("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, "
+                         "temperature or end; image i has the same noise in every row")
+    special.add_argument("--trajectory", action="store_true", default=None, help="what the network takes the image "
+                         "for as time goes down: a row per image, and all steps in OUT.gif")
+    special.add_argument("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of "
+                         "--class, or one row without class and guidance")
+    special.add_argument("--vary", metavar="IMAGE", help="noise an image up to time --strength and come back; rows as "
+                         "for --inpaint")
+    special.add_argument("--interpolate", metavar="A,B", help="from seed A to seed B: the first noise turns, all other "
+                         "numbers stay; a row per class; smoothest with --sampler ddim")
+    group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
+    group.add_argument("--strength", type=float, help="for --vary: near 0 nothing changes, at 1 nothing stays "
+                       "(default: 0.6)")
+    return parser.parse_args()
+
+
+def check_arguments(args, special):
+    """UserError for what is wrong whatever the checkpoint. special: the name of a special picture, or None."""
+    for name in ("n", "steps", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+    out = Path(args.out)
+    if out.suffix not in (".png", ".npz", ".zip", ""):
+        raise UserError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
+    if out.suffix != ".png" and out.exists():
+        raise UserError(f"--out {out} is there already: remove it, or give another name")
+    flag = f"--{special.replace('_', '-')}" if special else None
+    if flag and out.suffix != ".png":
+        raise UserError(f"--out {out}: {flag} draws one picture, give a name that ends in .png")
+    if flag and rank_and_world()[1] > 1:
+        raise UserError(f"{flag} is for one process: start it with python, not with torchrun")
+    if (args.inpaint is None) != (args.mask is None) or (args.strength is not None and args.vary is None):
+        raise UserError("--inpaint and --mask belong together, and --strength to --vary: give both")
+
+
+def draw(args):
+    """Does what the command line says. UserError, before any work, if that cannot be done."""
+    rank, _ = init_distributed()
+    special = next((name for name in SPECIAL if getattr(args, name) is not None), None)
+    check_arguments(args, special)
+    with user_error():
+        device = choose_device(args.device)
+    pipeline = load_checkpoint(args.checkpoint, device)
+    names, out = pipeline.class_names, Path(args.out)
+    settings = {key: getattr(args, key) if getattr(args, key) is not None else default
+                for key, default in pipeline.sampling.items()}
+    settings |= {key: getattr(args, key) for key in ("temperature", "interval", "end")
+                 if getattr(args, key) is not None}
+    with user_error():
+        check_settings(**settings)
+    chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
+    n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
+    labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    if args.compile:
+        pipeline.model.guided = torch.compile(pipeline.model.guided, mode="reduce-overhead", dynamic=False)
+    if rank == 0:
+        print(f"{args.checkpoint}: step {pipeline.step:,}, {n} images, seed {args.interpolate or args.seed}, "
+              + ", ".join(f"{key} {value}" for key, value in settings.items()))
+    if special:
+        SPECIAL[special](args, pipeline, chosen, labels, settings)
+    elif out.suffix == ".png":
+        images = sample_together(pipeline, labels, seed=args.seed, batch=args.batch, **settings)
+        if rank == 0:
+            save_grid(images, out, COLUMNS, row_labels=words(pipeline, labels[::COLUMNS]))
+    else:
+        sample_files(pipeline, labels, out, args.batch, args.seed, **settings)
+    if rank == 0:
+        print(f"wrote {args.out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
+
+
+def main():
+    args = parse_arguments()
+    with report_errors("sample.py", "stopped; into a folder, .zip or .npz the same command goes on",
+                       f"lower --batch {args.batch}; the images stay the same"):
+        draw(args)

@@ -1,0 +1,67 @@
+"""How good is a tokenizer? PSNR, SSIM, LPIPS, codes in use and perplexity, over a whole set of images.
+
+Called by train.py at the end of stage 1 and by extras/tokenizer_report.py.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from vqvae import to_float
+
+
+def usage_and_perplexity(counts):
+    """counts (K,) of each code over a whole data set -> (share of codes used at least once, exp of the entropy).
+
+    Perplexity K means that all codes are used equally, 1 that a single one is used. Both are taken over every token
+    of the set, never over a batch.
+    """
+    p = counts.double() / counts.sum()
+    return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of two batches of uint8 images (B, 3, H, W) -> (B,), 1 for equal ones.
+
+    Per channel, in an 11 x 11 Gaussian window (sigma 1.5), where the window lies inside the image; the means of both.
+    In images of less than 11 pixels the window is as large as fits.
+    """
+    size = min(11, min(a.shape[2:]) - 1 + min(a.shape[2:]) % 2)  # odd
+    window = torch.exp(-0.5 * ((torch.arange(size, device=a.device) - size // 2) / 1.5) ** 2)
+    window = window / window.sum()
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))           # (3 B, 1, H, W)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    similar = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)
+               / ((mean_x ** 2 + mean_y ** 2 + c1) * (var_x + var_y + c2)))
+    return similar.reshape(len(a), -1).mean(1)
+
+
+@torch.no_grad()
+def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
+    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by a network LPIPS.
+
+    PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
+    SSIM, LPIPS: means over the images.
+    """
+    model.eval()
+    squared_error, similar, perceived, counts = 0.0, 0.0, 0.0, torch.zeros(model.K, dtype=torch.int64)
+    for start in range(0, len(dataset), batch):
+        images = dataset.batch(range(start, min(start + batch, len(dataset)))).to(device)
+        tokens = model.encode(images)
+        decoded = model.decode(tokens)
+        squared_error += float((decoded.int() - images.int()).square().sum(dtype=torch.int64))
+        similar += float(ssim(images, decoded).sum())
+        if lpips is not None:
+            perceived += sum(float(lpips(to_float(a), to_float(b)).sum())
+                             for a, b in zip(images.split(16), decoded.split(16), strict=True))
+        counts += torch.bincount(tokens.flatten(), minlength=model.K).cpu()
+    mse = squared_error / (len(dataset) * 3 * model.size ** 2)
+    psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
+    usage, perplexity = usage_and_perplexity(counts)
+    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity,
+            **({"lpips": perceived / len(dataset)} if lpips is not None else {})}

@@ -1,0 +1,1 @@
+"""What test_all.py takes in beside its own tests: the programs, data, FID, the engine, and the evidence."""

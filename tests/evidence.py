@@ -1,0 +1,203 @@
+"""The experiments: baselines by enumeration, the Markov chain, the comparison, the speed program."""
+
+import csv
+import functools
+import itertools
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import baselines
+import compare
+import markov_chain
+import numpy as np
+import pytest
+import scipy.stats
+import speed
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from embedding_diffusion import EmbeddingDiffusion
+from schedule import ShiftedCosine
+from tests.common import TINY, call, close, flags, parser_flags, seeded
+
+
+def test_speed_program(capsys, monkeypatch):
+    """experiments/speed.py with all it can do at tiny sizes, compilers left out; FLOPs by PyTorch's own counter."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    options = dict(size=8, f=4, K=8, D=4, width=16, depth=1, heads=2, batch=6, micro_batch=3, repeat=1, inner=1,
+                   sample_steps=2, threads=1, preset="toy", device="cpu", compile=True, measures=True, profile=True)
+    assert parser_flags(speed) == sorted(options)
+    assert call(speed, *flags(options)) == 0
+    text = capsys.readouterr().out
+    ways = dict(re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| ([\d.]+) \|", text, re.M))
+    assert len(ways) == 8 + 5 + 4 and ways["denoiser"] == "1.00" and "aten::addmm" in text
+    model = EmbeddingDiffusion(8, (4, 4), 4, 16, 3, 2)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(1, 16, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
+    output_prior = 2 * 16 * (4 + 1) * 8  # an in-place product, which PyTorch does not count
+    assert counter.get_total_flops() - small + output_prior == speed.forward_flops(model)
+
+
+@pytest.mark.parametrize("kind", baselines.KINDS)
+def test_discrete_baselines(kind, monkeypatch):
+    """One token of known probabilities, the exact posterior as the network: the bound is the entropy and the samples'
+    distribution the right one, to the last digit for any number of steps; the estimator agrees within 4 errors."""
+    monkeypatch.setattr(baselines, "T", 7)
+    p_0, eye = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    entropy, (b, c) = float(-(p_0 * p_0.log()).sum()), baselines.KINDS[kind]
+    state = torch.tensor([b / 3] * 3 + [c], dtype=torch.float64)  # of a token at t = 1
+
+    def corrupted(t):
+        a, b, c = baselines.rates(kind, torch.as_tensor(t, dtype=torch.float64))
+        return p_0[:, None] * torch.cat([a * eye + b / 3, c.expand(3, 1)], 1)                      # p(x_0 = k, x_t = i)
+
+    def posterior_of(t):
+        joint = corrupted(t)
+        return (joint / joint.sum(0).clamp(min=1e-300)).T                                          # (4, 3)
+
+    bound, states = 0.0, torch.arange(4)
+    for i in range(7, 0, -1):
+        t, s = (torch.tensor(n / 7, dtype=torch.float64) for n in (i, i - 1))
+        ours = baselines.reverse(kind, posterior_of(t), states, t, s)
+        state = state @ ours
+        for k in range(3):
+            truth = baselines.reverse(kind, eye[k].expand(4, 3), states, t, s)
+            kl = torch.xlogy(truth, truth) - torch.xlogy(truth, ours.clamp(min=1e-300))
+            bound += float(corrupted(t)[k] @ kl.sum(1))
+    assert bound == pytest.approx(entropy, abs=1e-12)
+    close(state, torch.cat([p_0, torch.zeros(1)]).double(), rtol=0, atol=1e-12)
+    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t, *_: torch.stack(
+        [posterior_of(time)[i] for i, time in zip(x_t.tolist(), t.tolist(), strict=True)]).clamp(min=1e-30).log())
+    model, x = SimpleNamespace(K=3, N=1), torch.multinomial(p_0, 1500, replacement=True, generator=seeded(0))[:, None]
+    draws = baselines.loss(kind, model, None, x, seeded(1))
+    assert abs(float(draws.mean()) - entropy) < 4 * float(draws.std()) / 1500 ** 0.5 + 1e-9
+    drawn = baselines.sample(kind, model, None, 1500, 5, seeded(2))
+    assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+    if kind == "absorbing":
+        drawn = baselines.sample_by_confidence(model, None, 1500, 1, seeded(3))
+        assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["uniform", "mask-and-replace"])
+def test_the_closed_form_term_of_discrete_states(kind, monkeypatch):
+    """With log q(x_t | x_0) in the logits an untrained network is the exact denoiser of independent uniform tokens:
+    Bayes' rule for each state, and a bound of log K, by enumeration of all states and intervals."""
+    model = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False)
+    schedule, K = ShiftedCosine(1, -10, 10), 5
+    x_t, t = torch.tensor([[0, 3], [5, 5], [2, 5]]), torch.tensor([0.1, 0.5, 1.0])
+    p = baselines.predict(model, schedule, x_t, t, kind=kind).exp()
+    for row, time in enumerate(t):
+        a, b, _ = baselines.rates(kind, time)
+        for i in range(2):
+            q = a * (torch.arange(K) == x_t[row, i]) + b / K
+            exact = torch.full((K,), 1 / K) if x_t[row, i] == K else q / q.sum()
+            close(p[row, i], exact, rtol=1e-5, atol=1e-6)
+    plain = baselines.predict(model, schedule, x_t, t).exp()
+    close(plain, torch.full_like(plain, 1 / K), rtol=1e-6, atol=0)  # without it: it knows nothing
+    monkeypatch.setattr(baselines, "T", 4)
+    total, states = 0.0, torch.arange(K + 1)
+    for i in range(1, 5):
+        t, s = torch.full((K + 1,), i / 4), torch.full((K + 1,), (i - 1) / 4)
+        a, b, c = (float(rate) for rate in baselines.rates(kind, torch.tensor(i / 4)))
+        x_t = torch.stack([states, states], 1)
+        p = baselines.predict(model, schedule, x_t, t, kind=kind).exp()
+        ours = baselines.reverse(kind, p, x_t, t[:, None], s[:, None])[:, 0].double()              # (K + 1, K + 1)
+        truth = baselines.reverse(kind, torch.eye(K)[0].expand(K + 1, K), states, t, s).double()
+        kl = (torch.xlogy(truth, truth) - torch.xlogy(truth, ours.clamp(min=1e-30))).sum(1)
+        probability = torch.full((K + 1,), b / K)  # of x_t, for x_0 = 0
+        probability[0] += a
+        probability[K] = c
+        total += float(probability.double() @ kl)
+    assert total == pytest.approx(np.log(K), rel=1e-5)  # float32
+
+
+def test_auxiliary_loss():
+    """VQ-Diffusion's auxiliary term adds its weight times T times the cross-entropy, with the same draws."""
+    torch.manual_seed(0)
+    model, schedule = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False), ShiftedCosine(1, -10, 10)
+    x = torch.randint(5, (64, 2))
+    plain, more = (baselines.loss("uniform", model, schedule, x, seeded(0), analytic=False, auxiliary=weight)
+                   for weight in (0.0, 0.01))
+    close(more - plain, torch.full_like(plain, 0.01 * baselines.T * float(np.log(5))), rtol=1e-3, atol=1e-3)
+
+
+def test_markov_chain(tmp_path, monkeypatch, capsys):
+    """Entropy and score by enumeration; rows of every kind run, and the same command again computes nothing."""
+    monkeypatch.setattr(markov_chain, "K", 4)
+    monkeypatch.setattr(markov_chain, "N", 3)
+    monkeypatch.setattr(markov_chain, "BATCH", 8)
+    chain = markov_chain.Chain()
+    every = np.array(list(itertools.product(range(4), repeat=3)))
+    p = chain.start[every[:, 0]] * chain.transition[every[:, 0], every[:, 1]] * chain.transition[
+        every[:, 1], every[:, 2]]
+    assert p.sum() == pytest.approx(1, abs=1e-12) and chain.bigrams.sum(0) == pytest.approx(chain.start)
+    assert chain.entropy() == pytest.approx(-(p * np.log(p)).sum() / 3, abs=1e-12)
+    drawn = chain.draw(20000, np.random.default_rng(0))
+    counts = np.bincount(drawn @ [16, 4, 1], minlength=64)
+    assert scipy.stats.chisquare(counts, 20000 * p).pvalue > 1e-3
+    nll, distance = chain.score(every[:1])  # 0, 0, 0: all bigrams are (0, 0)
+    assert nll == pytest.approx(-np.log(p[0]) / 3) and distance == pytest.approx(1 - chain.bigrams[0, 0])
+    rows = ["rec + diff + CM, frozen table", "plain cross-entropy", "discrete: absorbing", "train.py's defaults"]
+    words = ["--seeds", 1, "--steps", 2, "--samples", 20, "--out", tmp_path / "m", "--only", *rows]
+    assert call(markov_chain, *words[:-1]) == 0
+    first = (tmp_path / "m" / "results.csv").read_text()
+    assert call(markov_chain, *words) == 0
+    lines = list(csv.DictReader((tmp_path / "m" / "results.csv").open()))
+    assert (tmp_path / "m" / "results.csv").read_text().startswith(first) and [d["row"] for d in lines] == rows
+    assert all(float(line["bound"]) > 0 and float(line["NLL 50"]) > 0 for line in lines)
+    words[words.index("--samples") + 1] = 10  # another number of samples is another run, and a table of its own
+    assert call(markov_chain, *words[:-len(rows)], rows[1]) == 0
+    assert "| 1 |" in (tmp_path / "m" / "results.md").read_text() and rows[0] not in (
+        tmp_path / "m" / "results.md").read_text()
+    words[words.index("--samples") + 1] = 20
+    assert call(markov_chain, *words) == 0
+    text = (tmp_path / "m" / "results.md").read_text()
+    assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out
+
+
+def test_markov_chain_side_by_side(tmp_path):
+    """Two processes: every line is there once, with the figures of one process."""
+    words = ["--seeds", 2, "--steps", 1, "--samples", 10, "--only", "plain cross-entropy"]
+    found = []
+    for jobs in (1, 2):
+        assert call(markov_chain, *words, "--jobs", jobs, "--out", tmp_path / str(jobs)) == 0
+        lines = list(csv.DictReader((tmp_path / str(jobs) / "results.csv").open()))
+        found.append(sorted([line[c] for c in markov_chain.COLUMNS[:-4]] for line in lines))
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_compare(folder, run, tmp_path, monkeypatch, capsys):
+    """Rows of every kind; VQ-LCMD's is train.py bit for bit; the same command again computes nothing."""
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=lambda words, **_: SimpleNamespace(
+        returncode=call("train.py", *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
+    monkeypatch.setattr(compare, "kernel_distance", functools.partial(compare.kernel_distance, subsets=2))
+    rows = ["VQ-LCMD", "absorbing", "cross-entropy", "frozen random table", "gap at most 0.1"]
+    words = ["--data", folder, "--budget", TINY["steps"], "--n", 4, "--sampling-steps", 1, 2, "--classifier-steps", 2,
+             "--out", tmp_path / "c", "--only", *rows, *flags(TINY)]
+    assert call(compare, *words) == 0
+    found, lines = torch.load(run / "ckpt.pt", weights_only=True)["ema"], compare.read(tmp_path / "c" / "results.csv")
+    state = torch.load(tmp_path / "c" / f"VQ-LCMD-0-{TINY['steps']}.pt", weights_only=True)
+    assert all(torch.equal(state["ema"][name], value) for name, value in found.items())
+    frozen = [torch.load(tmp_path / "c" / f"{name}-0-8.pt", weights_only=True)["curve"]
+              for name in ("frozen_random_table", "gap_at_most_0.1")]
+    assert frozen[0][0][1:] == frozen[0][-1][1:] and frozen[1][0][1:] != frozen[1][-1][1:]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert float(lines[0]["bound"]) == pytest.approx(metrics["vlb"]["total"], rel=0.5)  # other draws of few images
+    # two numbers of steps, and for the first two another sampler; five omegas for each of the methods
+    assert [sum(line["row"] == name for line in lines) for name in rows] == [9, 9, 7, 2, 2]
+    assert all(0 <= float(line["precision"]) <= 1 and float(line["distance"]) >= 0 for line in lines)
+    before = (tmp_path / "c" / "results.csv").read_text()
+    assert call(compare, *words) == 0 and (tmp_path / "c" / "results.csv").read_text() == before
+    assert "Guidance" in (tmp_path / "c" / "results.md").read_text()
+    assert {"VQ-LCMD-8-ancestral-2.png", "absorbing-8-confidence-1.png", "steps.png", "collapse.png", "guidance.png",
+            "samples.png"} < set(os.listdir(tmp_path / "c"))
+    assert call(compare, "--n", 3) == 2 and call(compare, "--only", "nothing") == 2
+    images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
+    turned = compare.Rotated(images).batch([4, 5, 7])
+    assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
+    assert torch.equal(turned[2].rot90(1, (1, 2)), turned[0]) and len(compare.Rotated(images)) == 12

@@ -1,0 +1,172 @@
+"""Fixtures that several modules of tests share. test_all.py imports them into its own namespace."""
+
+import contextlib
+import hashlib
+import http.server
+import os
+import shutil
+import tarfile
+import threading
+import urllib.error
+from unittest import mock
+
+import fid_peers
+import pytest
+import torch
+
+from extras import fid_command, fid_sources, inception, tokenizer_report
+from extras.vqgan_losses import LPIPS
+from tests.common import TINY, call, flags, make_folder
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny networks, whose threads would wait for each other; call() keeps to it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images") / "pets")
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A complete tiny run: its directory."""
+    out = tmp_path_factory.mktemp("run") / "pets"
+    assert call("train.py", "--data", folder, "--out", out, *flags(TINY)) == 0
+    return out
+
+
+@pytest.fixture
+def undone(run, tmp_path):
+    """A run whose tokens are there and whose denoiser is not: its directory."""
+    shutil.copytree(run, tmp_path / "pets", ignore=lambda *_: ["ckpt.pt", "diffusion.csv", "evaluation.csv",
+                                                               "metrics.json"])
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def small_lpips(monkeypatch, tmp_path):
+    """LPIPS of three narrow stages; the file of its weights, as a VQGAN's checkpoint has them."""
+    monkeypatch.setattr(LPIPS, "STAGES", ((2, 2), (3, 3), (4, 4, 4)))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "no cache"))
+    torch.manual_seed(0)
+    state = {}
+    for name, value in LPIPS().state_dict().items():
+        kind, number, *rest = name.split(".")
+        name = f"slice1.{number}.{rest[0]}" if kind == "features" else f"lin{number}.model.1.weight"
+        state[f"loss.perceptual_loss.{'net.' if rest else ''}{name}"] = value if rest else value.view(1, -1, 1, 1)
+    torch.save({"state_dict": state | {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "lpips.ckpt")
+    return tmp_path / "lpips.ckpt"
+
+
+@pytest.fixture
+def server():
+    """A web server that knows ranges, fails on request and remembers what it was asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, asked, breaks = {}, [], []  # breaks: after how many bytes each next answer ends
+
+        def do_GET(self):
+            name, given = self.path.lstrip("/"), self.headers.get("Range")
+            self.asked.append((name, given))
+            if name not in self.files:
+                return self.send_error(404)
+            first = int(given[6:-1]) if given else 0
+            content = self.files[name][first:]
+            if given and not content:
+                return self.send_error(416)
+            self.send_response(206 if given else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:self.breaks.pop(0)] if self.breaks else content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        Handler.url = f"http://127.0.0.1:{web.server_port}/"
+        yield Handler
+        web.shutdown()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of random weights in the published layout, taken for the published one, and no way to a network."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(fid_peers.random_weights(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest), mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
+          mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
+          mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network"))):
+        yield path
+
+
+class Pixels(torch.nn.Module):
+    """In place of the network, and a thousand times faster: "features" are pixels of what it would read."""
+
+    def __init__(self, resize="tf"):
+        super().__init__()
+        self.resize, self.fc = resize, torch.nn.Linear(1, 1)
+
+    prepare = inception.InceptionV3.prepare
+
+    def forward(self, images):
+        f = self.prepare(images).flatten(1)[:, ::59]
+        return {"2048": f[:, :2048], "spatial": f[:, -2023:], "logits_unbiased": f[:, 500:1508]}
+
+
+@pytest.fixture
+def fast(weights):
+    """Programs take Pixels for Inception."""
+    with contextlib.ExitStack() as patches:
+        for module in (fid_command, fid_sources, tokenizer_report):
+            patches.enter_context(mock.patch.object(module, "load_inception", lambda path, device, resize="tf":
+                                                    Pixels(resize)))
+        yield
+
+
+class Program(torch.nn.Module):
+    """TorchScript runs __setstate__ when it is loaded: "write" makes a file, "overwrite" changes one, "loop" waits."""
+
+    def __init__(self, act: str, target: str):
+        super().__init__()
+        self.act, self.target = act, target
+
+    def forward(self):
+        return 0
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.act, self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, str, bool]):
+        self.act, self.target, self.training = state
+        if self.act != "loop":
+            self.training = bool(torch.from_file(self.target, True, 4, dtype=torch.uint8).fill_(65).all())
+        while self.act == "loop":
+            self.training = not self.training
+
+
+@pytest.fixture(scope="module")
+def hostile_files(tmp_path_factory):
+    """{name: file} of programs that pose as checkpoints. Their targets lie beside them."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "precious").write_text("years of work")
+    files = {act: folder / f"{act}.ckpt" for act in ("write", "overwrite", "loop")}
+    for act, path in files.items():
+        target = folder / {"write": "new", "overwrite": "precious", "loop": ""}[act]
+        torch.jit.save(torch.jit.script(Program(act, str(target))), path)
+    for kind, name in ((tarfile.LNKTYPE, "hard"), (tarfile.SYMTYPE, "symbolic")):
+        files[name] = folder / f"{name}.ckpt"
+        with tarfile.open(files[name], "w") as archive:
+            for member in ("storages", "tensors", "pickle"):
+                info = tarfile.TarInfo(member)
+                info.type, info.linkname = kind, str(folder / "precious")
+                archive.addfile(info)
+    return files

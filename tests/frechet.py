@@ -1,0 +1,347 @@
+"""FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
+
+import hashlib
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import fid_peers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import fid
+import sample
+from engine.run import UserError
+from extras import fid_sources, inception
+from extras.datasets import find
+from extras.downloads import DownloadError
+from extras.metrics import inception_score, kernel_distance, precision_recall
+from tests.common import HERE, TINY, call, close, f64, flags, make_folder, parser_flags, scores_of, seeded
+from tests.fixtures import Pixels
+
+URLOPEN = urllib.request.urlopen
+
+
+PINNED = {  # by experiments/fid_peers.py --pin: the first three features of image 1, from torch-fidelity 0.4.0
+    32: {"64": [0.0684317, 0.1240718, 0.0749409], "192": [1.7420932, 0.01508, 0.0087721],
+         "768": [5.3412175, 0.0065379, 9.9729023], "2048": [1.8494594, 33.8222351, 18.4372501],
+         "logits_unbiased": [-43.5916061, 11.0495071, 0.6460724], "logits": [-43.5444527, 10.9321156, 0.9105155]},
+    320: {"64": [0.1625426, 0.1543232, 0.0932495], "192": [1.9205581, 0.010539, 0.0077472],
+          "768": [5.8495312, 0.0069992, 10.7014875], "2048": [2.0481808, 36.1634178, 19.9357338],
+          "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937], "logits": [-47.9186516, 12.8355503, -0.4991505]},
+}
+
+
+def test_inception(weights):
+    """Layout of the published file; features of the reference tool; folding, batching and sizes change nothing."""
+    network, state = inception.InceptionV3(), torch.load(weights)
+    assert len(state) == 472 and sum(p.numel() for p in network.parameters()) == 23_850_960
+    network.load_state_dict(state, strict=True)
+    counters = {name: torch.tensor(7) for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    assert len(counters) == 94
+    network.load_state_dict(state | counters, strict=True)
+    seen = []
+    network.eval().Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    plain = network(fid_peers.test_images(32))
+    assert torch.equal(plain["spatial"].view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
+    folded = inception.load_inception(weights, "cpu")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    for size, pinned in PINNED.items():
+        taps = folded(fid_peers.test_images(size))
+        for name, values in pinned.items():
+            # float32 through 94 layers, in another order of summation: some 2^-24 each, about 5e-6 of the scale.
+            scale = float(taps[name].square().mean().sqrt())
+            close(taps[name][1, :3], torch.tensor(values), rtol=0, atol=1e-5 * scale)
+            if size == 32:
+                close(taps[name], plain[name], rtol=0, atol=1e-5 * scale)
+    images = [fid_peers.test_images(size)[1] for size in (32, 320)]
+    mixed = folded(images)["2048"]
+    close(mixed[1:], taps["2048"][1:], rtol=0, atol=1e-5 * float(mixed.square().mean().sqrt()))
+    for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="must be uint8 of shape"):
+            folded(wrong)
+    with pytest.raises(ValueError, match="resize must be one of tf, pytorch-fid, clean"):
+        inception.InceptionV3("bicubic")
+
+
+@pytest.mark.parametrize("size", [8, 299, 640])
+def test_resizing(size):
+    """TensorFlow's bilinear takes a ramp to a ramp from pixel 0 on; the clean one is Pillow's bicubic in floats."""
+    at = torch.minimum(torch.arange(299, dtype=torch.float64) * size / 299, f64(size - 1))
+    i, j = torch.arange(size)[:, None], torch.arange(size)
+    ramp = (0.1 * i + 0.2 * j).float().expand(1, 3, size, size)
+    # Positions and values are float32, below 640 and 192: a rounding of 2^-24 each, in a handful of operations.
+    close(inception.resize_tf1(ramp)[0, 0].double(), 0.1 * at[:, None] + 0.2 * at, rtol=0, atol=8 * 640 * 2 ** -24)
+    noise = torch.randint(256, (1, 3, size, size), generator=seeded(size)).float()
+    if size == 299:
+        assert torch.equal(inception.resize_tf1(noise), noise)
+    pillow = [np.asarray(Image.fromarray(c.numpy()).resize((299, 299), Image.Resampling.BICUBIC)) for c in noise[0]]
+    expected = (torch.from_numpy(np.stack(pillow)).clip(0, 255) - 128) / 128
+    # float32 after each of two passes
+    close(inception.PREPROCESS["clean"](noise)[0], expected, rtol=0, atol=4 * 2 ** -23)
+    white = inception.PREPROCESS["pytorch-fid"](torch.full((1, 3, size, size), 255.0))
+    close(white, torch.ones(1, 3, 299, 299), rtol=0, atol=8 * 2 ** -24)
+
+
+def test_frechet_distance():
+    """Gaussians whose distance is known: commuting covariances, any rank; and itself."""
+    rng = np.random.default_rng(0)
+    d, zero = 12, np.zeros(12)
+    turn = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    for low in (1e-8, 1.0):  # condition number 1e9, and below 10
+        a, b = low + rng.uniform(0, 9, d) * (rng.uniform(size=d) < 0.6), low + rng.uniform(0, 9, d)
+        mean = rng.standard_normal(d)
+        expected = np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+        s1, s2 = turn * a @ turn.T, turn * b @ turn.T
+        # eigvalsh is exact to some 2^-52 of the largest; its square root to the root of that, for the smallest ones
+        assert fid.frechet_distance(mean, s1, zero, s2) == pytest.approx(expected, abs=1e-6 if low < 1 else 1e-12)
+        assert fid.frechet_distance(mean, s2, zero, s1) == pytest.approx(expected, abs=1e-6 if low < 1 else 1e-12)
+        assert fid.frechet_distance(mean, s1, mean, s1) < 1e-12 * np.trace(s1)
+    # Fewer images than features: Tr (S1 S2)^(1/2) is the nuclear norm of X Y^T, from the centred features themselves.
+    x, y = rng.standard_normal((5, d)), rng.standard_normal((4, d)) + 1
+    x0, y0 = x - x.mean(0), y - y.mean(0)
+    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    expected = (np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s1) + np.trace(s2)
+                - 2 * np.linalg.svd(x0 @ y0.T / np.sqrt(4 * 3), compute_uv=False).sum())
+    assert fid.frechet_distance(x.mean(0), s1, y.mean(0), s2) == pytest.approx(expected, abs=1e-12)
+    assert fid.frechet_distance(zero, 0 * s1, zero + 1, s2) == pytest.approx(12 + np.trace(s2), abs=1e-12)
+    with pytest.raises(fid.FIDError, match="different widths"):
+        fid.frechet_distance(zero, s1, np.zeros(3), np.eye(3))
+    with pytest.raises(fid.FIDError, match="at least two images"):
+        fid.frechet_distance(zero, s1 * np.nan, zero, s2)
+
+
+def test_kernel_distance_inception_score_precision_recall():
+    """Against their definitions, written as loops over a few points."""
+    x, y = torch.randn(7, 3, generator=seeded(0)), torch.randn(7, 3, generator=seeded(1)) + 1
+    pairs = [(i, j) for i in range(7) for j in range(7)]
+
+    def k(a, b):
+        return float(a.double() @ b.double() / 3 + 1) ** 3
+
+    expected = (sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / 42
+                - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 49)
+    mean, deviation = kernel_distance(x, y, subsets=3)  # every subset is the whole set
+    assert mean == pytest.approx(expected, rel=1e-12) and deviation < 1e-12 * mean
+    small = [kernel_distance(x, y, subsets=500, size=m)[0] for m in (2, 3)]
+    assert small == pytest.approx([expected] * 2, rel=0.2)  # unbiased for every size, within five standard errors
+    certain = 100 * F.one_hot(torch.arange(40) % 4, 9).float()
+    assert inception_score(certain, splits=1) == pytest.approx((4, 0))  # four classes, equally often, each certain
+    assert inception_score(torch.randn(1, 9).expand(40, 9)) == pytest.approx((1, 0))  # always the same answer
+    real, fake = torch.randn(40, 2, generator=seeded(2)), torch.randn(50, 2, generator=seeded(3)) * 2
+
+    def covered(points, centres):
+        inside = 0
+        for p in points:
+            radii = [sorted(float((c - o).norm()) for o in centres)[3] for c in centres]
+            inside += any(float((p - c).norm()) <= r for c, r in zip(centres, radii, strict=True))
+        return inside / len(points)
+
+    assert precision_recall(real, fake, tile=7) == pytest.approx((covered(fake, real), covered(real, fake)))
+    assert precision_recall(real, real) == (1, 1) and precision_recall(real, real + 99) == (0, 0)
+    for few in (kernel_distance, precision_recall):
+        with pytest.raises(UserError, match="at least"):
+            few(real[:1], fake)
+
+
+def test_measure():
+    """Sums that meet in float64 are NumPy's mean and covariance; kept features are spread evenly, in order."""
+    images = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
+    source, taps = fid_sources.Decoded(data.ImageSet([0] * 100, [], 8, pixels=images)), Pixels()(images)
+    source.chunk = 30
+    found = fid.measure(source, Pixels(), batch=7, keep=4)
+    for tap in ("2048", "spatial"):
+        np.testing.assert_allclose(found.mean[tap], taps[tap].double().mean(0), atol=1e-14)  # 100 numbers below 1
+        np.testing.assert_allclose(found.cov[tap], np.cov(taps[tap].double().numpy(), rowvar=False), atol=1e-13)
+    assert torch.equal(found.features, taps["2048"][[0, 33, 66, 99]]) and found.n == 100
+    assert torch.equal(found.logits, taps["logits_unbiased"][[0, 33, 66, 99]])
+    assert fid.measure(source, Pixels(), keep=0).features is None
+    source.n = 1
+    with pytest.raises(fid.FIDError, match="1 image; a covariance needs at least two"):
+        fid.measure(source, Pixels())
+
+
+def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
+    """The same images as folder, zip, array or statistics give the same scores; a checkpoint's are those it draws."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.integers(0, high, (n, 12, 12, 3), np.uint8)
+              for name, n, high in (("real", 9, 256), ("fake", 7, 200))}
+    for name, pixels in arrays.items():
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / f"{name}.npz", pixels)
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for i, image in enumerate(pixels):
+                Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+                archive.write(tmp_path / name / f"{i}.png", f"in/{i}.PNG")
+
+    def score(*words, status=0):
+        capsys.readouterr()
+        assert call("fid.py", *[tmp_path / w if Path(str(w)).stem in ("real", "fake", "stats") else w for w in words],
+                    *(["--json", tmp_path / "scores.json"] if status == 0 else [])) == status, words
+        return scores_of(tmp_path / "scores.json") if status == 0 else capsys.readouterr().err
+
+    baseline = score("real", "fake")
+    printed = capsys.readouterr().out
+    assert set(baseline) == {"fid", "sfid", "kid", "kid_std", "is", "is_std", "precision", "recall"}
+    assert f"FID-7            {baseline['fid']:.4f}" in printed and "not full rank" in printed and "9 images" in printed
+    near = pytest.approx(baseline, rel=1e-9)
+    assert score("real.zip", "fake.npz", "--batch", 3, "--device", "cpu") == near
+    assert score("real.npz", "fake.zip", "--weights", weights) == near
+    assert score("real", "real")["fid"] == 0
+    # statistics: written once, of one side or of two; FID and sFID need no more
+    capsys.readouterr()
+    assert call("fid.py", tmp_path / "real", "--save-stats", tmp_path / "stats.npz") == 0
+    by_file = score("stats.npz", "fake")
+    assert by_file == pytest.approx({key: baseline[key] for key in by_file}, rel=1e-9)
+    assert set(baseline) - set(by_file) == {"kid", "kid_std", "precision", "recall"}
+    adm = dict(np.load(tmp_path / "stats.npz"))
+    np.savez(tmp_path / "real.npz", arr_0=arrays["real"], **{k: adm[k] for k in ("mu", "sigma", "mu_s", "sigma_s")})
+    assert score("real.npz", "fake") == near and "does not say how images were resized" in capsys.readouterr().out
+    np.savez(tmp_path / "real.npz", mu=adm["mu"], sigma=adm["sigma"])  # pytorch-fid's
+    assert score("real.npz", "fake", "--save-stats", tmp_path / "deep" / "copy.npz").keys() == {"fid", "is", "is_std"}
+    assert dict(np.load(tmp_path / "deep" / "copy.npz")).keys() == {"mu", "sigma"}
+    assert "made with --resize tf, not clean" in score("stats.npz", "fake", "--resize", "clean", status=2)
+    for mode in ("pytorch-fid", "clean"):
+        assert score("real", "fake", "--resize", mode) != near
+    assert score("real", "fake", "--size", 6) != near
+    # a checkpoint: samples like those of sample.py, the real side read as for training
+    pipeline = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
+    drawn = sample.sample_images(pipeline, torch.arange(6) // 3, seed=5, steps=2, guidance=2.0, sampler="ancestral")
+    later = sample.sample_images(pipeline, torch.ones(2, dtype=torch.int64), seed=5, first=4, **pipeline.sampling | {
+        "steps": 2, "guidance": 2.0})
+    assert torch.equal(later, drawn[4:])
+    np.savez(tmp_path / "fake.npz", drawn.permute(0, 2, 3, 1).numpy())
+    train_set, _ = find(str(folder)).load(8)
+    np.savez(tmp_path / "real.npz", train_set.pixels.permute(0, 2, 3, 1).numpy())
+    drawn = score(folder, run / "ckpt.pt", "--n", 6, "--steps", 2, "--guidance", 2, "--seed", 5)
+    printed = capsys.readouterr().out
+    assert "38 training images, cropped and resized to 8 px" in printed and "6 samples of step 8" in printed
+    assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
+    assert parser_flags("fid.py") == sorted(["n", "steps", "guidance", "seed", "size", "root", "resize", "weights",
+                                             "save_stats", "json", "batch", "device"])
+
+
+def test_two_processes_share_the_work(weights, tmp_path):
+    """torchrun: each process measures a share, and the scores are those of one process. With the real network."""
+    for name, n in (("real", 5), ("fake", 4)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(fid_peers.test_images(40 + n, n).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image[:40 + i]).save(tmp_path / name / f"{i}.png")
+    words = [tmp_path / "real", tmp_path / "fake", "--json"]
+    assert call("fid.py", *words, tmp_path / "one.json") == 0
+    (tmp_path / "two.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom extras import fid_command, "
+                                     f"inception\ninception.WEIGHTS_SHA256 = {inception.WEIGHTS_SHA256!r}\n"
+                                     "fid_command.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               tmp_path / "two.py", *words, tmp_path / "two.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert scores_of(tmp_path / "two.json") == pytest.approx(scores_of(tmp_path / "one.json"), rel=1e-4)
+    assert done.stdout.count("FID-4 ") == 2  # FID and sFID, printed once
+
+
+def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
+    """--eval-fid: the scores of fid.py join metrics.json; training statistics are measured once; no weights, no run."""
+    shutil.copytree(run, tmp_path / "run")
+    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--eval-fid"]
+    assert call("train.py", *words, 5) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert json.loads((run / "metrics.json").read_text()).items() <= found.items() and found["fid"]["n"] == 5
+    assert call("fid.py", folder, tmp_path / "run" / "ckpt.pt", "--n", 5, "--json", tmp_path / "scores.json") == 0
+    expected = scores_of(tmp_path / "scores.json")
+    assert found["fid"] == pytest.approx({key: expected[key] for key in ("fid", "sfid", "is", "is_std")} | {"n": 5})
+    assert len(list((weights.parent / "hub" / "vq-lcmd").glob("fid-*.npz"))) == 1
+    measured = []
+    monkeypatch.setattr(fid_sources, "measure", lambda *a, f=fid.measure, **k: measured.append(k["name"]) or f(*a, **k))
+    assert call("train.py", *words, 6) == 0 and measured == ["FID, samples"]
+    capsys.readouterr()
+    assert call("train.py", *words, 6) == 0 and "fid: complete (6 samples)" in capsys.readouterr().out
+    monkeypatch.delenv("FID_WEIGHTS")
+    assert call("train.py", "--data", folder, "--out", tmp_path / "new", "--eval-fid", 5) == 2
+    error = capsys.readouterr().err
+    assert "no network" in error and inception.WEIGHTS_URL in error and error.count("\n") == 1
+    assert "give --weights PATH, or set $FID_WEIGHTS" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input_of_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
+    """One line, exit status 2; a download goes on where it stopped, and a damaged file is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "hurt")
+    (tmp_path / "hurt" / "cat" / "x.png").write_bytes(b"\x89PNG, and then nothing")
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save("one/1.png")
+    (tmp_path / "text.zip").write_text("no archive")
+    np.savez("float.npz", np.zeros((4, 8, 8, 3)))
+    np.savez("other.npz", weights=np.zeros(3))
+    np.savez("narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    for words, says in [
+        ([folder, folder, "--weights", "cut.pth"], f"cut.pth is not the published {inception.WEIGHTS}"),
+        ([folder, folder, "--weights", "none.pth"], f"no {inception.WEIGHTS} at none.pth: fetch https://"),
+        ([folder, "nowhere"], "no such folder"),
+        ([folder, "empty"], "no images in empty"),
+        ([folder, "hurt"], "cat/x.png cannot be used (no image of a format that is known): repair it"),
+        ([folder, "one"], "one image in one: at least two are needed"),
+        ([folder, "text.zip"], "text.zip cannot be read as a zip"),
+        ([folder, "float.npz"], "arr_0 must be uint8 of shape (n, H, W, 3), is float64 (4, 8, 8, 3)"),
+        ([folder, "other.npz"], "other.npz holds weights: expected arr_0 (images), or mu and sigma"),
+        (["narrow.npz", "wide.npz"], "statistics of different widths"),
+        ([folder], "give REAL and FAKE, or one of them and --save-stats"),
+        ([folder, "--save-stats", "stats"], "--save-stats stats: the name must end in .npz"),
+        ([run / "ckpt.pt", folder], "a checkpoint can only stand at FAKE"),
+        ([folder, run / "tokenizer.pt"], "not 'vq-lcmd checkpoint 1'"),
+        ([folder, folder, "--n", 5], "--n, --steps and --guidance are for a checkpoint"),
+        ([folder, folder, "--batch", 0], "--batch must be at least 1"),
+        ([folder, folder, "--device", "cuda:99"], "is not available here"),
+    ]:
+        capsys.readouterr()
+        assert call("fid.py", *words) == 2, words
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, (words, error)
+
+
+def test_weights_download(tmp_path, monkeypatch):
+    """A download that breaks off goes on from there; the file is refused if it is altered afterwards."""
+    content, asked = np.random.default_rng(0).bytes(3 << 20), []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            first = int(re.findall(r"\d+", self.headers.get("Range", "bytes=0-"))[0])
+            asked.append(first)
+            self.send_response(206 if first else 200)
+            self.send_header("Content-Length", str(len(content) - first))
+            self.end_headers()
+            self.wfile.write(content[first:] if first else content[:2 << 20])  # the first time, it breaks off
+
+        def log_message(self, *words):
+            pass
+
+    monkeypatch.setattr(urllib.request, "urlopen", URLOPEN)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest())
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(inception, "WEIGHTS", "inception.pth")
+        monkeypatch.setattr(inception, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/inception.pth")
+        path = tmp_path / "checkpoints" / "inception.pth"
+        assert inception.find_inception() == path and path.read_bytes() == content and asked == [0, 2 << 20]
+        assert inception.find_inception() == path and len(asked) == 2  # it is there
+        server.shutdown()
+    path.write_bytes(content[:-1])
+    with pytest.raises(DownloadError, match=r"inception.pth is not the published inception.pth"):
+        inception.find_inception()

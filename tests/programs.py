@@ -1,0 +1,291 @@
+"""The programs, run as their users do: images in, images out, every flag, runs that go on."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from engine.config import OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
+from engine.tokens import load_tokenizer
+from extras import downloads
+from extras.datasets import find
+from extras.toy import Toy
+from tests.common import (
+    HERE,
+    SMALL,
+    TINY,
+    call,
+    contents,
+    flags,
+    noise,
+    parser_flags,
+    write_cifar,
+    write_idx,
+    write_images,
+    write_lmdb,
+)
+
+
+def test_commands(folder, tmp_path):
+    """As typed: train, train again (complete, nothing touched), sample; all from another directory."""
+    def command(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    once = [HERE / "train.py", "--data", folder, *flags(TINY)]
+    text = command(*once)
+    assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
+    assert "python sample.py runs/pets/ckpt.pt" in text
+    out = tmp_path / "runs" / "pets"
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "config.json"}
+    assert {path.name for path in times} == {
+        "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
+        "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png",
+        "data.png", "skipped.txt", ".lock"}
+    again = command(*once)
+    assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
+    text = command(HERE / "sample.py", "runs/pets/ckpt.pt", "--class", "dog")
+    assert "step 8, 8 images" in text and Image.open(tmp_path / "samples.png").width > 8 * 8
+    rows = np.load(out / "tokens.npy")
+    assert len(rows) == 40 and rows["test"].sum() == 2 and rows["x"].max() < 8 and rows["x"].shape == (40, 4)
+    metrics = json.loads((out / "metrics.json").read_text())
+    bound = metrics["vlb"]
+    assert bound["total"] == pytest.approx(bound["prior"] + bound["rec"] + bound["diff"])
+    with (out / "evaluation.csv").open() as file:
+        untrained = next(csv.DictReader(file))
+    # At step 0 it is the exact denoiser of uniform tokens: log2 K bits, up to the error of the estimate.
+    assert abs(float(untrained["total"]) - 3) < 4 * float(untrained["standard_error"]) < 1
+
+
+def test_the_checkpoint_is_what_training_drew(run, tmp_path):
+    """sample.py, at its defaults, draws the very picture that train.py drew last."""
+    assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (run / "samples_000008.png").read_bytes()
+
+
+def test_flip(folder, run, tmp_path):
+    """--flip: the training images once more, mirrored, with their labels; held-out images only as they are."""
+    out = tmp_path / "flip"
+    assert call("train.py", "--data", folder, "--out", out, "--flip", "--tokenizer", run / "tokenizer.pt",
+                "--stage", "tokens", *flags(TINY)) == 0
+    plain, both = np.load(run / "tokens.npy"), np.load(out / "tokens.npy")
+    assert len(both) == 2 * 38 + 2 and np.array_equal(both[:38], plain[:38]) and np.array_equal(both[-2:], plain[-2:])
+    labels = [image.labels.tolist() for image in find(str(folder)).load(8)]
+    assert both["label"].tolist() == 2 * labels[0] + labels[1] and not both["test"][:76].any()
+    config = json.loads(json.dumps(torch.load(run / "tokenizer.pt", weights_only=True)["config"]))
+    tokenizer, _ = load_tokenizer(config, run, torch.device("cpu"))
+    mirrored = find(str(folder)).load(8)[0].pixels.flip(3)
+    assert np.array_equal(both["x"][38:76], tokenizer.encode(mirrored).numpy())
+
+
+def test_tokens_of_another_run(folder, run, tmp_path, capsys):
+    """--data RUN/tokens.npy trains the same denoiser without images; the tokenizer lies beside it or is named."""
+    settings = {k: v for k, v in TINY.items() if k not in TOKENIZER_OPTIONS.values()}
+    assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "a", *flags(settings)) == 0
+    assert contents(tmp_path / "a")["ckpt.pt"] == contents(run)["ckpt.pt"]
+    shutil.copy(run / "tokens.npy", tmp_path / "tokens.npy")
+    words = ["--data", tmp_path / "tokens.npy", "--out", tmp_path / "b"]
+    assert call("train.py", *words, *flags(settings)) == 2 and "no checkpoint at" in capsys.readouterr().err
+    assert call("train.py", *words, "--tokenizer", run / "tokenizer.pt", "--stage", "tokens", *flags(settings)) == 0
+    assert (tmp_path / "b" / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
+    other = torch.load(run / "tokenizer.pt", weights_only=True)
+    other["tokenizer"]["decoder.0.bias"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    shutil.copytree(run, tmp_path / "d")
+    (tmp_path / "d" / "ckpt.pt").unlink()
+    shutil.copy(tmp_path / "other.pt", tmp_path / "d" / "tokenizer.pt")
+    for again in ([*words[:3], tmp_path / "c", "--tokenizer", tmp_path / "other.pt", *flags(settings)],
+                  ["--out", tmp_path / "d", "--stage", "diffusion", "--data", folder, *flags(TINY)]):
+        assert call("train.py", *again) == 2
+        assert re.search("was made by tokenizer [0-9a-f]{16}, this one is [0-9a-f]{16}", capsys.readouterr().err)
+    shutil.rmtree(tmp_path / "c")
+    rows = np.load(run / "tokens.npy")
+    rows["x"][0] = 8
+    np.save(tmp_path / "tokens.npy", rows)
+    words[-1] = tmp_path / "c"
+    assert call("train.py", *words, "--tokenizer", run / "tokenizer.pt", *flags(settings)) == 2
+    assert "they do not belong together" in capsys.readouterr().err
+
+
+def test_tokenizer_of_a_checkpoint(folder, run, tmp_path, capsys):
+    """--tokenizer takes it out of a ckpt.pt, a finished one or not: the same tokens, and the same denoiser."""
+    unfinished = torch.load(run / "ckpt.pt", weights_only=True) | {"metrics": {}}
+    torch.save(unfinished, tmp_path / "unfinished.pt")
+    for name, file in (("a", run / "ckpt.pt"), ("b", tmp_path / "unfinished.pt")):
+        words = ["--data", folder, "--out", tmp_path / name, "--tokenizer", file, *flags(TINY)]
+        assert call("train.py", *words) == 0
+        found, expected = contents(tmp_path / name), contents(run)
+        assert found["tokens.npy"] == expected["tokens.npy"]
+        assert found["tokenizer.pt"]["tokenizer"] == expected["tokenizer.pt"]["tokenizer"]
+        assert found["ckpt.pt"]["ema"] == expected["ckpt.pt"]["ema"] and "tokenizer.csv" not in found
+        assert call("train.py", *words) == 0 and "tokenizer: complete (8 steps)" in capsys.readouterr().out
+    words[5] = run / "tokenizer.pt"  # it is the same one
+    assert call("train.py", *words) == 0
+    assert call("train.py", *words[:2], "--out", tmp_path / "c", *words[4:], "--K", 9) == 2
+    assert "has K 8, this run 9: leave --K away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, tmp_path, monkeypatch, capsys):
+    """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
+    monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-2], 4, args[-1]))
+    monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
+    monkeypatch.setattr(downloads, "fetch", mock.Mock(side_effect=downloads.DownloadError("no network")))
+    monkeypatch.setattr(Toy, "n_train", 24)
+    monkeypatch.setattr(Toy, "n_test", 2)
+    images, side, root = noise(6, 40, 44), PRESETS[preset]["size"], tmp_path
+    if preset in ("mnist", "fashion-mnist"):
+        write_idx(tmp_path / preset, images[:4, :28, :28, 0], images[4:, :28, :28, 0], True)
+    elif preset == "cifar10":
+        write_cifar(tmp_path / "cifar-10-batches-py", images[:, :32, :32])
+    elif preset.startswith("lsun"):
+        write_lmdb(tmp_path / {"lsun-churches": "church_outdoor_train_lmdb"}.get(preset, "bedroom_train_lmdb"), images)
+    elif preset == "imagenet":
+        write_images(tmp_path / preset / "train", [f"n0144{i % 2}/{i}.png" for i in range(6)], images)
+    elif preset == "ffhq":
+        write_images(tmp_path / preset, [f"00000/{i:05d}.png" for i in range(6)], images)
+    elif preset != "toy":
+        root = write_images(tmp_path / "images", [f"{i}.png" for i in range(6)], noise(6, side, side))
+    name = root if root != tmp_path else preset
+    assert call("train.py", "--data", name, "--root", tmp_path, "--preset", preset, "--out", tmp_path / "run",
+                *flags(SMALL)) == 0
+    tokens = np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1]
+    assert tokens == {"toy": 25, "mnist": 49, "fashion-mnist": 49}.get(preset, 256 if side == 256 else 64)
+    source, args = find(str(name), tmp_path), SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS))
+    for device in ("cpu", "cuda"):
+        by_size = "32-cpu" if device == "cpu" else preset
+        chosen = by_size if root != tmp_path or preset in SMALL_SETS else preset
+        if device == "cpu" or preset != "32-cpu":  # which no GPU gets
+            config = resolve(args, source, torch.device(device), {})
+            assert f"preset {chosen}: chosen for" in capsys.readouterr().out
+            assert config["size"] == PRESETS[chosen]["size"]
+
+
+def test_raising_the_steps_goes_on(folder, run, tmp_path):
+    """A complete run continues with more --steps; the tokenizer and the tokens stay."""
+    shutil.copytree(run, tmp_path / "pets")
+    assert call("train.py", "--data", folder, "--out", tmp_path / "pets", *flags(TINY | {"steps": 10})) == 0
+    before, after = contents(run), contents(tmp_path / "pets")
+    assert after["ckpt.pt"]["step"] == 10 and [r["step"] for r in after["diffusion.csv"]] == list("2468") + ["10"]
+    assert after["tokenizer.pt"] == before["tokenizer.pt"] and after["tokens.npy"] == before["tokens.npy"]
+
+
+def test_what_may_change_when_a_run_goes_on(folder, run, tmp_path, capsys):
+    """Learning rates, the largest gradient and the seed: it goes on, says so, and computes something else."""
+    changed = {"lr": 2e-2, "tokenizer_lr": 1e-3, "gan_lr": 1e-3, "clip": 0.5, "seed": 3, "eval_batch": 5}
+    ends, before = {}, {"lr": 1e-2, "tokenizer_lr": 4e-3, "gan_lr": 2e-4, "clip": 1.0, "seed": 0, "eval_batch": 256}
+    before["tokenizer_lr"] = json.loads((run / "config.json").read_text())["tokenizer_lr"]  # of the preset
+    for name, value in {"steps": 10, **changed}.items():
+        out = tmp_path / name
+        shutil.copytree(run, out)
+        capsys.readouterr()
+        assert call("train.py", "--data", folder, "--out", out, *flags(TINY | {"steps": 10, name: value})) == 0
+        said = capsys.readouterr().out
+        assert name == "steps" or f"{name} was {before[name]}, from here on it is {value}\n" in said
+        assert "steps was 8, from here on it is 10\n" in said and "diffusion: continuing at step 8" in said
+        assert json.loads((out / "config.json").read_text())[name] == value
+        ends[name] = contents(out)["ckpt.pt"]
+        assert ends[name]["step"] == 10
+        same = ends[name]["model"] == ends["steps"]["model"]
+        assert same == (name not in ("lr", "clip", "seed")), f"--{name}"
+
+
+def test_eval_batch(folder, run, tmp_path):
+    """--eval-batch changes nothing that is computed but the noise of the held-out bound."""
+    assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--eval-batch", 3) == 0
+    found, expected = contents(tmp_path / "a"), contents(run)
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"ckpt.pt", "tokenizer.pt", "evaluation.csv", "metrics.json"}:
+        assert found[name] == expected[name], name
+    for name in ("tokenizer.pt", "ckpt.pt"):
+        a, b = ({k: v for k, v in content[name].items() if k != "metrics"} for content in (found, expected))
+        assert a == b, name
+    a, b = (json.loads(content["metrics.json"]) for content in (found, expected))
+    assert a.keys() == b.keys() and all(a[part] == pytest.approx(b[part], rel=1e-5) for part in a if part != "vlb")
+    for a, b in zip(found["evaluation.csv"], expected["evaluation.csv"], strict=True):
+        a, b = ({k: float(v) for k, v in row.items()} for row in (a, b))
+        assert abs(a["total"] - b["total"]) < 4 * math.hypot(a["standard_error"], b["standard_error"])
+        assert all(a[name] == pytest.approx(b[name], rel=1e-5) for name in ("effective_rank", "smallest_distance"))
+
+
+CHANGED = dict(
+    size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
+    codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
+    tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
+    depth=2, heads=4, output_prior=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
+    weight_clip=1.0, rec_fraction=0.5, cm_pairs="shared", max_gap=0.5, teacher="ema", max_drop_rate=0.9, label_drop=0.9,
+    steps=9, batch=7, lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0,
+    sampler="ddim", log_every=3, sample_every=3, save_every=1, flip=True)
+
+
+def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, capsys):
+    """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
+    others = ["activation_checkpointing", "compile", "fsdp", "micro_batch",  # see engine_room.py
+              "eval_batch",  # see test_eval_batch
+              "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
+              "stage", "tokenizer"]
+    assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
+    baseline, given = contents(run), ["--tokenizer", run / "tokenizer.pt"]
+    seldom = TINY | {"sample_every": 100, "save_every": 100}
+    assert call("train.py", "--data", folder, "--out", tmp_path / "u", *given, *flags(seldom)) == 0
+    adopted = contents(tmp_path / "u")
+    assert "tokenizer.csv" not in adopted and adopted["ckpt.pt"] == baseline["ckpt.pt"]
+    late = list(CHANGED)[list(CHANGED).index("D"):list(CHANGED).index("warmup")]  # they need no tokenizer of their own
+    capsys.readouterr()
+    assert call("train.py", "--data", folder, "--dry-run", *flags(CHANGED)) == 0
+    resolved = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')} {value}\n" in resolved for name, value in CHANGED.items())
+    for name, value in CHANGED.items():
+        options = given + flags(seldom | {name: value}) if name in late else flags(TINY | {name: value})
+        options += ["--lpips-weights", small_lpips] if name == "perceptual" else []
+        out, saves = tmp_path / name, []
+        with mock.patch.object(torch, "save", lambda what, *a, s=saves, f=torch.save, **k: s.append(f(what, *a, **k))):
+            assert call("train.py", "--data", folder, "--out", out, *options) == 0
+        if name == "save_every":
+            assert len(saves) == 2 * (8 + 1)  # after every step; after the last before and after measuring
+        else:
+            assert contents(out) != (adopted if name in late else baseline), f"--{name} changes nothing"
+    assert call("train.py", "--data", folder, "--out", tmp_path / "s", "--seed", 1, *flags(TINY)) == 0
+    seeded_run = contents(tmp_path / "s")
+    assert seeded_run["tokenizer.pt"] != baseline["tokenizer.pt"] and seeded_run["ckpt.pt"] != baseline["ckpt.pt"]
+    for stage in ("tokenizer", "tokens", "diffusion"):  # --stage, --device
+        assert call("train.py", "--data", folder, "--out", tmp_path / "t", "--stage", stage, "--device", "cpu",
+                    *flags(TINY)) == 0
+        assert (tmp_path / "t" / "tokens.npy").exists() == (stage != "tokenizer")
+        assert (tmp_path / "t" / "ckpt.pt").exists() == (stage == "diffusion")
+    assert contents(tmp_path / "t") == baseline
+    for preset, settings in PRESETS.items():  # a preset fills only what was not given
+        capsys.readouterr()
+        assert call("train.py", "--dry-run", "--preset", preset, "--K", 99) == 0
+        text = capsys.readouterr().out
+        assert "--K 99\n" in text and all(f"--{name.replace('_', '-')} {value}\n" in text
+                                          for name, value in settings.items() if name != "K")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_other_programs(run, folder, tmp_path):
+    """schedule.py and data.py draw their pages; experiments/agreement.py reads a checkpoint."""
+    assert call("schedule.py", "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 6,
+                "--out", tmp_path / "s.png") == 0
+    assert call("data.py", folder, "--size", 8, "--out", tmp_path / "d.png") == 0
+    for name in ("s.png", "d.png"):
+        with Image.open(tmp_path / name) as image:
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    done = subprocess.run([sys.executable, HERE / "experiments" / "agreement.py", run / "ckpt.pt",
+                           "--data", folder.name, "--root", folder.parent, "--n", "6", "--classifier-steps", "2",
+                           "--guidance", "0", "2", "--steps", "2", "--sampler", "ddim", "--seed", "1",
+                           "--device", "cpu"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and len(re.findall(r"samples +[\d.]+% of 6", done.stdout)) == 2, done.stderr

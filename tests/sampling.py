@@ -1,0 +1,174 @@
+"""sample.py as users run it: every flag, special pictures, files of samples."""
+
+import io
+import socket
+import zipfile
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import load_image
+from engine.randomness import image_generators
+from extras import sample_command, sample_files
+from sample import default_labels, load_checkpoint, sample_images
+from tests.common import call, flags, parser_flags, seeded
+
+
+def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
+    """Each changes the picture, but --batch and --device do not; --n adds images after the others."""
+    def picture(**options):
+        words = {"n": 9, "out": tmp_path / "a.png"} | options
+        capsys.readouterr()
+        assert call("sample.py", run / "ckpt.pt", *flags(words)) == 0
+        with Image.open(words["out"]) as image:
+            return np.asarray(image)
+
+    baseline = picture()
+    changed = {"steps": 1, "guidance": 1e4, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20, "temperature": 1e-3,
+               "end": 0.9}
+    assert parser_flags("sample.py") == sorted(["classes" if f == "class" else f for f in changed] + [
+        "batch", "compile", "device", "out", "interval",
+        "grid_of", "trajectory", "inpaint", "mask", "vary", "strength", "interpolate"])  # test_special_pictures
+    for name, value in changed.items():
+        assert not np.array_equal(picture(**{name: value}), baseline), name
+    assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
+    with mock.patch.object(torch, "compile", side_effect=lambda f, **_: f) as compiled:
+        assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
+    assert np.array_equal(picture(**{"class": "1"}), picture(**{"class": "dog"}))
+    assert np.array_equal(picture(n=20)[:len(baseline) // 2], baseline[:len(baseline) // 2])
+
+
+def test_special_pictures(one_thread, run, tmp_path):
+    """Each is made of the right images, tile by tile: those of the plain grid, or of sample_images."""
+    pipeline, side = load_checkpoint(run / "ckpt.pt", torch.device("cpu")), 66  # 8 pixels, 8 times, and 2 between
+    settings = pipeline.sampling | {"guidance": 1e4}  # the model is hardly trained: less is hardly seen
+
+    def tiles(columns, *words, rows=1):
+        """[row][column] -> the pixels of a tile, without the words at the left and above."""
+        assert call("sample.py", run / "ckpt.pt", "--guidance", 1e4, *words, "--out", tmp_path / "a.png") == 0
+        page = np.asarray(Image.open(tmp_path / "a.png"))[-side * rows:, -side * columns:]
+        return [[page[side * i:side * i + 64:8, side * j:side * j + 64:8].transpose(2, 0, 1) for j in range(columns)]
+                for i in range(rows)]
+
+    def same(found, images):
+        return all(np.array_equal(tile, image) for tile, image in zip(found, images, strict=True))
+
+    [plain] = tiles(8, "--n", 8)
+    for values, rows in (("guidance=0,1e4", 2), ("steps=3,1", 2), ("temperature=1,1e-3", 2), (f"end={0.8 / 9},0.9", 2)):
+        found = tiles(8, "--grid-of", values, rows=rows)
+        default = int(values.startswith("guidance"))
+        assert [same(row, plain) for row in found] == [i == default for i in range(rows)], values
+    [guided], [unguided] = tiles(8, "--n", 8, "--end", 0), tiles(8, "--n", 8, "--guidance", 0, "--end", 0)
+    part = ["--n", 8, "--end", 0, "--guidance-interval"]  # t = 1, 0.5 and 0 alone are visited
+    assert same(tiles(8, *part, 0.6, 0.7)[0], unguided)
+    assert not any(same(tiles(8, *part, 0, 0.7)[0], row) for row in (guided, unguided))
+
+    # over time: the last column is the argmax of the last p; the film has all steps, and the same last image
+    seen, labels = [], torch.zeros(4, dtype=torch.int64)
+    sample_images(pipeline, labels, **settings, callback=lambda t, p: seen.append((t, p.argmax(-1))))
+    found = tiles(3, "--n", 4, "--trajectory", "--batch", 3, rows=4)
+    for column, (_, tokens) in enumerate(seen):
+        assert same([row[column] for row in found], pipeline.tokenizer.decode(tokens).numpy())
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 3
+    [found] = tiles(10, "--n", 1, "--trajectory", "--steps", 12)
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 12
+        film.seek(11)  # one image of 64 pixels: the 256 colours of a GIF are enough
+        assert np.array_equal(np.asarray(film.convert("RGB"))[-side:-2:8, -side:-2:8].transpose(2, 0, 1), found[-1])
+
+    # made from an image
+    pixels = torch.randint(256, (10, 14, 3), generator=seeded(0), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    mask = np.zeros((20, 28), np.uint8)
+    mask[18, 5] = 255  # its centre square is columns 4 to 23: this is the cell at the lower left
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = load_image(tmp_path / "image.png", 8)
+    tokens = pipeline.tokenizer.encode(torch.from_numpy(image)[None])
+    known = tokens.masked_fill(torch.tensor([False, False, True, False]), -1)
+    grey = image.copy()
+    grey[:, 4:, :4] = 128
+    words = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--n", 3]
+    for names, labels, omega in (([], [2], 0.0), (["--class", "dog,cat"], [1, 0], 1e4)):  # 2: the null class
+        for row, label in zip(tiles(5, *words, *names, rows=len(labels)), labels, strict=True):
+            images = sample_images(pipeline, torch.full((3,), label), inpaint=known,
+                                          **settings | {"guidance": omega})
+            assert same(row, [image, grey, *images.numpy()])
+    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog"]
+    for strength, more in ((0.6, []), (0.9, ["--strength", 0.9])):
+        images = sample_images(pipeline, torch.ones(3, dtype=torch.int64), init=(tokens, strength), **settings)
+        assert same(tiles(4, *words, *more)[0], [image, *images.numpy()])
+
+    # between two seeds
+    found = tiles(4, "--interpolate", "0,1", "--n", 4, rows=2)
+    assert np.array_equal(found[0][0], plain[0])
+    noise = torch.randn(4, 4, generator=image_generators(1, [0])[0])[None]
+    for row, label in zip(found, (0, 1), strict=True):
+        images = [sample_images(pipeline, torch.tensor([label]), noise=z, **settings)[0] for z in (None, noise)]
+        assert same([row[0], row[3]], images)
+
+
+def test_special_pictures_alone(run, tmp_path, capsys, monkeypatch):
+    """One at a time, in one process; and the process group ends when an error leaves early."""
+    words = [run / "ckpt.pt", "--out", tmp_path / "a.png"]
+    assert call("sample.py", *words, "--trajectory", "--interpolate", "0,1") == 2
+    assert "--interpolate: not allowed with argument --trajectory" in capsys.readouterr().err
+    with mock.patch.object(sample_command, "rank_and_world", lambda: (0, 2)):
+        assert call("sample.py", *words, "--grid-of", "steps=1,2") == 2
+    assert "--grid-of is for one process: start it with python" in capsys.readouterr().err
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    checkpoint["config"]["training"]["label_drop"] = 0.0
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert call("sample.py", tmp_path / "ckpt.pt", "--vary", tmp_path / "image.png") == 2
+    assert "trained with --label-drop 0" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with mock.patch.object(sample_command, "check_arguments", side_effect=lambda *_: 1 / 0) as early:
+        with pytest.raises(ZeroDivisionError):
+            call("sample.py", *words)
+    assert early.called and not torch.distributed.is_initialized() and not (tmp_path / "a.png").exists()
+
+
+def test_sample_files(run, tmp_path, capsys):
+    """Folder, zip and npz hold the same pixels, those of one batch, interrupted and continued; wrong use is said."""
+    words = ["--n", 21, "--batch", 8, "--seed", 3]
+    pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
+    labels = default_labels(21, 2)
+    expected = sample_images(pipeline, labels, seed=3, **pipeline.sampling).permute(0, 2, 3, 1).numpy()
+    for name in ("a", "a.zip", "a.npz"):
+        real, seen = sample_images, []
+
+        def stopped(*args, seen=seen, real=real, **options):
+            seen.append(options["first"])
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        with mock.patch.object(sample_files, "sample_images", stopped):
+            assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / name) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+        assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / name, "--steps", 1) == 2
+        assert "is of other images, settings or weights" in capsys.readouterr().err
+        with mock.patch.object(sample_files, "sample_images", stopped):
+            assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / name) == 0 and seen == [0, 8, 16, 16]
+        if name == "a.npz":
+            with np.load(tmp_path / name) as found:
+                images = found["arr_0"]
+                assert np.array_equal(found["arr_1"], labels)
+        else:
+            folder = tmp_path / name if name == "a" else zipfile.Path(tmp_path / name)
+            files = sorted(folder.iterdir(), key=lambda file: file.name)
+            images = np.stack([np.asarray(Image.open(io.BytesIO(file.read_bytes()))) for file in files])
+        assert np.array_equal(images, expected), name
+        assert {path.name for path in tmp_path.iterdir()} <= {"a", "a.zip", "a.npz"}
+        assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / name) == 2
+        assert "is there already" in capsys.readouterr().err
+    assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.jpg") == 2
+    assert "must end in .png, .npz or .zip" in capsys.readouterr().err
