@@ -9,8 +9,9 @@ take batches from (`ImageSet`), and what every form of data must provide (`Sourc
 folder to LSUN's LMDB, are subclasses of Source in extras/data_forms.py and extras/data_arrays.py; extras/datasets.py
 turns the word after --data into one of them.
 
-A new form takes three methods: __init__ lists the images and calls Source.__init__, read(i) returns one of them, as a
-path, bytes or an array, and title(i) names it. Then extras/datasets.detect_format has to recognise it.
+A new form takes two methods: __init__ lists the images, names them in self.names and calls Source.__init__; read(i)
+returns one of them, as a path, bytes or an array, and is called by several threads. Then extras/datasets.detect_format
+has to recognise it. Zip in extras/data_forms.py is an example.
 """
 
 import functools
@@ -181,7 +182,7 @@ class Source:
     images of each split. dataset, published: its name and how many images were published, if it was found by name
     (extras/datasets.py). skipped: {title: why not}, after load.
     """
-    dataset, published, note, sides, skipped = None, None, "", None, {}
+    dataset, published, note, sides, skipped = None, None, "", None, {}  # skipped is replaced, never filled
 
     def __init__(self, path, class_names, labels, train, test=None):
         self.path, self.class_names, self.labels = Path(path), class_names, np.asarray(labels, np.int64)
@@ -240,7 +241,7 @@ class Source:
     def load(self, size, skipped=None):
         """-> (train, test) ImageSets of the images that can be decoded.
 
-        skipped: {title: why not} as an earlier load found them; None: find out, by decoding every image once.
+        skipped: {title: why not} as an earlier load found them, perhaps empty; None: find out, by decoding every image.
         """
         self.skipped, sets = dict(skipped or {}), []
         for split in (self.train, self.test):

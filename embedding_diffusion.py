@@ -11,7 +11,7 @@ normalisation and its start at the tokenizer's codebook.
 
 The output prior (Plaid). Given the tokens, the noise is independent from position to position, so Bayes' rule says
 
-    p(x_i = k | z_t)  ~  p(x_i = k | z_t at the other positions)  x  N(z_ti ; alpha_t E_k, sigma_t^2 I).
+    p(x_i = k | z_t)  =  p(x_i = k | z_t at the other positions)  x  N(z_ti ; alpha_t E_k, sigma_t^2 I)  /  constant.
 
 The second factor is known in closed form. We add its logarithm to the logits and the network learns the first: what
 a token should be in view of its neighbours. Nothing is assumed or lost: the network also sees z_ti and can correct.
@@ -57,7 +57,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)   # QK normalisation: attention logits stay bounded,
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)   # so bf16 and large learning rates stay stable
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)   # so bf16 and large learning rates stay stable. Only their
+        # weights are used, below: their product does the work of both in one pass.
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
@@ -130,8 +131,9 @@ class EmbeddingDiffusion(nn.Module):
     def init_from_codebook(self, codes):
         """Starts the table at the tokenizer's codes (K, C), not at random (ours): tokens that look alike are close.
 
-        Principal components, the first D of them, with the square root of their spread: half-way between the codebook,
-        nearly flat, and a whitened one, in which noise is as loud as colour. It is trained from there as usual.
+        With the singular value decomposition U S V of the centred codes, U S is the codebook up to a rotation: nearly
+        flat, for a few directions have all the spread. U alone is whitened: noise is as loud as colour. We take the
+        first D columns of U S^1/2. The table is trained from there as usual.
         """
         U, S, _ = torch.linalg.svd((codes - codes.mean(0)).double().cpu(), full_matrices=False)    # (K, r), (r,)
         components = (U * S.sqrt())[:, :self.D]                                                    # (K, min(r, D))
@@ -160,9 +162,9 @@ class EmbeddingDiffusion(nn.Module):
     def forward(self, z, log_snr, labels, mask=None, table=None):
         """z (B, N, D), log_snr (B,), labels (B,) -> logits (B, N, K) in float32.
 
-        mask (B, N) bool: positions whose embedding is dropped; the network is told, by a learned mask embedding in
-        place of the input. Nothing of their z reaches the output: they are named from their neighbours alone.
-        table: self.table() if computed already.
+        labels: num_classes is the null class (0, where there are no classes). mask (B, N) bool: positions whose
+        embedding is dropped; the network is told, by a learned mask embedding in place of the input. Nothing of their z
+        reaches the output: they are named from their neighbours alone. table: self.table() if computed already.
         """
         B, N, D = z.shape
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"

@@ -27,6 +27,10 @@ losses.py`: the sum falls down to a distance of about 0.3, and rises again only 
 
     L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
 
+p_theta' is the teacher: the model itself (the default), or its EMA; sg = stop-gradient. L_CM pushes embeddings apart:
+its target is held fixed, so its gradient is that of a cross-entropy at z_t, which falls when tokens are easier to tell
+apart there. (Its value rises with the distance, as the teacher then knows more. Without sg it would reward collapse.)
+
 The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
 
 Two ways to draw the pair (z_s, z_t), and the choice matters (the question is ours, test_all.py has the exact example):
@@ -112,14 +116,14 @@ def sample_noise(model, x, labels, generator, *, rec_fraction, max_drop_rate, la
 
     x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first axis the
     batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff and L_CM at
-    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM. s is uniform in [t - max_gap, t), or [0, t).
+    stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM. s is uniform in [max(0, t - max_gap), t).
     """
-    (B, N), e = x.shape, F.embedding(x, model.table())                                             # (B, N, D)
+    (B, N), e = x.shape, F.embedding(x, model.table())  # of e, only shape and type count            (B, N, D)
     n_rec = min(max(1, round(rec_fraction * B)), B - 1)
     # Times: 0 for the first rows, stratified over the others alone, so that no interval of t is left out.
     t = torch.cat([torch.zeros(n_rec, device=x.device), stratified(B - n_rec, generator, x.device)])
     least = (t - max_gap).clamp(min=0)
-    s = least + (t - least) * torch.rand(B, generator=generator, device=x.device)                  # < t
+    s = least + (t - least) * torch.rand(B, generator=generator, device=x.device)                  # (B,)
     eps = noise_like(e, generator)
     # Random dropping (ours in its exact form): a rate per image in [0, max_drop_rate]; the network is told which.
     rate = max_drop_rate * torch.rand(B, 1, generator=generator, device=x.device)
@@ -149,7 +153,7 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
 
     logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
 
-    # A dropped position is asked for its token by L_rec and L_CM, which it can only know from its neighbours.
+    # L_rec asks a dropped position for its token too, L_CM for the teacher's distribution: both from its neighbours.
     rec = reconstruction_loss(logits[:n_rec], x[:n_rec]).sum()
     # From here on, the rows at t > 0.
     t, log_snr, e, z_t, mask, labels = (value[n_rec:] for value in (t, log_snr, e, z_t, mask, labels))
@@ -157,12 +161,13 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
     with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
         e_hat = log_p.exp() @ table                                                                # (B', N, D)
     diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip)
-    diff = (diff * ~mask).sum()  # not by L_diff: at its exact weight a dropped position would swamp everything
+    diff = (diff * ~mask).sum()  # not L_diff: at the bound's weight, what nobody can see would swamp everything
     cm = torch.zeros_like(diff)
     if w_cm > 0:
         with torch.no_grad():
             log_snr_s = schedule.log_snr(rows["s"][n_rec:])
             z_s = sample_z_s(cm_pairs, z_t, e, rows["eps"][n_rec:], log_snr, log_snr_s, rows["eps_s"][n_rec:])
+            # The student's table, also for an EMA teacher: z_s was made with it.
             teacher_logits = teacher(z_s, log_snr_s, labels, mask=mask, table=table.detach())
         cm = consistency_loss(teacher_logits, log_p).sum()
     terms = torch.stack([rec, diff, cm]) / counts                                                  # (3,)

@@ -14,8 +14,8 @@ The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), c
 image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the same for any
 number of images, any batch size and any device, up to the rounding of the network itself.
 
-A third sampler is a function like ancestral_step or ddim_step, one branch in the loop of sample_tokens, and its name
-in engine/config.OPTIONS["sampler"].
+A third sampler, with one call of the network per step, is a function like ancestral_step or ddim_step, one branch in
+the loop of sample_tokens, and its name in engine/config.OPTIONS["sampler"].
 """
 
 import math
@@ -51,7 +51,9 @@ def ddim_step(z_t, e_hat, log_snr_t, log_snr_s):
 
 
 def default_end(steps, t=1.0):
-    """The time at which few steps draw their tokens: 0.8 t / steps^2 below 16 steps, else 0 (ours, measured).
+    """The time at which few steps draw their tokens: 0.8 t / steps^2 for 2 to 15 steps, else 0 (ours, measured).
+
+    t: where they start.
 
     The e_hat of a large step is a mean of embeddings. At t = 0 the noise is too small to leave it again, so all images
     become alike; a little earlier p_theta(x | z_end) still has a choice. The gain is in experiments/README.md.
@@ -91,9 +93,9 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
     in place of the generators' (which still draw it, so that their later numbers stay the same).
     callback(t, p (B, N, K)): called after each step.
     """
-    t = 1.0 if init is None else init[1]
-    check_settings(steps, guidance, sampler, temperature, interval, end, t)
-    end = default_end(steps, t) if end is None else end
+    start = 1.0 if init is None else init[1]
+    check_settings(steps, guidance, sampler, temperature, interval, end, start)
+    end = default_end(steps, start) if end is None else end
     table, device, B = model.table(), labels.device, len(labels)
 
     def random(*shape, source=torch.randn):
@@ -104,7 +106,7 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
         return numbers.to(device, non_blocking=True)
 
     # The grid in float64: lambda is steep at both ends.
-    times = torch.linspace(t, end, steps, dtype=torch.float64)
+    times = torch.linspace(start, end, steps, dtype=torch.float64)
     log_snrs = schedule.log_snr(times).to(table.dtype).to(device)                                  # (steps,)
     z = random(model.N, model.D)                                                                   # (B, N, D)
     if noise is not None:
@@ -116,8 +118,8 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
     for i, t in enumerate(times.tolist()):
         log_snr_t = log_snrs[i].expand(B)                                                          # (B,)
         omega = guidance if interval[0] <= t <= interval[1] else 0.0
-        p = model.guided(z, log_snr_t, labels, omega, table=table)                                 # logits (B, N, K)
-        p = (p if temperature == 1 else p / temperature).softmax(-1)                               # (B, N, K)
+        logits = model.guided(z, log_snr_t, labels, omega, table=table)                            # (B, N, K)
+        p = (logits if temperature == 1 else logits / temperature).softmax(-1)                     # (B, N, K)
         if inpaint is not None:
             p = torch.where(inpaint[..., None] < 0, p, one_hot)
         if i + 1 < steps:

@@ -37,7 +37,7 @@ from engine.distributed import bf16_works, compute_gradient, full_state_dict, in
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.run import main_process_first, on_out_of_memory, release_signals, report_errors, write_json
-from engine.status import StatusLog, append_row, format_metrics, trim_rows
+from engine.status import StatusLog, append_row, format_metrics
 from engine.tokens import encode_tokens, load_tokenizer, read_tokens
 from extras.datasets import DATASETS
 from extras.fid_sources import evaluate_run
@@ -50,6 +50,7 @@ from sample import COLUMNS, default_labels, make_pipeline, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
 
+RESTART_EVERY = 50  # steps of the tokenizer, after which codes that are no longer used restart
 DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, now and then and at the end
 
 
@@ -69,7 +70,7 @@ def build_tokenizer(run, state):
     torch.manual_seed(seed_for(run.seed, STAGES["weights"], 0))
     model = make_tokenizer(run.models["tokenizer"], bf16_works(run.device)).to(run.device)
     parts, adam = {"tokenizer": model}, functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    if not run.tokenizer_is_given:
+    if not run.tokenizer_is_published:
         parts["optimizer"] = adam(model.parameters(), betas=(0.9, 0.99))
         if run.config["gan"]:
             discriminator = parts["discriminator"] = make_discriminator(run.config, model.bf16).to(run.device)
@@ -80,26 +81,28 @@ def build_tokenizer(run, state):
 
 
 def train_tokenizer(run):
-    """Trains until tokenizer.pt says that it is complete, by holding metrics; the file is the result."""
+    """Trains, then measures. The result is tokenizer.pt; with metrics in it, it is complete."""
     config, device, path = run.config, run.device, run.out / "tokenizer.pt"
-    state, steps = read_newest(path, TOKENIZER_FORMAT), 0 if run.tokenizer_is_given else config["tokenizer_steps"]
+    state, steps = read_newest(path, TOKENIZER_FORMAT), 0 if run.tokenizer_is_published else config["tokenizer_steps"]
     if state and state["metrics"]:
         return print(f"tokenizer: complete ({state['step']:,} steps), {format_metrics(state['metrics'])}")
     train, test = run.load_images()
     shown = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
     parts = build_tokenizer(run, state)
-    model, restarts = parts["tokenizer"], 0.75 * steps  # unused codes restart, but the last quarter lets all settle
+    model, last_restart = parts["tokenizer"], 0.75 * steps  # after it the codebook settles
     names = ["reconstruction", *["lpips"] * (run.lpips is not None), "commitment", "codebook", "norm",
              *["adversarial", "weight", "discriminator", "discriminator_norm"] * bool(config["gan"])]
     log = StatusLog("tokenizer", run.out, names, config, steps, config["tokenizer_batch"], device, state, summed=True,
                     K=config["K"])
 
-    for step, images in zip(log.loop(), image_batches(train, config, run.seed, log.step, steps), strict=False):
+    batches = image_batches(train, config, run.seed, log.step, steps)
+    for step, images in zip(log.loop(), batches, strict=False):  # loop() ends early after Ctrl-C or kill
         lr, gan_lr = (learning_rate(step, steps, config["warmup"], config[peak]) for peak in ("tokenizer_lr", "gan_lr"))
         generator = generator_for(run.seed, "tokenizer", step)
         outputs, losses = tokenizer_step(config, parts, images.to(device, non_blocking=True), generator, step / steps,
                                          lr, gan_lr, run.lpips)
-        if step % 50 == 49 and step < restarts:
+        if step % RESTART_EVERY == RESTART_EVERY - 1 and step < last_restart:
+            log.check()
             model.quantizer.restart_dead_codes(outputs["z_e"], generator)
         log.add(losses, outputs["tokens"])
         if log.due("log_every"):
@@ -189,11 +192,11 @@ def train_diffusion(run):
     model, ema, optimizer = build_denoiser(run, tokenizer, state)
     loss_of = build_loss(config, model, ema, schedule)
     pipeline = make_pipeline(tokenizer, ema, schedule, device)
-    log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state)
+    log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state,
+                    also=[run.out / "evaluation.csv"])
     del state
     noise_options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
     if log.step == 0:
-        trim_rows(run.out / "evaluation.csv", -1)
         evaluate(run, pipeline, held_out, 0, DRAWS)
 
     for step in log.loop():
@@ -264,8 +267,6 @@ def draw_samples(run, pipeline, step):
         save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS,
                   row_labels=[names[label] for label in labels[::COLUMNS]] if names else None)
 
-
-# ----------------------------------------------------------------------------
 
 def main():
     args = parse_arguments(DATASETS)

@@ -126,7 +126,7 @@ class VectorQuantizer(nn.Module):
         commitment = (z - z_q.detach()).square().mean()
         codebook = (z.detach() - z_q).square().mean()
         if self.training:
-            self.count(z.detach(), tokens)
+            self.count(z.detach(), tokens)  # the codebook moves here, before the gradient is known
         # Straight-through, after the losses: forward z_q, backward the decoder's gradient to the encoder unchanged.
         z_q = z + (z_q - z).detach()
         return z_q.view(B, h, w, C).permute(0, 3, 1, 2), tokens.view(B, h * w), commitment, codebook
@@ -229,6 +229,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """uint8 images (B, 3, H, W) -> tokens (B, N) int64, row by row."""
+        # The length of z does not matter: with the cosine distance all codes are equally long.
         z = self.encode_continuous(images).permute(0, 2, 3, 1)                                     # (B, h, w, C)
         return nearest_codes(z.reshape(-1, z.shape[-1]), self.codebook).view(len(images), -1)
 

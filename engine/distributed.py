@@ -1,8 +1,8 @@
 """One process or many, CPU or GPU: the same program. Plain `python` is one process; under torchrun all of them draw
 the same random numbers, each computes its share of a batch, and gradients are added up.
 
-Called by vqvae.py, sample.py, fid.py and train.py. A reader of the method may take every function here for what it
-does with one process: nothing.
+Called by vqvae.py, sample.py, fid.py and train.py. With one process the sums and gathers here do nothing. Two functions
+matter to a reader of the method: optimizer_step and compute_gradient, where the backward passes are.
 """
 
 import datetime

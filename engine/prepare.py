@@ -37,8 +37,8 @@ def prepare(args, held):
     """The run of the command line `args`, or None after --dry-run. Process 0 looks first, then the others.
 
     held: a contextlib.ExitStack that keeps the lock of the run directory. The run is a namespace with config, models,
-    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, tokenizer_is_given and
-    eval_memory(), a context in which too little memory is a matter of --eval-batch.
+    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, tokenizer_is_published,
+    and eval_memory(), a context in which too little memory is a matter of --eval-batch.
     """
     run = main_process_first(lambda: prepare_one(args, held))
     if rank_and_world()[0]:
@@ -70,10 +70,10 @@ def prepare_one(args, held):
     load_images = functools.lru_cache(lambda: source.load(config["size"], skipped))  # if a stage needs images at all
     if rank_and_world()[0] == 0:
         make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held)
-    return SimpleNamespace(config=config, models=models, source=source, load_images=load_images, out=out,
-                           seed=args.seed, device=device, lpips=lpips, inception=inception,
-                           tokenizer_is_given="published" in models["tokenizer"], eval_memory=lambda: on_out_of_memory(
-                               f"lower --eval-batch {config['eval_batch']}, and the run goes on"))
+    return SimpleNamespace(
+        config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed, device=device,
+        lpips=lpips, inception=inception, tokenizer_is_published="published" in models["tokenizer"],
+        eval_memory=lambda: on_out_of_memory(f"lower --eval-batch {config['eval_batch']}, and the run goes on"))
 
 
 # ----------------------------------------------------------------------------

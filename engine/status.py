@@ -50,10 +50,11 @@ class StatusLog:
 
     Losses stay on the device until a line is due: reading them at each step would make the GPU wait for Python.
     state: a checkpoint to go on from, or None. summed: each process has its share, and a row is the mean of all.
-    K: for the tokenizer, whose lines also say how many of K codes were used.
+    K: for the tokenizer, whose lines also say how many of K codes were used. also: other CSV files, from which rows
+    after the checkpoint are dropped too.
     """
 
-    def __init__(self, stage, out, names, config, steps, batch, device, state=None, summed=False, K=None):
+    def __init__(self, stage, out, names, config, steps, batch, device, state=None, summed=False, K=None, also=()):
         self.stage, self.path, self.names, self.steps, self.batch = stage, out / f"{stage}.csv", names, steps, batch
         self.config, self.device, self.summed, self.fresh, self.stopped = config, device, summed, [], False
         self.step, state = (state["step"], state) if state else (0, {})
@@ -63,8 +64,8 @@ class StatusLog:
         self.checked = [row for row in history if len(row) == len(names)]  # rows (n,) of a line to come, on the CPU
         self.used = None if K is None else state.get("used", torch.zeros(K)).to(device)  # (K,) 1 where a code was used
         self.since, self.clock, rank = self.step, time.time(), rank_and_world()[0]
-        if rank == 0:
-            trim_rows(self.path, self.step)
+        for path in [self.path, *also] if rank == 0 else []:
+            trim_rows(path, self.step or -1)
         if self.step:
             print(f"{stage}: continuing at step {self.step:,}")
         self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", leave=False,
@@ -88,12 +89,21 @@ class StatusLog:
         self.bar.update()
 
     def due(self, name):
-        """Is it time for what is done every config[name] steps? (After the last step: only for the status line.)"""
-        return self.step % self.config[name] == 0 and self.step < self.steps or (
+        """Is it time for what is done every config[name] steps? (After the last step: only for the status line.)
+
+        If so, nothing is looked at, drawn or saved before all losses and gradients so far are known to be finite.
+        """
+        due = self.step % self.config[name] == 0 and self.step < self.steps or (
             name == "log_every" and self.step == self.steps)
+        if due:
+            self.check()
+        return due
 
     def check(self):
-        """Reads what is on the device. A loss or gradient that is not finite ends the run: nothing is overwritten."""
+        """Reads what is on the device. A loss or gradient that is not finite ends the run: nothing is overwritten.
+
+        All processes call this.
+        """
         if self.used is not None:
             all_reduce_max(self.used)
         if not self.fresh:
@@ -105,7 +115,7 @@ class StatusLog:
         for at, row in enumerate(rows.cpu(), self.step - len(rows) + 1):
             if not row.isfinite().all():
                 values = format_metrics(dict(zip(self.names, row.tolist(), strict=True)))
-                lr = "--tokenizer-lr" if self.stage == "tokenizer" else "--lr"
+                lr = "--tokenizer-lr (or --gan-lr)" if self.stage == "tokenizer" else "--lr"
                 raise RunError(f"the {self.stage}'s loss or gradient is not finite at step {at:,} ({values}); its last "
                                f"checkpoint is kept. Give the same command with a lower {lr}, a lower --clip or "
                                "another --seed: it goes on from there")

@@ -43,7 +43,7 @@ def parse_arguments():
                         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
     parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn (default: 0, or "
-                        "0.8 / steps^2 below 16 steps, where it makes them better)")
+                        "0.8 / steps^2 for 2 to 15 steps, where it makes them better)")
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: in the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")

@@ -1,13 +1,43 @@
-"""The engine: passes, processes, kills, checkpoints, one process per run."""
+"""The engine: passes, processes, kills, checkpoints, what is not finite, files, one process per run."""
+
+import contextlib
+import csv
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from unittest import mock
+
+import kills
+import numpy as np
+import pytest
+import torch
+
+import train
+import vqvae
+from engine import checkpoint, status
+from engine import run as engine_run
+from engine.checkpoint import TOKENIZER_FORMAT, previous, read_newest
+from engine.config import TOKENIZER_OPTIONS
+from engine.distributed import init_distributed
+from engine.randomness import batch_indices
+from engine.run import RunError, UserError, look_ahead, on_signal, resumable_array, write_atomically
+from extras.vqgan_losses import PatchDiscriminator
+from tests.common import HERE, TINY, call, close, contents, flags, weights_of
 
 LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
 
 
 def test_batches_walk_through_epochs():
     """Every item once per epoch, in another order each time, whatever the batch; a batch may span several."""
-    walk = np.concatenate([train.batch_indices(7, 5, 0, "diffusion", step) for step in range(7)]).reshape(5, 7)
+    walk = np.concatenate([batch_indices(7, 5, 0, "diffusion", step) for step in range(7)]).reshape(5, 7)
     assert (np.sort(walk) == np.arange(7)).all() and len({tuple(epoch) for epoch in walk.tolist()}) == 5
-    assert np.array_equal(train.batch_indices(7, 35, 0, "diffusion", 0), walk.flatten())
+    assert np.array_equal(batch_indices(7, 35, 0, "diffusion", 0), walk.flatten())
 
 
 def test_passes_and_recomputation(undone, run, folder, capsys):
@@ -17,8 +47,8 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
     compiled = []
     for flag in ["--micro-batch", 1], ["--micro-batch", 4], ["--activation-checkpointing"], ["--compile"]:
         with mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f), mock.patch.object(
-                train, "partial_loss", wraps=train.partial_loss) as passes:
-            assert call(train, *words, *flag) == 0
+                train, "training_loss", wraps=train.training_loss) as passes:
+            assert call("train.py", *words, *flag) == 0
         assert passes.call_count == 8 * (2 if flag[0] == "--micro-batch" else 1) * (1 + (flag[-1] == 1))
         if flag[0] == "--micro-batch":  # AdamW divides by gradients that may be tiny: rounding times some hundred
             close(weights_of(undone), expected, rtol=0, atol=1e-5)
@@ -27,16 +57,21 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
         (undone / "ckpt.pt").unlink()
     assert len(compiled) == 1
     with mock.patch.object(torch, "compile", side_effect=torch._dynamo.exc.TorchDynamoException("no compiler")):
-        assert call(train, *words, "--compile") == 1
+        assert call("train.py", *words, "--compile") == 1
     assert "torch.compile does not work here (no compiler): leave --compile away" in capsys.readouterr().err
-    assert call(train, *words, "--fsdp") == 2 and "start them by torchrun" in capsys.readouterr().err
+    assert call("train.py", *words, "--fsdp") == 2 and "start them by torchrun" in capsys.readouterr().err
+
+
+def free_ports(n):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [server.getsockname()[1] for server in servers]
 
 
 def one_of_two(rank, jobs):
     """What torchrun starts twice: train.py, or sample.py, with each of some command lines."""
-    train.DRAWS = train.FINAL_DRAWS = 256
     for port, words in jobs:
-        program = train if str(words[0]).startswith("--") else sample
+        program = "train.py" if str(words[0]).startswith("--") else "sample.py"
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
         assert call(program, *words) == 0
@@ -45,23 +80,20 @@ def one_of_two(rank, jobs):
 def test_two_processes_train_as_one(run, folder, tmp_path):
     """Global batch 64, 20 steps: the weights of one process to 1e-5. So with --fsdp, which goes on from those; and the
     tokenizer, its discriminator and flips included."""
-    settings = {k: v for k, v in TINY.items() if k not in train.TOKENIZER_OPTIONS.values()}
+    settings = {k: v for k, v in TINY.items() if k not in TOKENIZER_OPTIONS.values()}
     settings |= dict(steps=20, batch=64, depth=2, teacher="ema", save_every=10, sample_every=10)
     words, (one, two, split) = ["--data", run / "tokens.npy", *flags(settings)], (tmp_path / name for name in "abc")
-    assert call(train, *words, "--out", one) == 0
+    assert call("train.py", *words, "--out", one) == 0
     expected = weights_of(one)
     shutil.copytree(one, split)
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
-        ports = [server.getsockname()[1] for server in servers]
     images = ["--data", folder, *flags(TINY | {"flip": True, "tokenizer_steps": 6, "log_every": 1})]
     options = ["--fsdp", "--activation-checkpointing", "--micro-batch", 20, "--steps", 25, "--out", split]
     drawing = [run / "ckpt.pt", "--n", 21, "--batch", 4, "--out"]
-    jobs = zip(ports, ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"],
+    jobs = zip(free_ports(4), ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"],
                        [*drawing, tmp_path / "e.npz"]), strict=True)
     torch.multiprocessing.spawn(one_of_two, (list(jobs),), 2)
-    assert call(train, *images, "--stage", "tokenizer", "--out", tmp_path / "d") == 0
-    assert call(sample, *drawing, tmp_path / "d.npz") == 0
+    assert call("train.py", *images, "--stage", "tokenizer", "--out", tmp_path / "d") == 0
+    assert call("sample.py", *drawing, tmp_path / "d.npz") == 0
     assert np.array_equal(*(np.load(tmp_path / name)["arr_0"] for name in ("d.npz", "e.npz")))
     by_one, by_two = (contents(tmp_path / name)["tokenizer.csv"] for name in "de")
     for a, b in zip(by_one, by_two, strict=True):  # five decimals of each term
@@ -70,10 +102,10 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     close(weights_of(two), expected, rtol=0, atol=1e-5)
     assert contents(two)["samples_000010.png"] == contents(one)["samples_000010.png"]
     for steps in (25, 26):  # what FSDP2 wrote is a checkpoint like any other
-        assert call(train, *words, "--out", one, "--steps", steps) == 0
+        assert call("train.py", *words, "--out", one, "--steps", steps) == 0
         close(weights_of(split), weights_of(one), rtol=0, atol=1e-5)
         assert {path.name for path in split.iterdir()} == {path.name for path in one.iterdir()}
-        assert steps == 26 or call(train, *words, "--out", split, "--steps", 26) == 0
+        assert steps == 26 or call("train.py", *words, "--out", split, "--steps", 26) == 0
 
 
 def test_two_kills(folder, run, tmp_path):
@@ -82,29 +114,29 @@ def test_two_kills(folder, run, tmp_path):
     words = ["--data", folder, "--out", out, *flags(TINY)]
     for _ in range(2):
         kills.start(words, moments.uniform(0, 0.6))
-    assert call(train, *words) == 0 and contents(out) == contents(run)
+    assert call("train.py", *words) == 0 and contents(out) == contents(run)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_the_checkpoint_before(damage, undone, run, folder, capsys):
     """A last checkpoint that is truncated, or was being renamed: the run goes on from the one before, and says so."""
     words, path = ["--data", folder, "--out", undone, *LATE, "--save-every", 2], undone / "ckpt.pt"
-    real = train.write_atomically
+    real = checkpoint.write_atomically
 
     def stop_after(file, write, **options):
         real(file, write, **options)
         if file == path and torch.load(path, weights_only=True)["step"] == 6:
-            raise MemoryError
+            raise ArithmeticError
 
-    with mock.patch.object(train, "write_atomically", stop_after), pytest.raises(MemoryError):
-        call(train, *words)
-    assert torch.load(sample.previous(path), weights_only=True)["step"] == 4
+    with mock.patch.object(checkpoint, "write_atomically", stop_after), pytest.raises(ArithmeticError):
+        call("train.py", *words)
+    assert torch.load(previous(path), weights_only=True)["step"] == 4
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
-        assert call(sample, path) == 2 and "ckpt.previous.pt is the one before" in capsys.readouterr().err
+        assert call("sample.py", path) == 2 and "ckpt.previous.pt is the one before" in capsys.readouterr().err
     else:
         path.unlink()
-    assert call(train, *words) == 0
+    assert call("train.py", *words) == 0
     said = capsys.readouterr().out
     assert "going on from there, step 4" in said and "continuing at step 4" in said
     assert contents(undone) == contents(run)
@@ -116,7 +148,7 @@ def test_half_a_line(tmp_path):
     for text, left in (("step,loss\n2,5\n4,6\n6,7\n", "step,loss\n2,5\n4,6\n"),
                        ("step,loss\n2,5\n4", "step,loss\n2,5\n"), ("step,lo", None), ("", None)):
         path.write_text(text)
-        train.trim_rows(path, 4)
+        status.trim_rows(path, 4)
         assert (path.read_text() if path.exists() else None) == left
 
 
@@ -124,43 +156,234 @@ def test_one_process_per_run(folder, run, tmp_path, capsys):
     """A run directory that another process works in is refused, until that process dies, however it dies."""
     shutil.copytree(run, tmp_path / "pets")
     words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
-    hold = "import pathlib, sys, time, train; x = train.lock(pathlib.Path(sys.argv[1])); print('held'); time.sleep(60)"
+    hold = ("import pathlib, sys, time; from engine.run import lock\n"
+            "x = lock(pathlib.Path(sys.argv[1])); print('held'); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-uc", hold, tmp_path / "pets"], stdout=subprocess.PIPE, cwd=HERE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        assert call(train, *words) == 2 and "is in use by another process" in capsys.readouterr().err
+        assert call("train.py", *words) == 2 and "is in use by another process" in capsys.readouterr().err
         holder.kill()
-    assert call(train, *words) == 0
-    with mock.patch.object(train, "fcntl", None):  # Windows: no lock, but it works
-        assert call(train, *words) == 0
+    assert call("train.py", *words) == 0
+    with mock.patch.object(engine_run, "fcntl", None):  # Windows: no lock, but it works
+        assert call("train.py", *words) == 0
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_not_finite(what, undone, run, folder, capsys):
-    """The step, its terms, and the checkpoint before it, unharmed; nothing is replaced by a zero in silence."""
-    words, real, calls = ["--data", folder, "--out", undone, *LATE, "--log-every", 4], train.partial_loss, []
+@pytest.mark.parametrize("what, due, way_on", [
+    ("loss", {"log_every": 4}, {"lr": 1e-3}), ("gradient", {"log_every": 4}, {"clip": 0.1}),
+    ("gradient", {"log_every": 8, "sample_every": 6}, {"seed": 1}),
+    ("gradient", {"log_every": 8, "save_every": 2}, {"lr": 1e-3})], ids=["loss", "gradient", "picture", "checkpoint"])
+def test_not_finite(what, due, way_on, undone, run, folder, capsys):
+    """The step, its terms, and the checkpoint before it, unharmed, whatever is due first after that step; nothing is
+    replaced by a zero in silence. The same command goes on, and so does one with what the error says."""
+    words, real, calls, kept = ["--data", folder, *LATE, *flags(due)], train.training_loss, [], []
 
     def broken(*args, **options):
         loss, terms = real(*args, **options)
         calls.append(1)
         if len(calls) != 6:
             return loss, terms
+        kept.append((undone / "ckpt.pt").read_bytes())
         # A square root at 0: the value is finite, its slope is not.
         return (loss * math.nan, terms * math.nan) if what == "loss" else (loss + (loss - loss).abs().sqrt(), terms)
 
-    with mock.patch.object(train, "partial_loss", broken):
-        assert call(train, *words) == 1
+    with mock.patch.object(train, "training_loss", broken):
+        assert call("train.py", *words, "--out", undone) == 1
     said = capsys.readouterr().err
-    assert "loss or its gradient is not finite at step 6 (rec " in said and said.count("\n") == 1
+    assert "loss or gradient is not finite at step 6 (rec " in said and said.count("\n") == 1
     assert "norm nan" in said and ("rec nan" in said) == (what == "loss") and "last checkpoint is kept" in said
+    assert "a lower --lr, a lower --clip or another --seed" in said
+    assert [(undone / "ckpt.pt").read_bytes()] == kept
     assert torch.load(undone / "ckpt.pt", weights_only=True)["step"] == 4
-    assert call(train, *words) == 0 and torch.equal(weights_of(undone), weights_of(run))
+    other = shutil.copytree(undone, undone.with_name("other"))
+    assert call("train.py", *words, "--out", other, *flags(way_on)) == 0
+    said, ((name, value),) = capsys.readouterr().out, way_on.items()
+    assert f"{name} was {({'clip': 1.0, 'seed': 0} | TINY)[name]}, from here on it is {value}" in said
+    assert "continuing at step 4" in said and torch.load(other / "ckpt.pt", weights_only=True)["step"] == 8
+    assert weights_of(other).isfinite().all() and not torch.equal(weights_of(other), weights_of(run))
+    assert call("train.py", *words, "--out", undone) == 0 and torch.equal(weights_of(undone), weights_of(run))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "discriminator"])
+def test_not_finite_tokenizer(part, folder, run, tmp_path, capsys):
+    """A finite loss with a gradient that is not, at a step after which a checkpoint is due: it is not written."""
+    out, path, kept, calls = tmp_path / "pets", tmp_path / "pets" / "tokenizer.pt", [], []
+    words = ["--data", folder, "--stage", "tokenizer", *flags(TINY | {"log_every": 8, "save_every": 2})]
+    kind, real = {"tokenizer": vqvae.VQVAE, "discriminator": PatchDiscriminator}[part], vqvae.optimizer_step
+
+    def broken(loss, module, *rest):
+        """The fourth step; the discriminator starts one step later."""
+        calls.append(isinstance(module, kind))
+        if not calls[-1] or sum(calls) != (4 if part == "tokenizer" else 3):
+            return real(loss, module, *rest)
+        assert loss.isfinite()
+        kept.append(path.read_bytes())
+        hook = next(module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        norm = real(loss, module, *rest)
+        hook.remove()
+        return norm
+
+    with mock.patch.object(vqvae, "optimizer_step", broken):
+        assert call("train.py", *words, "--out", out) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: error: the tokenizer's ") and said.count("\n") == 1
+    assert "loss or gradient is not finite at step 4 (reconstruction 0." in said and "last checkpoint is kept" in said
+    for name in ("commitment", "codebook", "norm", "adversarial", "weight", "discriminator", "discriminator_norm"):
+        is_nan = name == {"tokenizer": "norm", "discriminator": "discriminator_norm"}[part]
+        assert (f" {name} nan" in said) == is_nan and f" {name} " in said, name
+    assert "a lower --tokenizer-lr, a lower --clip or another --seed" in said
+    assert [path.read_bytes()] == kept and torch.load(path, weights_only=True)["step"] == 2
+    shutil.copytree(out, tmp_path / "lower")
+    assert call("train.py", *words, "--out", tmp_path / "lower", "--tokenizer-lr", 1e-4) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"tokenizer_lr was 0.00\d+, from here on it is 0.0001", said) and "continuing at step 2" in said
+    assert call("train.py", *words, "--out", out) == 0
+    lower, same, undisturbed = (torch.load(folder / "tokenizer.pt", weights_only=True)
+                                for folder in (tmp_path / "lower", out, run))
+    assert lower["step"] == 8 and lower["metrics"] and same["metrics"] == undisturbed["metrics"]
+    for name in ("tokenizer", "discriminator"):
+        assert all(value.isfinite().all() for value in lower[name].values())
+        assert all(torch.equal(value, undisturbed[name][key]) for key, value in same[name].items())
+
+
+NAMES = ["loss", "norm"]
+
+
+def status_of_two(rank, port, out):
+    """Two runs of seven steps by two processes, one of them asked to stop before the fourth; and one that breaks."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    init_distributed()
+
+    def part(folder, state=None, stop_at=None, broken=False):
+        log = status.StatusLog("tokenizer", out / folder, NAMES, {"log_every": 5, "save_every": 2}, 7, 4,
+                               torch.device("cpu"), state, summed=True, K=16)
+        for step in log.loop():
+            loss = math.nan if broken and (rank, step) == (1, 2) else 1 / 3 + step ** 2 + 10 * rank
+            log.add({"loss": torch.tensor(loss), "norm": torch.tensor(step / 7)}, torch.tensor([[step, 15 - rank]]))
+            if log.due("log_every"):
+                log.line(lr=step)
+            if log.due("save_every"):
+                log.save(out / folder / "tokenizer.pt", {"format": TOKENIZER_FORMAT})
+            if step + 1 == stop_at and rank == 1:
+                engine_run.SIGNALS.append(signal.SIGTERM)
+        log.save(out / folder / "tokenizer.pt", {"format": TOKENIZER_FORMAT})
+        log.leave_if_stopped()
+
+    part("whole")
+    with pytest.raises(SystemExit, match="143"):
+        part("stopped", stop_at=3)
+    engine_run.SIGNALS.clear()
+    state = read_newest(out / "stopped" / "tokenizer.pt", TOKENIZER_FORMAT)
+    assert state["step"] == 3 and len(state["history"]) == 3
+    part("stopped", state)
+    with pytest.raises(RunError, match=r"not finite at step 3 \(loss nan, norm 0.28"):
+        part("broken", broken=True)
+    assert read_newest(out / "broken" / "tokenizer.pt", TOKENIZER_FORMAT)["step"] == 2
+    torch.distributed.destroy_process_group()
+
+
+def test_status_lines_of_two_processes(tmp_path):
+    """A row is the mean of both processes' losses, and the codes are those that either used, over a stop as well."""
+    for name in ("whole", "stopped", "broken"):
+        (tmp_path / name).mkdir()
+    torch.multiprocessing.spawn(status_of_two, (*free_ports(1), tmp_path), 2)
+    rows = []
+    for name in ("whole", "stopped"):
+        with (tmp_path / name / "tokenizer.csv").open(newline="") as file:
+            rows.append([{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)])
+    steps = [range(5), range(5, 7)]
+    assert rows[0] == rows[1] == [
+        {"step": str(s[-1] + 1), "loss": f"{5 + 1 / 3 + np.mean([i ** 2 for i in s]):.5f}",
+         "norm": f"{np.mean(s) / 7:.5f}", "lr": str(s[-1]), "codes": str(len(s) + 2)} for s in steps]
+
+
+def test_reading_ahead():
+    """In order, one item ahead and no more; the reader's error comes where its item would, and nothing waits."""
+    asked = []
+
+    def read(item):
+        asked.append(item)
+        if item == 3:
+            raise OSError("the disk is gone")
+        return 10 * item
+
+    ahead, found = look_ahead(read, iter(range(6))), []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for result in ahead:
+            found.append(result)
+            assert len(asked) <= len(found) + 1
+    assert found == [0, 10, 20] and asked == [0, 1, 2, 3]
+    assert list(look_ahead(read, [])) == [] and list(look_ahead(read, [0])) == [0]
+    for result in look_ahead(read, range(3)):
+        assert result == 0
+        break
+    with pytest.raises(KeyError):  # the list's error, too
+        list(look_ahead(read, ({}["no"] if i else i for i in range(2))))
+
+
+def test_resumable_array(tmp_path):
+    """What is filled stays; a file of other rows, another number, or half a file is refused; none appears half made."""
+    path, dtype = tmp_path / "a.part.npy", [(("tokenizer 1", "x"), np.uint16, (2,)), ("label", np.int32)]
+
+    def full(rows):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        resumable_array(path, dtype, 4, full)
+    assert not path.exists()
+    rows = resumable_array(path, dtype, 4, lambda rows: rows["label"].fill(-1))
+    assert not rows["x"].any() and (rows["label"] == -1).all()
+    rows["label"][1], rows["x"][1] = 7, (3, 65535)
+    rows.flush()
+    again = resumable_array(path, dtype, 4, lambda rows: rows["label"].fill(-1))
+    assert again["label"].tolist() == [-1, 7, -1, -1] and again["x"][1].tolist() == [3, 65535]
+    assert os.listdir(tmp_path) == [path.name]
+    content = path.read_bytes()
+    for other, length in (([(("tokenizer 2", "x"), np.uint16, (2,)), ("label", np.int32)], 4), (dtype[:1], 4),
+                          ([dtype[0], ("label", np.int64)], 4), (dtype, 5)):
+        with pytest.raises(UserError, match=r"a.part.npy is of other images, settings or weights: delete it"):
+            resumable_array(path, other, length)
+    assert path.read_bytes() == content
+    path.write_bytes(content[:-3])
+    with pytest.raises(UserError, match=r"a.part.npy is damaged .*: delete it"):
+        resumable_array(path, dtype, 4)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writing failed"),
+                                   KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_atomic_writes(error, tmp_path):
+    """A write that fails leaves the old file, and the one before; one that succeeds leaves nothing but the new one."""
+    path, before = tmp_path / "deep" / "a.pt", tmp_path / "deep" / "a.previous.pt"
+
+    def fails(partial):
+        partial.write_text("half")
+        raise error
+
+    def written():
+        return {file.name: file.read_text() for file in path.parent.iterdir() if file.suffix != ".part"}
+
+    with pytest.raises(OSError if not isinstance(error, KeyboardInterrupt) else KeyboardInterrupt):
+        write_atomically(path, fails, keep_as=before)
+    assert written() == {}
+    for text in "12":
+        write_atomically(path, lambda partial, text=text: partial.write_text(text), keep_as=before)
+    assert written() == {"a.pt": "2", "a.previous.pt": "1"}
+    with pytest.raises(BaseException) as caught:
+        write_atomically(path, fails, keep_as=before)
+    if isinstance(error, KeyboardInterrupt):
+        assert caught.value is error
+    else:
+        assert "a.pt cannot be written: is the disk full?" in str(caught.value)
+        assert str(error) in str(caught.value) and not list(path.parent.glob("*.part"))
+    assert written() == {"a.pt": "2", "a.previous.pt": "1"}
+    write_atomically(path, lambda partial: partial.write_text("3"), keep_as=before)
+    assert written() == {"a.pt": "3", "a.previous.pt": "2"} and len(os.listdir(path.parent)) == 2
 
 
 def test_stopping_twice(folder, tmp_path):
     """A second Ctrl-C ends a run at once; a second kill, as schedulers send it, does not keep it from saving."""
-    with mock.patch.object(train, "SIGNALS", [signal.SIGTERM]) as received:
-        train.on_signal(signal.SIGTERM, None)
-        train.on_signal(signal.SIGINT, None)
+    with mock.patch.object(engine_run, "SIGNALS", [signal.SIGTERM]) as received:
+        on_signal(signal.SIGTERM, None)
+        on_signal(signal.SIGINT, None)
         with pytest.raises(KeyboardInterrupt):
-            train.on_signal(signal.SIGINT, None)
+            on_signal(signal.SIGINT, None)
         assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
