@@ -100,7 +100,7 @@ PRESETS = {
     "mnist": GREY,
     "fashion-mnist": GREY,
     # For one GPU of 40 GB: the backward pass keeps 16 to 20 GB; on 24 GB with --micro-batch 48. With eight of them:
-    # eight times the batch, twice the learning rate, a quarter of the steps. The two smaller sets get a smaller network.
+    # eight times the batch, twice the learning rate, a quarter of the steps. The smaller sets get a smaller network.
     "ffhq": LARGE | dict(flip=True, width=512, heads=8, batch=128, steps=300000),
     "lsun-churches": LARGE | dict(width=512, heads=8, batch=128, steps=300000),
     "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),

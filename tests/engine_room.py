@@ -229,7 +229,7 @@ def test_not_finite_tokenizer(part, folder, run, tmp_path, capsys):
     for name in ("commitment", "codebook", "norm", "adversarial", "weight", "discriminator", "discriminator_norm"):
         is_nan = name == {"tokenizer": "norm", "discriminator": "discriminator_norm"}[part]
         assert (f" {name} nan" in said) == is_nan and f" {name} " in said, name
-    assert "a lower --tokenizer-lr, a lower --clip or another --seed" in said
+    assert "a lower --tokenizer-lr (or --gan-lr), a lower --clip or another --seed" in said
     assert [path.read_bytes()] == kept and torch.load(path, weights_only=True)["step"] == 2
     shutil.copytree(out, tmp_path / "lower")
     assert call("train.py", *words, "--out", tmp_path / "lower", "--tokenizer-lr", 1e-4) == 0
@@ -242,6 +242,25 @@ def test_not_finite_tokenizer(part, folder, run, tmp_path, capsys):
     for name in ("tokenizer", "discriminator"):
         assert all(value.isfinite().all() for value in lower[name].values())
         assert all(torch.equal(value, undisturbed[name][key]) for key, value in same[name].items())
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_codes_do_not_restart_at_nan(at, folder, run, tmp_path, capsys, monkeypatch):
+    """Encoder outputs that are not finite, in the step before codes restart or in that very step: the same one line."""
+    words, real, calls = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)], vqvae.VQVAE.encode_continuous, []
+
+    def broken(model, images):
+        z_e = real(model, images)
+        calls.append(model.training)
+        return z_e * math.nan if sum(calls) == at else z_e
+
+    monkeypatch.setattr(train, "RESTART_EVERY", 4)
+    words += ["--stage", "tokenizer", "--log-every", 8]
+    with mock.patch.object(vqvae.VQVAE, "encode_continuous", broken):
+        assert call("train.py", *words) == 1
+    said = capsys.readouterr().err
+    assert f"loss or gradient is not finite at step {at} (reconstruction nan" in said and said.count("\n") == 1
+    assert call("train.py", *words) == 0
 
 
 NAMES = ["loss", "norm"]
