@@ -101,10 +101,10 @@ def train_tokenizer(run):
         generator = generator_for(run.seed, "tokenizer", step)
         outputs, losses = tokenizer_step(config, parts, images.to(device, non_blocking=True), generator, step / steps,
                                          lr, gan_lr, run.lpips)
+        log.add(losses, outputs["tokens"])
         if step % RESTART_EVERY == RESTART_EVERY - 1 and step < last_restart:
             log.check()
             model.quantizer.restart_dead_codes(outputs["z_e"], generator)
-        log.add(losses, outputs["tokens"])
         if log.due("log_every"):
             log.line(lr=f"{lr:.2e}")
         if log.due("sample_every"):

@@ -132,6 +132,7 @@ def resumable_array(path, dtype, length, fill=None):
         del rows
         fresh.replace(path)
     try:
+        np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill up a file that was cut short
         rows = np.load(path, mmap_mode="r+", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it") from error
