@@ -20,7 +20,7 @@ from engine.checkpoint import CheckpointError, detect_container
 
 
 class Stub:
-    """Stands for any object beside the tensors: it can be called and filled, and does nothing."""
+    """Stands for any object beside the tensors. Whatever the pickle does with it, nothing happens."""
 
     def __init__(self, *args, **kwargs):
         pass

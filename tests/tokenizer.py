@@ -189,10 +189,10 @@ def test_discriminator():
     assert hinge_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])) == 0.5 * (0.25 + 0.75)
     torch.manual_seed(0)
     last, h = torch.randn(4, 3, requires_grad=True), torch.randn(5, 4)
-    target, judge = torch.randn(5, 3), torch.randn(3)
+    target, critic = torch.randn(5, 3), torch.randn(3)
     x_hat = h @ last
-    weight = adaptive_weight((x_hat - target).square().mean(), -(x_hat @ judge).mean(), last)
-    by_hand = (h.T @ (x_hat - target) * 2 / 15).norm() / torch.outer(h.mean(0), -judge).norm()
+    weight = adaptive_weight((x_hat - target).square().mean(), -(x_hat @ critic).mean(), last)
+    by_hand = (h.T @ (x_hat - target) * 2 / 15).norm() / torch.outer(h.mean(0), -critic).norm()
     close(weight, by_hand.detach(), rtol=1e-5, atol=0)
     assert adaptive_weight(x_hat.square().mean(), 0 * x_hat.sum(), last) == 100 and not weight.requires_grad
     for size in (8, 20, 32, 64):
@@ -286,11 +286,11 @@ def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     assert "16 tokens of 16 codes per image" in text and "tokenizer: psnr" in text
     again = contents(tmp_path / "a")
     assert call("train.py", *words) == 0 and contents(tmp_path / "a") == again
-    bundle = sample.load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))
-    assert isinstance(bundle.tokenizer, PublishedVQGAN) and bundle.model.K == 16
+    pipeline = sample.load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))
+    assert isinstance(pipeline.tokenizer, PublishedVQGAN) and pipeline.model.K == 16
     tokens = np.load(tmp_path / "a" / "tokens.npy")
     images, _ = find(str(folder)).load(8)
-    assert torch.equal(bundle.tokenizer.encode(images.batch(range(5))), torch.from_numpy(tokens["x"][:5].astype("i8")))
+    assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), torch.from_numpy(tokens["x"][:5].astype("i8")))
     assert call("sample.py", tmp_path / "a" / "ckpt.pt", "--n", 2, "--out", tmp_path / "s.png") == 0
     capsys.readouterr()
     assert call("train.py", *words[:4], *flags(TINY | {"f": 2, "K": 16, "code_dim": 3})) == 2
