@@ -22,8 +22,6 @@ import contextlib
 import copy
 import functools
 import math
-import os
-import sys
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
-from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest
+from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
 from engine.config import parse_arguments
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
@@ -75,8 +73,7 @@ def build_tokenizer(run, state):
         if run.config["gan"]:
             discriminator = parts["discriminator"] = make_discriminator(run.config, model.bf16).to(run.device)
             parts["discriminator_optimizer"] = adam(discriminator.parameters(), betas=(0.5, 0.9))
-    for name in parts if state else ():
-        parts[name].load_state_dict(state[name])
+    restore(parts, state, run.init)
     return parts
 
 
@@ -147,9 +144,7 @@ def build_denoiser(run, tokenizer, state):
     if config["embedding_init"] == "codebook":
         model.init_from_codebook(tokenizer.codebook)
     ema = copy.deepcopy(model).requires_grad_(False)
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+    restore({"model": model, "ema": ema}, state, run.init)
     for network in (model, ema):
         place(network, device, config["fsdp"])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
@@ -194,13 +189,18 @@ def train_diffusion(run):
     pipeline = make_pipeline(tokenizer, ema, schedule, device)
     log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state,
                     also=[run.out / "evaluation.csv"])
+    begin = 0 if not state else state["step"] if state["metrics"] else state.get("begin", 0)
+    if begin:  # a finished run with more --steps
+        print(f"from step {begin:,} on the learning rate rises and falls once more")
+    content = functools.partial(denoiser_state, run, pipeline, model, optimizer, begin)
     del state
     noise_options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
     if log.step == 0:
         evaluate(run, pipeline, held_out, 0, DRAWS)
 
     for step in log.loop():
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config["warmup"], config["lr"])
+        lr = learning_rate(step - begin, steps - begin, config["warmup"], config["lr"])
+        optimizer.param_groups[0]["lr"] = lr
         x, labels = tokens.batch(batch_indices(len(tokens), config["batch"], seed, "diffusion", step))
         noisy = sample_noise(model, x, labels, generator_for(seed, "diffusion", step, device), **noise_options)
         rec, diff, cm = compute_gradient(model.train(), loss_of, noisy, config["micro_batch"], config["fsdp"])
@@ -214,25 +214,25 @@ def train_diffusion(run):
             evaluate(run, pipeline, held_out, log.step, DRAWS)
             draw_samples(run, pipeline, log.step)
         if log.due("save_every"):
-            log.save(path, denoiser_state(run, pipeline, model, optimizer))
+            log.save(path, content())
 
-    log.save(path, denoiser_state(run, pipeline, model, optimizer))
+    log.save(path, content())
     log.leave_if_stopped()
     draw_samples(run, pipeline, steps)
     metrics = evaluate(run, pipeline, held_out, steps, FINAL_DRAWS) | {"tokenizer": tokenizer_metrics}
-    log.save(path, denoiser_state(run, pipeline, model, optimizer, metrics))
+    log.save(path, content(metrics))
     if rank_and_world()[0] == 0:
         write_json(run.out / "metrics.json", metrics)
         previous(path).unlink(missing_ok=True)
 
 
-def denoiser_state(run, pipeline, model, optimizer, metrics=None):
-    """What ckpt.pt holds: everything that sample.py needs, and everything that goes on."""
+def denoiser_state(run, pipeline, model, optimizer, begin, metrics=None):
+    """What ckpt.pt holds: everything that sample.py needs, and that goes on. begin: step at which the rate began."""
     return full_state_dict({
         "format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
         "tokenizer": pipeline.tokenizer.state_dict(), "model": model.state_dict(), "ema": pipeline.model.state_dict(),
         "optimizer": optimizer.state_dict(), "class_names": run.source.class_names, "sampling": sampling(run.config),
-        "metrics": metrics or {}})
+        "metrics": metrics or {}, "begin": begin})
 
 
 def sampling(config):
@@ -271,9 +271,7 @@ def draw_samples(run, pipeline, step):
 def main():
     args = parse_arguments(DATASETS)
     with report_errors("train.py"), contextlib.ExitStack() as held:
-        rank, world = init_distributed()
-        if rank:  # process 0 speaks for all
-            sys.stdout = open(os.devnull, "w")
+        _, world = init_distributed()
         run = prepare(args, held)
         if run is None:
             return

@@ -94,6 +94,23 @@ def read_newest(path, expected):
         return state
 
 
+def restore(parts, state, init):
+    """Loads {name: module or optimizer} from a checkpoint's `state`; without one, networks from `init` (--init)."""
+    for name, part in parts.items():
+        if state:
+            part.load_state_dict(state[name])
+        elif name in init:
+            own, given, classes = part.state_dict(), dict(init[name]), "class_embedding.weight"
+            if classes in own and own[classes].shape != given[classes].shape:  # other classes start anew
+                given[classes] = own[classes]
+            wrong = [key for key in own if key not in given or own[key].shape != given[key].shape]
+            wrong += given.keys() - own.keys()
+            if wrong:
+                raise UserError(f"--init: the {name} there has other sizes ({wrong[0]}): take its --preset and sizes, "
+                                "or leave --init away")
+            part.load_state_dict(given)
+
+
 def load_optimizer(optimizer, model, state, device, fsdp):
     """optimizer.load_state_dict(state), splitting what is whole in the state if the weights are split."""
     if fsdp:

@@ -6,6 +6,7 @@ All sizes and step counts are ours, not the paper's.
 
 import argparse
 import math
+import sys
 
 from engine.checkpoint import RENAMED
 from engine.run import UserError
@@ -23,7 +24,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "codebook_distance": (("euclidean", "cosine"), "euclidean", "between vectors and codes; cosine: directions alone"),
     "pixel_loss": (("l2", "l1"), "l2", "squared or absolute difference"),
     "beta": (float, 0.25, "weight of the commitment loss"),
-    "perceptual": (float, 0.0, "weight of the perceptual loss LPIPS, 0: off; without its weights left out, saying so"),
+    "perceptual": (float, 0.0, "weight of the perceptual loss LPIPS, 0: off; its weights are downloaded"),
     "gan": (float, 0.0, "weight of the patch discriminator's loss, 0: off"),
     "gan_lr": (float, 2e-4, "peak learning rate of the discriminator"),
     "gan_start": (float, 0.3, "share of the steps before the discriminator trains; a little later the decoder sees it"),
@@ -32,7 +33,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "tokenizer_lr": (float, 4e-4, "its peak learning rate"),
     # embeddings and denoiser
     "D": (int, 16, "width of the learned token embeddings"),
-    "norm": (("rms", "layer", "none"), "rms", "normalisation of the embedding table"),
+    "norm": (("rms", "layer", "none"), "rms", "of the embedding table: mean square 1, that and mean 0, or none"),
     "embedding_init": (("random", "codebook"), "random", "start of the table: normal, or the tokenizer's codebook"),
     "width": (int, 384, "width of the transformer"),
     "depth": (int, 8, "its blocks"),
@@ -40,21 +41,21 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "output_prior": (bool, True, "add to the logits what a token's own noisy embedding says, in closed form (Plaid)"),
     # schedule and losses
     "shift": (float, 0.4, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
-    "log_snr_min": (float, -10.0, "lambda(1) before the shift"),
-    "log_snr_max": (float, 7.0, "lambda(0) before the shift"),
+    "log_snr_min": (float, -10.0, "log SNR at t = 1, all noise, before the shift"),
+    "log_snr_max": (float, 7.0, "log SNR at t = 0, nearly clean, before the shift"),
     "w_rec": (float, 1.0, "weight of L_rec"),
     "w_diff": (float, 1.0, "weight of L_diff"),
     "w_cm": (float, 1.0, "weight of L_CM; 0 switches it off"),
     "weight_clip": (float, 5.0, "largest e^lambda in the weight of the trained L_diff; inf is the exact bound"),
-    "rec_fraction": (float, 0.25, "share of the batch at t = 0, which gives L_rec"),
+    "rec_fraction": (float, 0.25, "share of the batch that sits at t = 0 and trains L_rec alone"),
     "cm_pairs": (("markov", "shared"), "markov", "z_s of L_CM: from the posterior q(z_s | z_t, x), or the same noise"),
-    "max_gap": (float, 1.0, "largest t - s of L_CM"),
+    "max_gap": (float, 1.0, "L_CM compares times t and s at most so far apart"),
     "teacher": (("current", "ema"), "current", "weights of the CM teacher"),
     "max_drop_rate": (float, 0.1, "embeddings are dropped at a rate that is drawn per image from [0, this]"),
     "label_drop": (float, 0.1, "rate of dropped labels, for classifier-free guidance"),
     # optimisation of the denoiser
     "steps": (int, 50000, "training steps of the denoiser; may be raised later"),
-    "batch": (int, 256, "images per step, of all passes and processes together"),
+    "batch": (int, 256, "images per step, of all passes and processes together; it changes the result"),
     "lr": (float, 5e-4, "peak learning rate, reached after warmup, then cosine to zero"),
     "warmup": (int, 200, "warm-up steps, both stages"),
     "weight_decay": (float, 0.0, "AdamW's, denoiser"),
@@ -68,7 +69,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "fsdp": (bool, False, "under torchrun, split weights, EMA and optimizer among the processes (FSDP2)"),
     # sampling defaults, stored in the checkpoint
     "sample_steps": (int, 50, "calls of the network per image"),
-    "guidance": (float, 1.0, "omega of classifier-free guidance"),
+    "guidance": (float, 1.0, "omega of classifier-free guidance, the cfg scale - 1; 0 is off"),
     "sampler": (("ancestral", "ddim"), "ancestral", "sampler"),
     # bookkeeping
     "log_every": (int, 100, "steps between status lines"),
@@ -107,6 +108,24 @@ PRESETS = {
     "imagenet": LARGE | dict(flip=True, K=4096, tokenizer_steps=300000, steps=1000000),
 }
 SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
+GROUPS = {  # first option of a group: its title in --help
+    "size": "images", "f": "tokenizer", "D": "embeddings and denoiser", "shift": "noise schedule and losses",
+    "steps": "optimisation of the denoiser", "micro_batch": "speed and memory; nothing that is trained changes",
+    "sample_steps": "sampling, stored in the checkpoint", "log_every": "bookkeeping"}
+ELSEWHERE = {  # what other programs call it: what it is here
+    "--epochs": "--steps counts optimizer steps; an epoch is the number of images / --batch of them",
+    "--batch-size": "--batch (the denoiser's) and --tokenizer-batch; --micro-batch is what one pass takes at a time",
+    "--image-size": "--size", "--resolution": "--size", "--learning-rate": "--lr (the denoiser's) and --tokenizer-lr",
+    "--resume": "the same command again continues a run; --init starts a new one from another run's weights",
+    "--ema": "--ema-decay", "--cfg-scale": "--guidance, which is the cfg scale - 1", "--output": "--out",
+    "--gpus": "torchrun --nproc-per-node N train.py ...", "--data-path": "--data",
+    "--num-classes": "sub-folders are classes"}
+EXAMPLES = """examples:
+  python train.py                                          the built-in set
+  python train.py --data photos --no-classes               your own images, of one kind
+  python train.py --data photos --out runs/b --init runs/a       from another run's weights
+  python train.py --data ffhq --root /datasets --dry-run   what would be done
+  torchrun --nproc-per-node 8 train.py --data ffhq --root /datasets --batch 1024 --lr 4e-4 --steps 75000"""
 TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
                      "blocks": "tokenizer_blocks", "update": "codebook_update",
                      "distance": "codebook_distance"}  # argument of VQVAE: option
@@ -119,10 +138,15 @@ def flag(name):
 def parse_arguments(names, words=None):
     """The command line of train.py. names: of the published sets, for the help text."""
     parser = argparse.ArgumentParser(description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again "
-                                     "continues. Defaults are those without a preset; a preset may set others.")
+                                     "continues. Defaults are those without a preset; a preset may set others.",
+                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for word in sys.argv[1:] if words is None else words:
+        if (answer := ELSEWHERE.get(word.split("=")[0])) is not None:
+            parser.error(f"{word.split('=')[0]}: {answer}")
     parser.add_argument("--data", default="toy", help=f"toy (built in), {', '.join(names)}, or a path: a "
                         "folder of images, a zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
+    parser.add_argument("--no-classes", action="store_true", help="sub-folders (albums, say) are not classes")
     parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
     parser.add_argument("--preset", choices=list(PRESETS), help="default: by name or image size, and device. Those of "
                         "256 pixels are for one GPU of 40 GB, or 24 GB with --micro-batch 48; with eight: 8 times "
@@ -133,6 +157,8 @@ def parse_arguments(names, words=None):
     parser.add_argument("--tokenizer", metavar="FILE", help="train none, but take that of another run (its "
                         "tokenizer.pt or ckpt.pt), or the checkpoint of a VQGAN of taming-transformers or "
                         "latent-diffusion; it decides f, K and so on")
+    parser.add_argument("--init", metavar="RUN", help="start from the weights of another run (its directory, ckpt.pt "
+                        "or tokenizer.pt); the sizes must be the same, all else may differ")
     parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth "
                         "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
@@ -140,8 +166,10 @@ def parse_arguments(names, words=None):
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    group = parser
     for name, (kind, default, text) in OPTIONS.items():
-        add_option(parser, flag(name), name, kind, f"{text} (default: {default})")
+        group = parser.add_argument_group(GROUPS[name]) if name in GROUPS else group
+        add_option(group, flag(name), name, kind, f"{text} (default: {default})")
     for old, name in RENAMED.items():  # still understood, but not shown
         if name in OPTIONS:
             add_option(parser, flag(old), name, OPTIONS[name][0], argparse.SUPPRESS)

@@ -3,13 +3,23 @@ others are fetched, and the run directory is made or recognised. Called by train
 """
 
 import functools
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
-from engine.checkpoint import digest, rename, save_checkpoint
+from engine.checkpoint import (
+    CHECKPOINT_FORMAT,
+    TOKENIZER_FORMAT,
+    digest,
+    read_checkpoint,
+    rename,
+    restore,
+    save_checkpoint,
+)
 from engine.config import describe_models, flag, require_same_run, resolve
 from engine.distributed import choose_device, rank_and_world
 from engine.run import (
@@ -37,12 +47,14 @@ def prepare(args, held):
     """The run of the command line `args`, or None after --dry-run. Process 0 looks first, then the others.
 
     held: a contextlib.ExitStack that keeps the lock of the run directory. The run is a namespace with config, models,
-    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, tokenizer_is_published,
-    and eval_memory(), a context in which too little memory is a matter of --eval-batch.
+    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, init (weights to start
+    from), tokenizer_is_published, and eval_memory(), a context in which too little memory is a matter of --eval-batch.
     """
+    rank, _ = rank_and_world()
+    if rank:  # process 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
     run = main_process_first(lambda: prepare_one(args, held))
-    if rank_and_world()[0]:
-        run = prepare_one(args, held)
+    run = prepare_one(args, held) if rank else run
     if run:
         catch_signals()
     return run
@@ -56,24 +68,37 @@ def prepare_one(args, held):
     with user_error():
         device = choose_device(args.device)
     source = find(args.data, args.root)
+    if args.no_classes:
+        if isinstance(source, TokenFile):
+            raise UserError("--no-classes is for images; these tokens were made with or without classes")
+        source.class_names = []
     out = Path(args.out or Path("runs") / source.name)
     stored = read_config(out)
     if "sides" in stored:  # known since the first start: no image is opened for it again
         source.sides = tuple(stored["sides"])
     print(source.describe())
-    config, models, tokenizer = check_options(args, source, out, device)
+    init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
+    config, models, tokenizer = check_options(args, source, out, device, init)
     if args.dry_run:
         return print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
     lpips, inception, asked = gather_weights(args, source, out, config, tokenizer, stored, device)
     require_same_run(out, stored, asked)
     skipped = read_skipped(out / "skipped.txt") if stored else None
-    load_images = functools.lru_cache(lambda: source.load(config["size"], skipped))  # if a stage needs images at all
+    load_images = functools.lru_cache(lambda: load(source, config["size"], skipped))  # if a stage needs images at all
     if rank_and_world()[0] == 0:
         make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held)
     return SimpleNamespace(
         config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed, device=device,
-        lpips=lpips, inception=inception, tokenizer_is_published="published" in models["tokenizer"],
+        lpips=lpips, inception=inception, init=init, tokenizer_is_published="published" in models["tokenizer"],
         eval_memory=lambda: on_out_of_memory(f"lower --eval-batch {config['eval_batch']}, and the run goes on"))
+
+
+def load(source, size, skipped):
+    """source.load, without labels where --no-classes took the class names away."""
+    sets = source.load(size, skipped)
+    for images in sets if not source.class_names else ():
+        images.class_names, images.labels = [], torch.zeros_like(images.labels)
+    return sets
 
 
 # ----------------------------------------------------------------------------
@@ -107,7 +132,7 @@ def write_skipped(path, skipped):
 # ----------------------------------------------------------------------------
 # 2. Options and sizes.
 
-def check_options(args, source, out, device):
+def check_options(args, source, out, device, init):
     """(config, models, content of --tokenizer or None); UserError for what does not fit, before any work."""
     tokenizer_file, tokenizer = args.tokenizer, None
     if isinstance(source, TokenFile):  # tokens mean nothing without their tokenizer, so it decides
@@ -132,6 +157,7 @@ def check_options(args, source, out, device):
         ShiftedCosine(**models["schedule"])
         if config["gan"]:
             make_discriminator(config)
+        restore({"model": parts[1]} | ({} if tokenizer else {"tokenizer": parts[0]}), None, init)
     if config["perceptual"] and config["size"] < (least := 2 ** (len(LPIPS.STAGES) - 1)):
         raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
@@ -151,26 +177,42 @@ def gather_weights(args, source, out, config, tokenizer, stored, device):
     inception = find_inception() if args.eval_fid else None
     asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
              "classes": source.class_names, "lpips": stored.get("lpips", "none"),
-             "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own",
+             "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own", "init": args.init or "none",
              **({"sides": list(source.sizes())} if has_images else {}), **config}
     if args.lpips_weights and (tokenizer or not config["perceptual"]):
         raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
     lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()
     if config["perceptual"] and not tokenizer and (open_question or args.lpips_weights):
         lpips, asked["lpips"] = load_lpips(args.lpips_weights, device)
+    elif config["perceptual"] and not tokenizer and stored.get("lpips") == "none":
+        print("This run was begun without the weights of its perceptual loss, and goes on without it")
     return lpips, inception, asked
 
 
 def load_lpips(files, device):
-    """(network of the perceptual loss, digest of its weights), or (None, "none") after saying why not."""
+    """(network of the perceptual loss, digest of its weights). Hours without it would be lost: it is that or a stop."""
     try:
         state = read_lpips(find_lpips(files))
     except UserError as error:
-        if files:
-            raise
-        print(f"The tokenizer is trained without its perceptual loss: {error}")
-        return None, "none"
+        raise error if files else UserError(
+            f"the tokenizer's perceptual loss needs weights: {error}. Where there is a network, `python -m "
+            "extras.downloads` fetches all weights into the cache; --perceptual 0 trains without it") from error
     return LPIPS(state).to(device), digest(state)
+
+
+def read_init(name):
+    """{part: state dict} of --init: a run directory, a ckpt.pt (its averaged weights), or a tokenizer.pt."""
+    path = Path(name)
+    files = [path / "tokenizer.pt", path / "ckpt.pt"] if path.is_dir() else [path]
+    states = [read_checkpoint(file, TOKENIZER_FORMAT, CHECKPOINT_FORMAT) for file in files if file.exists() or len(
+        files) == 1]
+    if not states:
+        raise UserError(f"--init {name}: no tokenizer.pt and no ckpt.pt in it")
+    parts = {}
+    for state in states:
+        parts |= {key: state[key] for key in ("tokenizer", "discriminator") if key in state}
+        parts |= {"model": state["ema"], "ema": state["ema"]} if "ema" in state else {}
+    return parts
 
 
 # ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from data import DataError, Source, printable
 from extras.archives import LARGEST_IMAGE
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw",
+            ".mov", ".mp4", ".avi", ".mkv"}  # pictures and films of other kinds: what is left out is said
 
 
 def arrange(names, where):
@@ -76,7 +80,7 @@ class Folder(Source):
     """Image files below a folder, at any depth; hidden ones and __MACOSX are left out, links are followed."""
 
     def __init__(self, path):
-        self.names, others, seen = [], [], set()
+        self.names, others, seen, endings = [], [], set(), Counter()
         for directory, subfolders, files in os.walk(path, followlinks=True):
             status = os.stat(directory)
             if (status.st_dev, status.st_ino) in seen:  # a link back up would never end
@@ -90,12 +94,17 @@ class Folder(Source):
             images = [name for name in found if os.path.splitext(name)[1].lower() in EXTENSIONS]
             self.names += images
             others += found if not images else []
+            endings.update(os.path.splitext(name)[1].lower() for name in set(found) - set(images))
             if not files and not subfolders and os.path.splitext(directory)[1].lower() in EXTENSIONS:
                 self.names.append(base[:-1])  # an empty directory x.png: somebody took it for an image
         if not self.names:
             raise no_images(path, others)
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, self.note = arrange(self.names, path)
+        pictures = {ending: n for ending, n in endings.items() if ending in NOT_READ}
+        if pictures:
+            left = ", ".join(f"{n:,} {ending}" for ending, n in sorted(pictures.items()))
+            self.note += f"{'; ' * bool(self.note)}left out: {left} (convert them to .jpg or .png to train on them)"
         if os.path.exists(os.path.join(path, "dataset.json")):
             text = Path(path, "dataset.json").read_text()
             class_names, labels = stylegan_labels(text, self.names, path)

@@ -1,5 +1,7 @@
 """Downloads that resume and are checked, and the weights that other people trained: Inception, VGG, LPIPS.
 
+    python -m extras.downloads        fetches all of these weights, on the login node of a cluster, say
+
 Called by extras/datasets.py, extras/inception.py and extras/vqgan_losses.py.
 """
 
@@ -76,3 +78,11 @@ def find_weights(name, url, sha256, instead, given=None, may_download=True):
         raise DownloadError(f"{path} is not the published {name} (its SHA-256 does not begin with {sha256[:8]}): cut "
                             f"short or altered; delete it, and fetch {url}")
     return path
+
+
+if __name__ == "__main__":
+    from engine.run import report_errors
+    from extras.inception import find_inception
+    from extras.vqgan_losses import find_lpips
+    with report_errors("downloads.py"):
+        print("there are:", *[find_inception(), *find_lpips()], sep="\n  ")

@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 
 import train
-from engine.config import OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
+from engine.config import ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
 from engine.tokens import load_tokenizer
-from extras import downloads
 from extras.datasets import find
 from extras.toy import Toy
 from tests.common import (
@@ -28,6 +27,7 @@ from tests.common import (
     call,
     contents,
     flags,
+    make_folder,
     noise,
     parser_flags,
     write_cifar,
@@ -142,7 +142,6 @@ def test_presets(preset, tmp_path, monkeypatch, capsys):
     """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
     monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-2], 4, args[-1]))
     monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
-    monkeypatch.setattr(downloads, "fetch", mock.Mock(side_effect=downloads.DownloadError("no network")))
     monkeypatch.setattr(Toy, "n_train", 24)
     monkeypatch.setattr(Toy, "n_test", 2)
     images, side, root = noise(6, 40, 44), PRESETS[preset]["size"], tmp_path
@@ -160,7 +159,7 @@ def test_presets(preset, tmp_path, monkeypatch, capsys):
         root = write_images(tmp_path / "images", [f"{i}.png" for i in range(6)], noise(6, side, side))
     name = root if root != tmp_path else preset
     assert call("train.py", "--data", name, "--root", tmp_path, "--preset", preset, "--out", tmp_path / "run",
-                *flags(SMALL)) == 0
+                *flags(SMALL), "--perceptual", 0) == 0  # whose weights are not here
     tokens = np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1]
     assert tokens == {"toy": 25, "mnist": 49, "fashion-mnist": 49}.get(preset, 256 if side == 256 else 64)
     source, args = find(str(name), tmp_path), SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS))
@@ -180,6 +179,64 @@ def test_raising_the_steps_goes_on(folder, run, tmp_path):
     before, after = contents(run), contents(tmp_path / "pets")
     assert after["ckpt.pt"]["step"] == 10 and [r["step"] for r in after["diffusion.csv"]] == list("2468") + ["10"]
     assert after["tokenizer.pt"] == before["tokenizer.pt"] and after["tokens.npy"] == before["tokens.npy"]
+    # Its learning rate begins anew: two steps, of which the second is at half the peak, as in a run of two steps.
+    assert after["ckpt.pt"]["begin"] == 8 and float(after["diffusion.csv"][-1]["lr"]) == pytest.approx(TINY["lr"] / 2)
+
+
+def test_from_the_weights_of_another_run(folder, run, tmp_path, capsys):
+    """--init: tokenizer, discriminator and averaged weights of another run are the start, and are trained further."""
+    still = TINY | {"lr": 0.0, "tokenizer_lr": 0.0, "gan_lr": 0.0, "codebook_update": "gradient"}
+    make_folder(tmp_path / "birds", classes=("a", "b", "c"))
+    start = torch.load(run / "ckpt.pt", weights_only=True)["ema"]
+    for data, out, init in ((folder, "a", run), (folder, "b", run / "ckpt.pt"), (tmp_path / "birds", "c", run)):
+        words = ["--data", data, "--out", tmp_path / out, "--init", init, *flags(TINY | {"lr": 0.0})]
+        assert call("train.py", *words) == 0
+        found = torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+        same = {name for name, value in start.items() if found["ema"][name].shape == value.shape
+                and torch.allclose(found["ema"][name], value, rtol=0, atol=1e-6)}
+        assert set(start) - same == ({"class_embedding.weight"} if out == "c" else set())
+        assert call("train.py", *words) == 0  # the same command goes on, or says that it is complete
+    parts = torch.load(run / "tokenizer.pt", weights_only=True)
+    words = ["--data", folder, "--stage", "tokenizer", "--codebook-update", "ema"]
+    assert call("train.py", *words, "--out", tmp_path / "d", "--init", run / "tokenizer.pt", *flags(
+        {name: value for name, value in still.items() if name != "codebook_update"})) == 0
+    for part in ("tokenizer", "discriminator"):
+        found = torch.load(tmp_path / "d" / "tokenizer.pt", weights_only=True)[part]
+        assert all(torch.equal(value, found[name]) for name, value in parts[part].items() if "quantizer" not in name)
+    capsys.readouterr()
+    for init, more, says in ((tmp_path / "none", [], "no checkpoint at"),
+                             (tmp_path, [], "no tokenizer.pt and no ckpt.pt"),
+                             (run, ["--width", 32], "the model there has other sizes")):
+        assert call("train.py", "--data", folder, "--out", tmp_path / "e", "--init", init, *flags(TINY), *more) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_folders_that_are_no_classes(folder, run, tmp_path, capsys):
+    """--no-classes: albums, say. Pictures of other kinds that are left out are counted."""
+    shutil.copytree(folder, tmp_path / "albums")
+    for name in ("a.HEIC", "b.heic", "c.mov", "notes.txt"):
+        (tmp_path / "albums" / "cat" / name).write_bytes(b"?")
+    out = tmp_path / "run"
+    assert call("train.py", "--data", tmp_path / "albums", "--out", out, "--no-classes", *flags(TINY)) == 0
+    text = capsys.readouterr().out
+    assert "no classes" in text and "left out: 2 .heic, 1 .mov (convert them" in text
+    assert (np.load(out / "tokens.npy")["label"] == 0).all()
+    assert torch.load(out / "ckpt.pt", weights_only=True)["class_names"] == []
+    assert call("train.py", "--data", tmp_path / "albums", "--out", out, *flags(TINY)) == 2
+    assert "was made with classes []" in capsys.readouterr().err
+    assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "t", "--no-classes") == 2
+    assert "--no-classes is for images" in capsys.readouterr().err
+
+
+def test_names_of_other_programs(capsys):
+    """Flags that other programs have are answered by ours, each of which is there."""
+    for flag, answer in ELSEWHERE.items():
+        for words in ([flag, "3"], [flag + "=3"]):
+            assert call("train.py", *words) == 2
+            error = capsys.readouterr().err
+            assert f"{flag}: {answer}" in error
+    known = {"--" + name.replace("_", "-") for name in parser_flags("train.py")} | {"--nproc-per-node"}
+    assert {word for answer in ELSEWHERE.values() for word in re.findall(r"--[a-z-]+", answer)} <= known
 
 
 def test_what_may_change_when_a_run_goes_on(folder, run, tmp_path, capsys):
@@ -235,7 +292,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
     others = ["activation_checkpointing", "compile", "fsdp", "micro_batch",  # see engine_room.py
               "eval_batch",  # see test_eval_batch
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
-              "stage", "tokenizer"]
+              "stage", "tokenizer", "init", "no_classes"]
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
     baseline, given = contents(run), ["--tokenizer", run / "tokenizer.pt"]
     seldom = TINY | {"sample_every": 100, "save_every": 100}

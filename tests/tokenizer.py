@@ -205,13 +205,21 @@ def test_discriminator():
 
 
 def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
-    """Without weights a run says so, and stays without; with weights it must keep them. L1, no discriminator."""
+    """Without weights a run does not begin; with weights it must keep them. L1, no discriminator.
+
+    A run that an earlier version began without them goes on without, and says so.
+    """
     settings = flags(TINY | {"perceptual": 1.0, "gan": 0.0, "pixel_loss": "l1"})
     words = ["--data", folder, "--stage", "tokenizer", *settings]
     with mock.patch.object(downloads, "fetch", side_effect=DownloadError("cannot download")) as fetched:
-        assert call("train.py", *words, "--out", tmp_path / "a") == 0
-        assert "trained without its perceptual loss: cannot download" in capsys.readouterr().out
+        assert call("train.py", *words, "--out", tmp_path / "a") == 2 and not (tmp_path / "a").exists()
+        error = capsys.readouterr().err
+        assert "cannot download" in error and "`python -m extras.downloads`" in error and "--perceptual 0" in error
+        assert call("train.py", *words, "--out", tmp_path / "a", "--perceptual", 0) == 0 and fetched.call_count == 1
+        stored = json.loads((tmp_path / "a" / "config.json").read_text())
+        (tmp_path / "a" / "config.json").write_text(json.dumps(stored | {"perceptual": 1.0}))
         assert call("train.py", *words, "--out", tmp_path / "a") == 0 and fetched.call_count == 1
+        assert "begun without the weights of its perceptual loss" in capsys.readouterr().out
     assert call("train.py", *words, "--out", tmp_path / "a", "--lpips-weights", small_lpips) == 2
     assert re.search("was made with lpips none, now lpips is [0-9a-f]{16}", capsys.readouterr().err)
     assert call("train.py", *words, "--out", tmp_path / "b", "--lpips-weights", small_lpips) == 0
@@ -290,7 +298,8 @@ def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     assert isinstance(pipeline.tokenizer, PublishedVQGAN) and pipeline.model.K == 16
     tokens = np.load(tmp_path / "a" / "tokens.npy")
     images, _ = find(str(folder)).load(8)
-    assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), torch.from_numpy(tokens["x"][:5].astype("i8")))
+    expected = torch.from_numpy(tokens["x"][:5].astype("i8"))
+    assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), expected)
     assert call("sample.py", tmp_path / "a" / "ckpt.pt", "--n", 2, "--out", tmp_path / "s.png") == 0
     capsys.readouterr()
     assert call("train.py", *words[:4], *flags(TINY | {"f": 2, "K": 16, "code_dim": 3})) == 2
