@@ -108,7 +108,8 @@ def restore(parts, state, init):
             if wrong:
                 raise UserError(f"--init: the {name} there has other sizes ({wrong[0]}): take its --preset and sizes, "
                                 "or leave --init away")
-            part.load_state_dict(given)
+            if not any(value.is_meta for value in own.values()):  # on the meta device only the sizes are compared
+                part.load_state_dict(given)
 
 
 def load_optimizer(optimizer, model, state, device, fsdp):
