@@ -19,7 +19,7 @@ def init_distributed():
     Tensors on GPUs travel by NCCL, those on the CPU by gloo. The others may have to wait for the main process for as
     long as it encodes the images; if one of them dies, torchrun ends all.
     """
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on

@@ -406,3 +406,10 @@ def test_stopping_twice(folder, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             on_signal(signal.SIGINT, None)
         assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
+
+
+def test_one_process_of_one(folder, tmp_path, monkeypatch):
+    """WORLD_SIZE=1, as some clusters set it, is plain python: nothing else has to be set."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--stage", "tokenizer") == 0
+    assert not torch.distributed.is_initialized()
