@@ -384,6 +384,7 @@ from tests.fixtures import *  # noqa: E402, F403
 from tests.frechet import *  # noqa: E402, F403
 from tests.house import *  # noqa: E402, F403
 from tests.mishaps import *  # noqa: E402, F403
+from tests.pages import *  # noqa: E402, F403
 from tests.programs import *  # noqa: E402, F403
 from tests.sampling import *  # noqa: E402, F403
 from tests.security import *  # noqa: E402, F403

@@ -39,6 +39,7 @@ from extras.datasets import find
 from extras.grids import contact_sheet
 from extras.inception import find_inception
 from extras.published_vqgan import make_tokenizer
+from extras.run_page import page_of_a_run
 from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
 from schedule import ShiftedCosine
 
@@ -46,9 +47,10 @@ from schedule import ShiftedCosine
 def prepare(args, held):
     """The run of the command line `args`, or None after --dry-run. Process 0 looks first, then the others.
 
-    held: a contextlib.ExitStack that keeps the lock of the run directory. The run is a namespace with config, models,
-    source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, init (weights to start
-    from), tokenizer_is_published, and eval_memory(), a context in which too little memory is a matter of --eval-batch.
+    held: a contextlib.ExitStack that keeps the run directory's lock and page. The run is a namespace with config,
+    models, source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, init (weights to
+    start from), tokenizer_is_published, and eval_memory(), a context in which too little memory is a matter of
+    --eval-batch.
     """
     rank, _ = rank_and_world()
     if rank:  # process 0 speaks for all
@@ -219,12 +221,13 @@ def read_init(name):
 # 4. The run directory.
 
 def make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held):
-    """Locks it, looks at the images at the first start, and writes config.json and a tokenizer that was given."""
+    """Locks it, looks at the images at the first start; writes config.json, the page, a tokenizer that was given."""
     out.mkdir(parents=True, exist_ok=True)
     held.enter_context(lock(out))
     if not isinstance(source, TokenFile) and not stored:
         look_at_images(source, load_images, out, args.allow_bad)
     write_json(out / "config.json", asked)
+    held.enter_context(page_of_a_run(out))
     if tokenizer and not (out / "tokenizer.pt").exists():
         tokenizer["config"] = models["tokenizer"]
         save_checkpoint(out / "tokenizer.pt", tokenizer)

@@ -1,5 +1,5 @@
 """The course of a training loop: how far it is, whether it was asked to stop, its status lines in a CSV file, and that
-nothing is saved that is not finite. Called by train.py.
+nothing is saved that is not finite. The page of the run (extras/run_page.py) keeps up with them. Called by train.py.
 """
 
 import csv
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from engine.checkpoint import save_checkpoint
 from engine.distributed import all_reduce_max, all_reduce_sum, barrier, rank_and_world
 from engine.run import RunError, leave, stop_asked, write_atomically
+from extras.run_page import update_page
 
 
 def format_metrics(metrics):
@@ -57,6 +58,7 @@ class StatusLog:
     def __init__(self, stage, out, names, config, steps, batch, device, state=None, summed=False, K=None, also=()):
         self.stage, self.path, self.names, self.steps, self.batch = stage, out / f"{stage}.csv", names, steps, batch
         self.config, self.device, self.summed, self.fresh, self.stopped = config, device, summed, [], False
+        self.news = True  # is there something that the page of the run does not show yet?
         self.step, state = (state["step"], state) if state else (0, {})
         history = state.get("history", [])
         if isinstance(history, tuple):  # of an earlier version: (rows without norms, codes in use)
@@ -70,6 +72,7 @@ class StatusLog:
             print(f"{stage}: continuing at step {self.step:,}")
         self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", leave=False,
                         disable=True if rank else None)
+        self.show(at_once=True)
 
     def loop(self):
         """The steps that are left; it ends early, at the same one in all processes, after Ctrl-C or kill."""
@@ -78,6 +81,7 @@ class StatusLog:
             if self.stopped:
                 return
             yield step
+            self.show()
 
     def add(self, losses, tokens=None):
         """One more step is done. losses: dict of scalar tensors; a name that is missing counts as 0."""
@@ -97,6 +101,7 @@ class StatusLog:
             name == "log_every" and self.step == self.steps)
         if due:
             self.check()
+            self.news = True
         return due
 
     def check(self):
@@ -144,7 +149,14 @@ class StatusLog:
         if rank_and_world()[0] == 0:
             save_checkpoint(path, content | {"step": self.step, "history": self.checked} | (
                 {} if self.used is None else {"used": self.used}))
+            self.news = True
+            self.show(at_once=self.step == self.steps)
         barrier()  # it is written
+
+    def show(self, at_once=False):
+        """Writes the page of the run anew, if there is news: at_once, or as far as its share of the time allows."""
+        if self.news and rank_and_world()[0] == 0:
+            self.news = not update_page(self.path.parent, at_once)
 
     def leave_if_stopped(self):
         """After the loop and its checkpoint: ends the program if that is what ended the loop."""

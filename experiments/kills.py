@@ -56,7 +56,7 @@ def contents(out):
                 found[path.name] = [{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)]
         elif path.suffix == ".pt":
             found[path.name] = tensors(torch.load(path, map_location="cpu", weights_only=True))
-        else:
+        elif path.name not in ("index.html", "state.json"):  # how the run was started, and when
             found[path.name] = path.read_bytes()
     return found
 

@@ -89,7 +89,7 @@ def call(program, *words):
 
 
 def contents(out):
-    """What a run computed: {file: content}, without speeds and times, checkpoints as bytes of their tensors."""
+    """What a run computed: {file: content}, without speeds, times and its page, checkpoints as bytes of tensors."""
     def tensors(value):
         if isinstance(value, torch.Tensor):
             return value.numpy().tobytes()
@@ -104,7 +104,7 @@ def contents(out):
                 found[path.name] = [{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)]
         elif path.suffix == ".pt":
             found[path.name] = tensors(torch.load(path, weights_only=False))  # our own; and faster
-        elif path.name != "config.json":
+        elif path.name not in ("config.json", "index.html", "state.json"):
             found[path.name] = path.read_bytes()
     return found
 

@@ -10,7 +10,8 @@ from tests.common import HERE
 # All files in order: each imports only what stands before it. What a file runs as a program, under
 # `if __name__ == "__main__"`, may come later.
 ORDER = """
-engine/distributed.py engine/run.py engine/randomness.py engine/checkpoint.py engine/config.py engine/status.py
+engine/distributed.py engine/run.py engine/randomness.py engine/checkpoint.py engine/config.py
+extras/page_style.py extras/svg_curves.py extras/run_facts.py extras/run_page.py engine/status.py
 extras/archives.py extras/downloads.py extras/foreign_checkpoint.py extras/grids.py
 data.py extras/data_forms.py extras/data_arrays.py extras/toy.py extras/datasets.py
 schedule.py extras/schedule_plot.py embedding_diffusion.py losses.py extras/two_tokens.py

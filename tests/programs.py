@@ -49,7 +49,9 @@ def test_commands(folder, tmp_path):
     assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
     assert "python sample.py runs/pets/ckpt.pt" in text
     out = tmp_path / "runs" / "pets"
-    times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "config.json"}
+    assert (out / "index.html").exists()
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()
+             if path.name not in ("config.json", "index.html", "state.json")}
     assert {path.name for path in times} == {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
         "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png",

@@ -1,0 +1,89 @@
+"""What lies in a run directory, as extras/run_page.py shows it: numbers, pictures, how far the run is, how it ended."""
+
+import json
+import math
+import re
+
+import numpy as np
+
+from engine import run as engine_run
+from engine.checkpoint import rename
+from engine.run import UserError, lock
+
+OLD_COLUMNS = {"rank": "effective_rank", "min_dist": "smallest_distance"}  # of earlier versions: their names today
+
+
+def read_columns(path):
+    """{column: (n, 2) steps and values} of a CSV file, without what is no finite number; {} if there is none.
+
+    Quick, and without a Python object for every row: it is read again and again while a run trains.
+    """
+    header, *lines = (path.read_text(encoding="utf-8").splitlines() if path.exists() else []) or [""]
+    names = [OLD_COLUMNS.get(name, name) for name in header.split(",")]
+    cells = ",".join(line for line in lines if line.count(",") == len(names) - 1).split(",")
+    table = np.array(list(map(real, cells)) if len(cells) > 1 else []).reshape(-1, len(names))
+    table = table[np.isfinite(table[:, 0])]
+    return {name: table[np.isfinite(table[:, i])][:, [0, i]] for i, name in enumerate(names) if i}
+
+
+def real(cell):
+    """A cell's number; nan if it has none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def read_object(path):
+    """The dict of a JSON file; {} if there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def last(columns, name):
+    """The last value of a column; None if it has none."""
+    curve = columns.get(name, ())
+    return float(curve[-1][1]) if len(curve) else None
+
+
+def read_run(out):
+    """What the page shows, as a dict; UserError if this is no run."""
+    config = rename(read_object(out / "config.json"))
+    if not config:
+        raise UserError(f"{out} is no run of train.py: it has no config.json")
+    run = {"out": out, "config": config, "metrics": read_object(out / "metrics.json"), **{
+        name: read_columns(out / f"{name}.csv") for name in ("tokenizer", "diffusion", "evaluation")}}
+    run["pictures"] = {kind: sorted((path.name for path in out.glob(f"{kind}_*.png") if re.fullmatch(
+        kind + r"_\d+\.png", path.name)), key=lambda name: int(re.search(r"\d+", name)[0]))
+        for kind in ("samples", "reconstructions")}
+    steps = {"tokenizer": config.get("tokenizer_steps", 0), "diffusion": config.get("steps", 0)}
+    done = {name: max((int(curve[-1][0]) for curve in run[name].values() if len(curve)), default=0) for name in steps}
+    encoded = (out / "tokens.npy").exists()
+    own = config.get("tokenizer", "own") == "own"
+    stage = "diffusion" if encoded else "tokens" if not own or done["tokenizer"] >= steps["tokenizer"] else "tokenizer"
+    speeds = [float(value) for _, value in run.get(stage, {}).get("img/s", [])[-5:] if value]
+    batch = config.get({"tokenizer": "tokenizer_batch", "diffusion": "batch"}.get(stage), 0)
+    run |= {"stage": stage, "step": done.get(stage, 0), "steps": steps.get(stage, 0), "per_step": None}
+    if speeds and batch:
+        run["per_step"] = batch * sum(1 / speed for speed in speeds) / len(speeds)  # seconds
+    run["complete"] = stage == "diffusion" and bool(run["metrics"]) and done[stage] >= steps[stage]
+    told = read_object(out / "state.json")  # of earlier versions there is none
+    run["state"] = told["state"] if told.get("state") in ("running", "stopped", "failed") else "ended"
+    if run["state"] == "ended" and run["complete"]:
+        run["state"] = "complete"
+    command = told.get("command")
+    return run | {"message": str(told.get("message", "")), "command": command if isinstance(command, list) else None}
+
+
+def in_use(out):
+    """Does a process work in this run directory? None where locks cannot tell."""
+    if engine_run.fcntl is None or not (out / ".lock").exists():
+        return None
+    try:
+        lock(out).close()
+    except UserError:
+        return True
+    return False
