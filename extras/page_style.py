@@ -67,13 +67,15 @@ for (const chart of document.querySelectorAll('.chart')) {
     values: line.dataset.values.split(' ').map(pair => pair.split(':')) }));
   svg.onpointermove = event => {
     const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
-    words.textContent = curves.map(({ name, xs, values }) => {
+    const found = curves.map(({ name, xs, values }) => {
       let best = 0;
       xs.forEach((at, i) => { if (Math.abs(at - x) < Math.abs(xs[best] - x)) best = i; });
       rule.setAttribute('x1', xs[best]);
       rule.setAttribute('x2', xs[best]);
-      return `${name} ${Number(values[best][1])} at step ${Number(values[best][0]).toLocaleString('en')}`;
-    }).join(', ');
+      return ['step ' + Number(values[best][0]).toLocaleString('en'), `${name} ${Number(values[best][1])}`];
+    });
+    words.textContent = found.map(([step, value], i) => (
+      i && step == found[i - 1][0] ? ', ' : (i ? '; ' : '') + step + ': ') + value).join('');
     rule.style.opacity = 0.6;
   };
   svg.onpointerleave = () => { words.textContent = last; rule.style.opacity = 0; };

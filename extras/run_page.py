@@ -34,7 +34,7 @@ TITLES = {  # column of a CSV file: its title, and what to expect
     "lr": ("learning rate", ""), "codes": ("codes in use", "between two status lines"), "img/s": ("images/s", ""),
     "GB": ("GPU memory, GB", ""), "effective_rank": ("effective rank of the embeddings", "steady when healthy"),
     "smallest_distance": ("smallest distance of two embeddings", "falls towards 0 when they collapse"),
-    "reconstruction": ("reconstruction", "pixels"), "lpips": ("LPIPS", ""), "mean_distance": ("mean distance", "")}
+    "reconstruction": ("reconstruction", ""), "lpips": ("LPIPS", ""), "mean_distance": ("mean distance", "")}
 
 
 # ----------------------------------------------------------------------------

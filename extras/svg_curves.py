@@ -105,7 +105,7 @@ def chart(title, curves, hint="", level=None, log=True, base=None):
         text = f"{name}: {newest} at step {curve[-1][0]:,.0f}, lowest {least}, highest {most}"
         parts.append(tag("polyline", tag("title", text), class_=f"c{i % 5}", data_name=name,
                          points=" ".join(f"{x},{y}" for x, y in (at(*point) for point in curve)),
-                         data_values=" ".join(f"{step:.0f}:{value:.6g}" for step, value in curve)))
+                         data_values=" ".join(f"{step:.0f}:{value:.5g}" for step, value in curve)))
         x, y = at(*curve[-1])
         parts.append(tag("circle", cx=x, cy=y, r=2.5, class_=f"c{i % 5}"))
         words += [tag("span", name, " ", tag("b", newest), class_=f"c{i % 5}"), " "]
