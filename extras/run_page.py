@@ -215,10 +215,11 @@ def update_page(out, at_once):
 
 
 def started_as():
-    """The command line of this process, as one would type it."""
+    """The command line of this process, as one would type it; of several nodes without where they meet."""
     world = rank_and_world()[1]
-    here = os.environ.get("LOCAL_WORLD_SIZE", str(world))
-    return [*(["torchrun", "--nproc-per-node", here] if world > 1 else ["python"]), *sys.argv]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = ["--nnodes", str(world // here)] if world > here else []
+    return [*(["torchrun", *nodes, "--nproc-per-node", str(here)] if world > 1 else ["python"]), *sys.argv]
 
 
 def how_it_ended(error):
