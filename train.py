@@ -6,7 +6,7 @@
     python train.py --data FOLDER --preset 64 --out runs/faces --device cuda
     torchrun --nproc-per-node 8 train.py --data FOLDER      on 8 GPUs, with the same result
 
-Three stages in one run directory (--out):
+Three stages in one run directory (--out); its page, index.html, follows them (extras/run_page.py):
 
     (before)    what was found                         data.png, skipped.txt: images that cannot be used
     tokenizer   images -> VQ-VAE                       tokenizer.pt, reconstructions_*.png, tokenizer.csv
