@@ -92,7 +92,7 @@ def train_tokenizer(run):
     log = StatusLog("tokenizer", run.out, names, config, steps, config["tokenizer_batch"], device, state, summed=True,
                     K=config["K"])
 
-    batches = image_batches(train, config, run.seed, log.step, steps)
+    batches = image_batches(train, config, run.seed, log.step, steps, device)
     for step, images in zip(log.loop(), batches, strict=False):  # loop() ends early after Ctrl-C or kill
         lr, gan_lr = (learning_rate(step, steps, config["warmup"], config[peak]) for peak in ("tokenizer_lr", "gan_lr"))
         generator = generator_for(run.seed, "tokenizer", step)

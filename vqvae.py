@@ -94,7 +94,9 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("codebook", codebook)
             self.register_buffer("running_sum", codebook.clone())
         self.register_buffer("running_count", torch.ones(K))  # how often each code is used per step, averaged
-        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("initialised", torch.tensor(False))  # for checkpoints; on a GPU it takes a wait to read
+        self.started = False  # is it known to be True?
+        self.register_load_state_dict_post_hook(lambda vq, _: setattr(vq, "started", False))
 
     def l2_normalize(self, z):
         """z (..., C), with the cosine distance set to length sqrt(C); else as it is."""
@@ -117,8 +119,8 @@ class VectorQuantizer(nn.Module):
         """
         B, C, h, w = z_e.shape
         z = self.flatten(z_e)                                                                      # (M, C), M = B h w
-        if self.training and not self.initialised:
-            self.initialise(all_gather_cat(z.detach()), generator)
+        if self.training and not self.started:
+            self.start(z.detach(), generator)
         codes = self.codes
         tokens = nearest_codes(z, codes)                                                           # (M,)
         z_q = F.embedding(tokens, codes)                                                           # (M, C)
@@ -130,6 +132,12 @@ class VectorQuantizer(nn.Module):
         # Straight-through, after the losses: forward z_q, backward the decoder's gradient to the encoder unchanged.
         z_q = z + (z_q - z).detach()
         return z_q.view(B, h, w, C).permute(0, 3, 1, 2), tokens.view(B, h * w), commitment, codebook
+
+    def start(self, z, generator):
+        """The first training step after the weights were made or loaded: are there codes? Later ones need not ask."""
+        if not self.initialised:
+            self.initialise(all_gather_cat(z), generator)
+        self.started = True
 
     @torch.no_grad()
     def initialise(self, z, generator):

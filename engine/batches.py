@@ -7,8 +7,11 @@ from engine.randomness import batch_indices, generator_for
 from engine.run import look_ahead
 
 
-def image_batches(dataset, config, seed, start, steps):
-    """This process's images, uint8 (B / world, 3, H, W), for each step from start to steps - 1."""
+def image_batches(dataset, config, seed, start, steps, device):
+    """This process's images, uint8 (B / world, 3, H, W) on the CPU, for each step from start to steps - 1.
+
+    For a GPU they lie in pinned memory: copied from there, they need not wait for the step before.
+    """
     (rank, world), B = rank_and_world(), config["tokenizer_batch"]
     mine = slice(rank * B // world, (rank + 1) * B // world)
 
@@ -17,6 +20,6 @@ def image_batches(dataset, config, seed, start, steps):
         if config["flip"]:
             mirrored = torch.rand(B, 1, 1, 1, generator=generator_for(seed, "flips", step))[mine] < 0.5
             images = torch.where(mirrored, images.flip(3), images)
-        return images
+        return images.pin_memory() if device.type == "cuda" else images
 
     return look_ahead(read, range(start, steps))
