@@ -135,7 +135,7 @@ class EmbeddingDiffusion(nn.Module):
         flat, for a few directions have all the spread. U alone is whitened: noise is as loud as colour. We take the
         first D columns of U S^1/2. The table is trained from there as usual.
         """
-        U, S, _ = torch.linalg.svd((codes - codes.mean(0)).double().cpu(), full_matrices=False)    # (K, r), (r,)
+        U, S, _ = torch.linalg.svd((codes - codes.mean(0)).cpu().double(), full_matrices=False)    # (K, r), (r,)
         components = (U * S.sqrt())[:, :self.D]                                                    # (K, min(r, D))
         self.embedding.copy_(F.pad(components / components.std(), (0, self.D - components.shape[1])))
 

@@ -218,7 +218,7 @@ def held_out_bound(model, schedule, x, labels, seeds, draws, batch):
             parts[i].copy_(terms)
     parts = torch.cat(parts, 1)
     all_reduce_sum([parts])
-    bits = parts.double().cpu() / math.log(2)                                                      # (3, draws)
+    bits = parts.cpu().double() / math.log(2)                                                      # (3, draws)
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
         "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}

@@ -123,7 +123,8 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
         if inpaint is not None:
             p = torch.where(inpaint[..., None] < 0, p, one_hot)
         if i + 1 < steps:
-            e_hat = p @ table                                                                      # (B, N, D)
+            with torch.autocast(device.type, enabled=False):  # as in training_loss
+                e_hat = p @ table                                                                  # (B, N, D)
             log_snr_s = log_snrs[i + 1].expand(B)
             if sampler == "ddim":
                 z = ddim_step(z, e_hat, log_snr_t, log_snr_s)

@@ -382,6 +382,7 @@ from tests.engine_room import *  # noqa: E402, F403
 from tests.evidence import *  # noqa: E402, F403
 from tests.fixtures import *  # noqa: E402, F403
 from tests.frechet import *  # noqa: E402, F403
+from tests.gpu_readiness import *  # noqa: E402, F403
 from tests.house import *  # noqa: E402, F403
 from tests.mishaps import *  # noqa: E402, F403
 from tests.pages import *  # noqa: E402, F403
