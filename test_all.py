@@ -389,4 +389,5 @@ from tests.pages import *  # noqa: E402, F403
 from tests.programs import *  # noqa: E402, F403
 from tests.sampling import *  # noqa: E402, F403
 from tests.security import *  # noqa: E402, F403
+from tests.serving import *  # noqa: E402, F403
 from tests.tokenizer import *  # noqa: E402, F403

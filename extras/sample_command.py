@@ -1,5 +1,5 @@
 """`python sample.py`: its command line. A grid, images one by one (extras/sample_files.py), or a special picture
-(extras/pictures.py).
+(extras/pictures.py), or a page in the browser (extras/serve.py).
 """
 
 import argparse
@@ -12,7 +12,10 @@ from engine.run import UserError, report_errors, user_error
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
 from extras.sample_files import sample_files
+from extras.serve import serve
 from sample import COLUMNS, SAMPLERS, check_settings, default_labels, load_checkpoint, sample_together
+
+INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
 
 
 def parse_classes(text, class_names):
@@ -64,6 +67,8 @@ def parse_arguments():
                          "for --inpaint")
     special.add_argument("--interpolate", metavar="A,B", help="from seed A to seed B: the first noise turns, all other "
                          "numbers stay; a row per class; smoothest with --sampler ddim")
+    special.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="no picture, but a page in "
+                         "the browser of this machine, to play with the model (default: port 8000; 0: any free one)")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
     group.add_argument("--strength", type=float, help="for --vary: near 0 nothing changes, at 1 nothing stays "
                        "(default: 0.6)")
@@ -71,7 +76,7 @@ def parse_arguments():
 
 
 def check_arguments(args, special):
-    """UserError for what is wrong whatever the checkpoint. special: the name of a special picture, or None."""
+    """UserError for what is wrong whatever the checkpoint. special: a name in INSTEAD, or None."""
     for name in ("n", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -84,7 +89,11 @@ def check_arguments(args, special):
         raise UserError(f"--out {out} is there already: remove it, or give another name")
     flag = f"--{special.replace('_', '-')}" if special else None
     if flag and out.suffix != ".png":
-        raise UserError(f"--out {out}: {flag} draws one picture, give a name that ends in .png")
+        raise UserError(f"--out {out}: " + ("--serve writes no files" if special == "serve" else
+                                            f"{flag} draws one picture, give a name that ends in .png"))
+    if special == "serve" and (args.compile or not 0 <= args.serve < 1 << 16):
+        raise UserError(f"--serve {args.serve}: give a port from 0 to 65535, and no --compile, which would compile "
+                        "anew for every number of images")
     if flag and rank_and_world()[1] > 1:
         raise UserError(f"{flag} is for one process: start it with python, not with torchrun")
     if (args.inpaint is None) != (args.mask is None) or (args.strength is not None and args.vary is None):
@@ -94,7 +103,7 @@ def check_arguments(args, special):
 def draw(args):
     """Does what the command line says. UserError, before any work, if that cannot be done."""
     rank, _ = init_distributed()
-    special = next((name for name in SPECIAL if getattr(args, name) is not None), None)
+    special = next((name for name in INSTEAD if getattr(args, name) is not None), None)
     check_arguments(args, special)
     with user_error():
         device = choose_device(args.device)
@@ -111,11 +120,13 @@ def draw(args):
     labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
     if args.compile:
         pipeline.model.guided = torch.compile(pipeline.model.guided, mode="reduce-overhead", dynamic=False)
-    if rank == 0:
+    if special == "serve":
+        print(f"{args.checkpoint}: step {pipeline.step:,}")
+    elif rank == 0:
         print(f"{args.checkpoint}: step {pipeline.step:,}, {n} images, seed {args.interpolate or args.seed}, "
               + ", ".join(f"{key} {value}" for key, value in settings.items()))
     if special:
-        SPECIAL[special](args, pipeline, chosen, labels, settings)
+        INSTEAD[special](args, pipeline, chosen, labels, settings)
     elif out.suffix == ".png":
         images = sample_together(pipeline, labels, seed=args.seed, batch=args.batch, **settings)
         if rank == 0:
@@ -128,6 +139,7 @@ def draw(args):
 
 def main():
     args = parse_arguments()
-    with report_errors("sample.py", "stopped; into a folder, .zip or .npz the same command goes on",
+    stopped = "stopped" if args.serve is not None else "stopped; into a folder, .zip or .npz the same command goes on"
+    with report_errors("sample.py", stopped,
                        f"lower --batch {args.batch}; the images stay the same"):
         draw(args)

@@ -31,7 +31,8 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
                "end": 0.9}
     assert parser_flags("sample.py") == sorted(["classes" if f == "class" else f for f in changed] + [
         "batch", "compile", "device", "out", "interval",
-        "grid_of", "trajectory", "inpaint", "mask", "vary", "strength", "interpolate"])  # test_special_pictures
+        "grid_of", "trajectory", "inpaint", "mask", "vary", "strength", "interpolate",  # test_special_pictures
+        "serve"])  # tests/serving.py
     for name, value in changed.items():
         assert not np.array_equal(picture(**{name: value}), baseline), name
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
