@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-import socket
 import socketserver
 import sys
 import threading
@@ -117,6 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         """Only one at a time, the reading of its JSON too: so memory is bounded."""
         if not self.server.busy.acquire(blocking=False):
             raise Refusal(429, "another picture is being drawn: wait until it is done")
+        self.server.worker = threading.current_thread()
         try:
             try:
                 wishes = json.loads(content)
@@ -127,23 +127,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.busy.release()
 
     def send_line(self, line):
-        """One line of the answer. ConnectionError, which ends the action, if nobody waits for it any more."""
-        if self.server.stopping or self.gone():
+        """One line of the answer. It fails, and that ends the action, when the client has gone or takes nothing."""
+        if self.server.stopping:
             raise ConnectionAbortedError
         if not self.begun:
             self.begin(200, "application/x-ndjson", {})
             self.begun = True
         self.wfile.write(json.dumps(line).encode() + b"\n")
-
-    def gone(self):
-        """Has the browser closed the connection? It says nothing more while it waits for an answer."""
-        self.connection.settimeout(0)
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        finally:
-            self.connection.settimeout(PATIENCE)
 
     def say(self, status, line):
         """{"error": line}: the answer or, if that has begun, its last line."""
@@ -186,7 +176,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, port, page, model, actions):
         self.pages = {"/": ("text/html; charset=utf-8", page.encode()),
                       "/model": ("application/json", json.dumps(model).encode())}
-        self.actions, self.stopping = actions, False
+        self.actions, self.stopping, self.worker = actions, False, None
         self.busy, self.places = threading.Lock(), threading.BoundedSemaphore(MOST_CONNECTIONS)
         rules = ["default-src 'none'", "img-src data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'",
                  "frame-ancestors 'none'"]
@@ -215,7 +205,12 @@ class Server(socketserver.ThreadingTCPServer):
             super().handle_error(request, client_address)
 
     def server_close(self):
-        """An action that runs ends at its next line: a thread in the midst of PyTorch must not outlive the program."""
+        """An action that runs ends at its next line, none begins, and its thread comes to an end.
+
+        For a daemon thread that is in PyTorch, if only to free a tensor, when Python ends makes it abort.
+        """
         self.stopping = True
-        with self.busy:
-            super().server_close()
+        super().server_close()
+        self.busy.acquire()
+        if self.worker is not None:
+            self.worker.join()

@@ -6,10 +6,13 @@ import hashlib
 import http.client
 import io
 import json
+import queue
 import re
 import select
 import socket
+import sys
 import threading
+import time
 import tracemalloc
 from types import SimpleNamespace
 from unittest import mock
@@ -243,8 +246,9 @@ def test_hostile_requests(site, monkeypatch):
 
 
 def endless(pipeline, labels, *, callback, **_):
-    """In place of sample_images."""
-    while True:
+    """In place of sample_images; a test that fails has an end all the same."""
+    began = time.monotonic()
+    while time.monotonic() < began + 10:
         callback(1.0, None)
         select.select([], [], [], 0.001)
 
@@ -265,8 +269,10 @@ def test_one_picture_at_a_time(site, pipeline):
             free(site)
         with serving(pipeline) as other:
             connection = start(other, body=WISHES)
-            assert connection.getresponse().readline()
-        assert not other.busy.locked()  # serving has come to its end while the client still waits
+            answer = connection.getresponse()
+            assert answer.readline()
+        assert not other.worker.is_alive()  # it has come to its end while the client still waits
+        answer.close()
         connection.close()
     assert ask(site, body=WISHES)[0] == 200
 
@@ -279,9 +285,11 @@ def test_slow_and_many_clients(pipeline, monkeypatch):
         for sent, drip, says in ((b"", b"", b""), (b"GET / HT", b"T", b""), (head, b"X", b""),
                                  (head + b"\r\n{", b" ", b"HTTP/1.0 408 ")):
             with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+                began = time.monotonic()
                 connection.sendall(sent)
                 while not select.select([connection], [], [], 0.02)[0]:
                     connection.sendall(drip)
+                    assert time.monotonic() < began + 5
                 with contextlib.suppress(ConnectionResetError):
                     found = connection.recv(1000)
                     assert found.startswith(says) and (says or not found)
@@ -302,6 +310,13 @@ def test_slow_and_many_clients(pipeline, monkeypatch):
 
 def test_errors_of_ours(site, capsys):
     """A bug is printed where the server runs; the client hears that there is one. Memory is said."""
+    for error, printed in ((KeyError("bug"), True), (BrokenPipeError(), False), (TimeoutError(), False)):
+        try:
+            raise error
+        except Exception:
+            site.handle_error(None, None)
+        assert ("Traceback" in capsys.readouterr().err) == printed
+    site.handle_error, caught = lambda *_: caught.put(sys.exc_info()[0]), queue.Queue()
     for error, status, says in ((KeyError("secret"), 500, "the terminal"), (MemoryError("secret"), 503, "not enough")):
         def before(*_, error=error, **__):
             raise error
@@ -311,13 +326,13 @@ def test_errors_of_ours(site, capsys):
             raise error
 
         for fails, expected in ((before, status), (midway, 200)):
-            capsys.readouterr()
             with mock.patch.object(serve, "sample_images", fails):
                 found, lines = ask(site, body=WISHES)
             assert found == expected and says in lines[-1]["error"] and "secret" not in lines[-1]["error"]
             free(site)
-    assert ask(site, body=WISHES)[0] == 200
-    assert "Traceback" not in capsys.readouterr().err
+            if status == 500:
+                assert caught.get(timeout=5) is KeyError
+    assert ask(site, body=WISHES)[0] == 200 and caught.empty()
 
 
 def test_the_command(run, tmp_path, capsys):
