@@ -4,6 +4,7 @@
     python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz                   or a .zip, or a folder; resumable
     python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4                    also --trajectory, --interpolate 0,1
     python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png            also --vary star.png --strength 0.6
+    python sample.py runs/toy/ckpt.pt --serve                                       a page in the browser, to play
 
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).

@@ -91,7 +91,7 @@ def pixels(texts):
     return np.stack([load_image(base64.b64decode(text)) for text in texts])
 
 
-def png(array):
+def png_text(array):
     file = io.BytesIO()
     Image.fromarray(array).save(file, "png")
     return base64.b64encode(file.getvalue()).decode()
@@ -146,7 +146,7 @@ def test_what_is_drawn(pipeline, site, run, tmp_path):
 
     # Part of an image, with a class and without one: then there is no guidance.
     upload = torch.randint(256, (10, 14, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
-    _, [line] = ask(site, path="/crop", body={"image": png(upload)})
+    _, [line] = ask(site, path="/crop", body={"image": png_text(upload)})
     image = load_image(upload, 8)
     assert np.array_equal(pixels([line["image"]])[0], image)
     known = pipeline.tokenizer.encode(torch.from_numpy(image)[None])
@@ -154,7 +154,7 @@ def test_what_is_drawn(pipeline, site, run, tmp_path):
     for classes, label, guidance in (([1], 1, 2.0), ([], 2, 0.0)):
         images = sample_images(pipeline, torch.full((3,), label), seed=3, inpaint=known,
                                **pipeline.sampling | {"guidance": guidance})
-        for sent in (png(upload), line["image"]):
+        for sent in (png_text(upload), line["image"]):
             _, lines = ask(site, body=WISHES | dict(n=3, classes=classes, image=sent, cells=[3, 0]))
             assert np.array_equal(pixels(lines[-1]["images"]), images)
     pipeline.config["training"]["label_drop"] = 0.0
@@ -222,7 +222,8 @@ def test_hostile_requests(site, monkeypatch):
             "", "%%%", "é", 7, [], base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(),
             base64.b64encode(b"%!PS-Adobe-3.0 EPSF").decode(), "/etc/passwd", "file:///etc/passwd",
             base64.b64encode(picture.getvalue()).decode(), base64.b64encode(bomb.getvalue()).decode())),
-        *((400, wish(image=png(np.zeros((8, 8), np.uint8)), cells=cells)) for cells in ([], [4], [-1], [.5], "0", 0)),
+        *((400, wish(image=png_text(np.zeros((8, 8), np.uint8)), cells=cells))
+          for cells in ([], [4], [-1], [0.5], "0", 0)),
         (400, dict(path="/crop", body=[])), (400, dict(path="/crop", body={"image": "AAAA"})),
         (400, dict(path="/crop", body={"image": None})), (400, dict(path="/crop", body={"path": "/etc/passwd"})),
     ]
