@@ -72,7 +72,7 @@ class StatusLog:
             print(f"{stage}: continuing at step {self.step:,}")
         self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", leave=False,
                         disable=True if rank else None)
-        self.show(at_once=True)
+        self.show()
 
     def loop(self):
         """The steps that are left; it ends early, at the same one in all processes, after Ctrl-C or kill."""
@@ -150,7 +150,7 @@ class StatusLog:
             save_checkpoint(path, content | {"step": self.step, "history": self.checked} | (
                 {} if self.used is None else {"used": self.used}))
             self.news = True
-            self.show(at_once=self.step == self.steps)
+            self.show(at_once=bool(content.get("metrics")))
         barrier()  # it is written
 
     def show(self, at_once=False):
