@@ -266,7 +266,7 @@ def test_collapse_diagnostics_and_normalisation():
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_samples_follow_the_distribution(sampler):
-    """40,000 pairs of tokens, 300 steps (DDIM: 150), exact posterior: chi-square against the probabilities."""
+    """40,000 pairs of tokens, 300 steps, exact posterior: chi-square against the probabilities."""
     exact, labels = ExactPosterior(THREE, TRIANGLE, copies=10_000), torch.zeros(4, dtype=torch.int64)
 
     def draw(steps):
@@ -277,7 +277,7 @@ def test_samples_follow_the_distribution(sampler):
         counts = torch.bincount(tokens, minlength=len(p))
         return scipy.stats.chisquare(counts.numpy(), len(tokens) * p.numpy()).pvalue
 
-    first, second = draw(300 if sampler == "ancestral" else 150).view(-1, 2).T
+    first, second = draw(300).view(-1, 2).T
     assert p_value(first * 3 + second, THREE.flatten()) > 1e-3
     assert p_value(draw(1)[:, ::2].flatten(), THREE[0].sum(1)) > 1e-3  # one step: a draw from p(x_i | noise)
 

@@ -288,7 +288,7 @@ def main():
                                   f"{max(images // 2, 1)} or --activation-checkpointing, and the run goes on"):
                 train_diffusion(run)
             if args.eval_fid:
-                release_signals()  # all is saved
+                release_signals()
                 with run.eval_memory():
                     evaluate_run(run, args.eval_fid)
             print(f"complete. Draw images:  python sample.py {run.out / 'ckpt.pt'}    Train longer: raise --steps")

@@ -177,6 +177,9 @@ def catch_signals():
 
 
 def release_signals():
+    """All is saved: from now on Ctrl-C and kill end the program at once, and now if one of them has come already."""
+    if stop_asked():
+        leave()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -413,3 +413,19 @@ def test_one_process_of_one(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--stage", "tokenizer") == 0
     assert not torch.distributed.is_initialized()
+
+
+def test_stopped_between_training_and_fid(monkeypatch):
+    """Ctrl-C during the last evaluation: the run ends before the long FID begins, with the shell's status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        monkeypatch.setattr(engine_run, "SIGNALS", [])
+        engine_run.release_signals()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        monkeypatch.setattr(engine_run, "SIGNALS", [signal.SIGINT])
+        with pytest.raises(SystemExit) as stopped:
+            engine_run.release_signals()
+        assert stopped.value.code == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
