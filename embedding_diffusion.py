@@ -18,6 +18,13 @@ a token should be in view of its neighbours. Nothing is assumed or lost: the net
 An untrained network (zero output) is then the exact denoiser of independent uniform tokens, and its bound is exactly
 log2 K bits per token. Guidance, which combines logits, sharpens the learned factor and leaves this one as it is.
 `--no-output-prior` trains without it, which is nearer to the paper.
+
+The same knowledge helps at the input (the posterior input, ours). What a token's own noisy embedding says, as a mean,
+
+    E[ e(x_i) | z_ti ]  =  sum_k softmax_k( log N(z_ti ; alpha_t E_k, sigma_t^2 I) )  E_k,
+
+is given to the network beside z_t. It would otherwise have to learn this softmax over K codes, at every noise level,
+before it can ask what the neighbours are. `--no-posterior-input` trains without it.
 """
 
 import math
@@ -91,13 +98,14 @@ class EmbeddingDiffusion(nn.Module):
 
     K: codebook size. grid: (rows, columns) of tokens, N = rows * columns. D: embedding width.
     num_classes: 0 for unconditional; class number num_classes is the null class of classifier-free guidance.
-    output_prior: add Plaid's closed-form term. bf16: matrix products of the transformer in bfloat16; table, output
-    prior, softmax and e_hat stay in float32. recompute: keep only what enters a block for the backward pass, and run
-    the block again there (activation checkpointing): a fraction of the memory, 1.1 to 1.2 times a step, same numbers.
+    output_prior: add Plaid's closed-form term. posterior_input: show E[e(x_i) | z_ti] at the input, too.
+    bf16: matrix products of the transformer in bfloat16; table, output prior, softmax and e_hat stay in float32.
+    recompute: keep only what enters a block for the backward pass, and run the block again there (activation
+    checkpointing): a fraction of the memory, 1.1 to 1.2 times a step, same numbers.
     """
 
-    def __init__(self, K, grid, D, width, depth, heads, num_classes=0, norm="rms", output_prior=True, bf16=False,
-                 recompute=False):
+    def __init__(self, K, grid, D, width, depth, heads, num_classes=0, norm="rms", output_prior=True,
+                 posterior_input=True, bf16=False, recompute=False):
         super().__init__()
         if norm not in ("rms", "layer", "none"):
             raise ValueError(f"norm must be rms, layer or none, got {norm!r}")
@@ -106,11 +114,12 @@ class EmbeddingDiffusion(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"width = {width} must be a multiple of heads = {heads} and of 4")
         self.K, self.N, self.D, self.num_classes = K, grid[0] * grid[1], D, num_classes
-        self.norm, self.output_prior, self.bf16, self.recompute = norm, output_prior, bf16, recompute
+        self.norm, self.output_prior, self.posterior_input = norm, output_prior, posterior_input
+        self.bf16, self.recompute = bf16, recompute
         self.embedding = nn.Parameter(torch.randn(K, D))  # standard deviation 1: as large as what normalise makes of it
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(sincos_2d(*grid, width))
-        self.input = nn.Linear(D, width)
+        self.input = nn.Linear(2 * D if posterior_input else D, width)
         self.log_snr_mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -147,7 +156,7 @@ class EmbeddingDiffusion(nn.Module):
         return F.silu(self.log_snr_mlp(features) + self.class_embedding(labels))                   # (B, width)
 
     def prior_factors(self, z, log_snr, table):
-        """The output prior: log N(z ; alpha E_k, sigma^2 I) for each k, up to a constant in k.
+        """log N(z ; alpha E_k, sigma^2 I) for each k, up to a constant in k: the output prior.
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
@@ -159,6 +168,14 @@ class EmbeddingDiffusion(nn.Module):
         return (torch.cat([z * (alpha / sigma.square())[:, None, None], snr], dim=-1),
                 torch.cat([table, -table.square().sum(1, keepdim=True) / 2], dim=1).T)
 
+    def posterior_mean(self, evidence, codes, table):
+        """E[e(x_i) | z_ti] (B, N, D) for tokens that are uniform before z_ti is seen.
+
+        evidence (B, N, D + 1), codes (D + 1, K): of prior_factors.
+        """
+        p = (evidence.flatten(0, 1) @ codes).softmax(-1)                                           # (B N, K)
+        return (p @ table).view_as(evidence[..., 1:])                                              # (B, N, D)
+
     def forward(self, z, log_snr, labels, mask=None, table=None):
         """z (B, N, D), log_snr (B,), labels (B,) -> logits (B, N, K) in float32.
 
@@ -168,9 +185,13 @@ class EmbeddingDiffusion(nn.Module):
         """
         B, N, D = z.shape
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"
-        table = self.table() if table is None else table
+        table, inputs = self.table() if table is None else table, z
+        with torch.autocast(z.device.type, enabled=False):
+            evidence, codes = self.prior_factors(z, log_snr, table)
+            if self.posterior_input:
+                inputs = torch.cat([z, self.posterior_mean(evidence, codes, table)], dim=-1)       # (B, N, 2 D)
         with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            h = self.input(z)                                                                      # (B, N, width)
+            h = self.input(inputs)                                                                 # (B, N, width)
             if mask is not None:
                 h = torch.where(mask[..., None], self.mask_embedding.to(h.dtype), h)
             h = h + self.position
@@ -185,7 +206,6 @@ class EmbeddingDiffusion(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             logits = logits.to(table.dtype)
             if self.output_prior:
-                evidence, codes = self.prior_factors(z, log_snr, table)
                 if mask is not None:
                     evidence = evidence.masked_fill(mask[..., None], 0)
                 logits.addmm_(evidence.flatten(0, 1), codes)                                       # (B N, K)

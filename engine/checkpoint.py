@@ -46,8 +46,14 @@ def detect_container(path):
 
 
 def rename(value):
-    """A dict with all keys as they are called today, dicts inside it too; tensors and lists as they are."""
-    return {RENAMED.get(name, name): rename(v) for name, v in value.items()} if type(value) is dict else value
+    """A dict with all keys as they are called today, dicts inside it too; tensors and lists as they are.
+
+    What came later and changes the network's shape is off where it is not named.
+    """
+    if type(value) is not dict:
+        return value
+    value = {RENAMED.get(name, name): rename(v) for name, v in value.items()}
+    return {"posterior_input": False} | value if "output_prior" in value else value
 
 
 def read_checkpoint(path, *formats):

@@ -39,6 +39,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "depth": (int, 8, "its blocks"),
     "heads": (int, 6, "its attention heads"),
     "output_prior": (bool, True, "add to the logits what a token's own noisy embedding says, in closed form (Plaid)"),
+    "posterior_input": (bool, True, "show the network E[e(x_i) | z_ti] beside z_ti, in closed form (ours)"),
     # schedule and losses
     "shift": (float, 0.4, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
     "log_snr_min": (float, -10.0, "log SNR at t = 1, all noise, before the shift"),
@@ -226,6 +227,7 @@ def describe_models(config, num_classes, published=None):
     if published is not None:
         tokenizer = {"published": published, "size": config["size"]}
     denoiser = dict(K=config["K"], grid=(config["size"] // config["f"],) * 2, num_classes=num_classes,
-                    **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "output_prior")})
+                    **{name: config[name] for name in ("D", "width", "depth", "heads", "norm", "output_prior",
+                                                   "posterior_input")})
     schedule = {name: config[name] for name in ("shift", "log_snr_min", "log_snr_max")}
     return {"tokenizer": tokenizer, "denoiser": denoiser, "schedule": schedule}

@@ -68,12 +68,13 @@ def reverse(kind, p, x_t, t, s):
     return joint / joint.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None):
+def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, temperature=1.0):
     """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
 
     labels (B,), or None for the null class. guidance: omega, of the raw logits, as in EmbeddingDiffusion.guided. kind:
     add what x_ti itself says of x_i, as the output prior does for VQ-LCMD: log q(x_t | x_0 = k) in the logits, that is
-    log(a [x_t = k] + b / K), and nothing where it is masked. The network learns what the neighbours say.
+    log(a [x_t = k] + b / K), and nothing where it is masked. The network learns what the neighbours say. temperature
+    divides the sum, as in sample.sample_tokens.
     """
     mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
@@ -85,7 +86,7 @@ def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None):
         a, b, _ = (rate[:, None, None] for rate in rates(kind, t))
         same = x_t[..., None] == torch.arange(model.K, device=x_t.device)                          # (B, N, K)
         logits = logits + torch.where(mask[..., None], 0, (a * same + b / model.K).clamp(min=1e-30).log())
-    return logits.log_softmax(-1)
+    return (logits / temperature).log_softmax(-1)
 
 
 def loss(kind, model, schedule, x, generator, labels=None, analytic=False, auxiliary=0.0):
@@ -113,7 +114,7 @@ def draw(p, generator):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False):
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0):
     """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid. analytic: as in loss."""
     device = generator.device
     start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
@@ -121,24 +122,25 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
     x = draw(start.expand(n, model.N, -1), generator)
     for i in range(steps, 0, -1):
         t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
-        p = predict(model, schedule, x, t, labels, guidance, kind if analytic else None).exp()
+        p = predict(model, schedule, x, t, labels, guidance, kind if analytic else None, temperature).exp()
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
     return x
 
 
 @torch.no_grad()
-def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0):
+def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0, gumbel=1.0):
     """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
 
-    Confidence: log p of the drawn token plus temperature * t * Gumbel noise.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise.
     """
     device = generator.device
     x = torch.full((n, model.N), model.K, device=device)
     for i in range(steps, 0, -1):
-        log_p = predict(model, schedule, x, torch.full((n,), i / steps, device=device), labels, guidance)
+        log_p = predict(model, schedule, x, torch.full((n,), i / steps, device=device), labels, guidance,
+                        temperature=temperature)
         drawn = draw(log_p.exp(), generator)
-        gumbel = -torch.empty(n, model.N, device=device).exponential_(generator=generator).log()
-        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (i - 1) / steps * gumbel
+        noise = -torch.empty(n, model.N, device=device).exponential_(generator=generator).log()
+        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + gumbel * (i - 1) / steps * noise
         confidence = torch.where(x < model.K, torch.inf, confidence)
         left = int(model.N * torch.cos(torch.tensor((steps - i + 1) / steps * torch.pi / 2)))  # masks after this step
         kept = confidence.argsort(dim=1, descending=True).argsort(dim=1) < model.N - left

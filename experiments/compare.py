@@ -61,24 +61,25 @@ from schedule import ShiftedCosine  # noqa: E402
 from train import learning_rate, update  # noqa: E402
 from vqvae import to_float  # noqa: E402
 
+PLAIN = dict(output_prior=False, posterior_input=False)  # what tells of Gaussian noise is switched off
 ROWS = {  # what differs from train.py's settings; "loss": another objective, "frozen": the table
     "VQ-LCMD": {},
-    "absorbing": dict(loss="absorbing", output_prior=False),                # D3PM, MDLM
-    "uniform": dict(loss="uniform", output_prior=False),                    # D3PM, multinomial diffusion
-    "mask-and-replace": dict(loss="mask-and-replace", output_prior=False),  # VQ-Diffusion
+    "absorbing": dict(loss="absorbing", **PLAIN),                # D3PM, MDLM
+    "uniform": dict(loss="uniform", **PLAIN),                    # D3PM, multinomial diffusion
+    "mask-and-replace": dict(loss="mask-and-replace", **PLAIN),  # VQ-Diffusion
     "cross-entropy": dict(loss="cross-entropy"),                            # CDCD
     # The same with their own closed-form term, as VQ-LCMD has its output prior; the better of a kind counts.
-    "uniform + likelihood": dict(loss="uniform", output_prior=False, analytic=True),
-    "uniform + likelihood, hybrid": dict(loss="uniform", output_prior=False, analytic=True, auxiliary=0.01),
-    "mask-and-replace + likelihood": dict(loss="mask-and-replace", output_prior=False, analytic=True),
-    "mask-and-replace + likelihood, auxiliary": dict(loss="mask-and-replace", output_prior=False, analytic=True,
+    "uniform + likelihood": dict(loss="uniform", **PLAIN, analytic=True),
+    "uniform + likelihood, hybrid": dict(loss="uniform", **PLAIN, analytic=True, auxiliary=0.01),
+    "mask-and-replace + likelihood": dict(loss="mask-and-replace", **PLAIN, analytic=True),
+    "mask-and-replace + likelihood, auxiliary": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                      auxiliary=5e-4),
-    "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", output_prior=False, analytic=True,
+    "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                           auxiliary=0.01),
     # The paper's method as we know it: no output prior, a random table; and naive joint training beside it.
-    "paper": dict(output_prior=False, embedding_init="random"),
-    "paper, shift 1": dict(output_prior=False, embedding_init="random", shift=1.0),
-    "naive": dict(output_prior=False, embedding_init="random", w_cm=0.0, max_drop_rate=0.0),
+    "paper": dict(**PLAIN, embedding_init="random"),
+    "paper, shift 1": dict(**PLAIN, embedding_init="random", shift=1.0),
+    "naive": dict(**PLAIN, embedding_init="random", w_cm=0.0, max_drop_rate=0.0),
     "without CM": dict(w_cm=0.0),
     "without L_diff": dict(w_diff=0.0),
     "without dropping": dict(max_drop_rate=0.0),
@@ -105,6 +106,12 @@ COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distan
            "commit", "device", "command"]
 
 
+class Shared(SimpleNamespace):
+    """What all rows share; may be a key."""
+
+    __hash__ = object.__hash__
+
+
 def prepare(args, words):
     """Tokenizer and tokens by train.py -> what all rows share."""
     out, device = Path(args.out), choose_device(args.device)
@@ -119,7 +126,7 @@ def prepare(args, words):
     rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
     held_out = np.flatnonzero(rows["test"])[:2000]
     images, unseen = find(args.data, args.root).load(config["size"])
-    return SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
+    return Shared(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
                            tokens=TokenDataset(rows[~rows["test"]], device), images=images, unseen=unseen,
                            held_out=TokenDataset(rows[held_out], device).batch(np.arange(len(held_out))))
 
@@ -196,22 +203,26 @@ def settings_of(name, seed, steps, classes):
     return found
 
 
-def draw(name, model, schedule, shared, n, sampler, steps, guidance, batch=250):
-    """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be."""
+def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature=1.0, gumbel=1.0, batch=250):
+    """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
+
+    gumbel: of decoding by confidence alone.
+    """
     kind, images = ROWS[name].get("loss"), []
     for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
         indices = torch.arange(start, min(start + batch, n), device=shared.device)
         labels = indices % max(len(shared.classes), 1)
         if kind in baselines.KINDS:
             generator = torch.Generator(shared.device).manual_seed(start)
-            options = dict(labels=labels if shared.classes else None, guidance=guidance)
-            tokens = (baselines.sample_by_confidence(model, schedule, len(labels), steps, generator, **options)
+            options = dict(labels=labels if shared.classes else None, guidance=guidance, temperature=temperature)
+            tokens = (baselines.sample_by_confidence(model, schedule, len(labels), steps, generator, gumbel=gumbel,
+                                                     **options)
                       if sampler == "confidence" else
                       baselines.sample(kind, model, schedule, len(labels), steps, generator,
                                        analytic=ROWS[name].get("analytic", False), **options))
         else:
             tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
-                                   sampler)
+                                   sampler, temperature=temperature)
         images.append(shared.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 
@@ -445,18 +456,7 @@ def main():
     except ValueError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    unseen = shared.unseen.batch(np.linspace(0, len(shared.unseen) - 1, min(args.n, len(shared.unseen))).astype(int))
-    rebuilt = torch.cat([shared.tokenizer.decode(shared.tokenizer.encode(part.to(shared.device))).cpu()
-                         for part in unseen.split(250)])
-    references = {"held-out images": evaluator(unseen), "reconstructions of held-out images": evaluator(rebuilt)}
-    print(f"features: {evaluator.name}; " + "; ".join(f"{name}: {found['distance']:.2f}"
-                                                      for name, found in references.items()))
-    path = shared.out / "results.csv"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    chip = torch.cuda.get_device_name() if shared.device.type == "cuda" else platform.machine()
-    facts = {"features": evaluator.name, "commit": commit.stdout.strip(),
-             "device": f"{shared.device.type} ({chip}), {torch.get_num_threads()} threads, torch {torch.__version__}",
-             "command": " ".join(["python experiments/compare.py", *sys.argv[1:]])}
+    real, path, facts = references(evaluator, shared, args.n), shared.out / "results.csv", facts_of(evaluator, shared)
     for seed in args.seeds:
         for name in args.only:
             settings = [(name, str(seed), str(args.budget), sampler, str(steps), str(omega), str(args.n))
@@ -485,20 +485,39 @@ def main():
                     save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps), 10)
     lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
     if lines:
-        text = f"Features: {evaluator.name}.\n\n" + tables(lines, references)
+        text = f"Features: {evaluator.name}.\n\n" + tables(lines, real)
         (shared.out / "results.md").write_text(text)
         plots(lines, shared.out)
         print(text)
+
+
+def references(evaluator, shared, n):
+    """What n held-out images score, and their reconstructions: {name: measures}."""
+    unseen = shared.unseen.batch(np.linspace(0, len(shared.unseen) - 1, min(n, len(shared.unseen))).astype(int))
+    rebuilt = torch.cat([shared.tokenizer.decode(shared.tokenizer.encode(part.to(shared.device))).cpu()
+                         for part in unseen.split(250)])
+    found = {"held-out images": evaluator(unseen), "reconstructions of held-out images": evaluator(rebuilt)}
+    print(f"features: {evaluator.name}; " + "; ".join(f"{name}: {f['distance']:.2f}" for name, f in found.items()))
+    return found
+
+
+def facts_of(evaluator, shared, program="compare.py"):
+    """The last columns of every line: what measured, and where."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    chip = torch.cuda.get_device_name() if shared.device.type == "cuda" else platform.machine()
+    return {"features": evaluator.name, "commit": commit.stdout.strip(),
+            "device": f"{shared.device.type} ({chip}), {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "command": " ".join([f"python experiments/{program}", *sys.argv[1:]])}
 
 
 def read(path):
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
-def append(path, line):
+def append(path, line, columns=COLUMNS):
     with path.open("a", newline="") as file:  # one write: a line is there whole or not at all
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writerows([dict(zip(COLUMNS, COLUMNS, strict=True))] * (not path.stat().st_size) + [line])
+        writer = csv.DictWriter(file, columns)
+        writer.writerows([dict(zip(columns, columns, strict=True))] * (not path.stat().st_size) + [line])
 
 
 if __name__ == "__main__":

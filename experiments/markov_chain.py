@@ -45,7 +45,8 @@ from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
 K, N, D, BATCH = 10, 6, 8, 256
-PLAIN = dict(output_prior=False, norm="layer", max_drop_rate=0.0)  # no output prior (Plaid's), no unit-RMS norm (ours)
+# No output prior (Plaid's), no posterior input, no unit-RMS norm (ours).
+PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0)
 ROWS = {  # what differs from train.py's defaults; "loss": another objective; "frozen": the table
     "rec + diff": PLAIN | dict(w_cm=0.0),
     "rec + diff, table not normalised": PLAIN | dict(w_cm=0.0, norm="none"),
@@ -111,7 +112,7 @@ def run(options, seed, steps, samples, chain, show):
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
-                               **{name: options[name] for name in ("norm", "output_prior")})
+                               **{name: options[name] for name in ("norm", "output_prior", "posterior_input")})
     model.embedding.requires_grad_(not options.get("frozen", False))
     schedule = ShiftedCosine(*(options[name] for name in ("shift", "log_snr_min", "log_snr_max")))
     ema = copy.deepcopy(model).requires_grad_(False)

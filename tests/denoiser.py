@@ -51,6 +51,20 @@ def test_init_from_codebook():
     assert not start[:, 3:].any()
 
 
+def test_posterior_input():
+    """The first layer sees z and E[e(x_i) | z_ti], Bayes' rule for tokens that are uniform and independent."""
+    model, seen = small_model(), []
+    z, log_snr = torch.randn(3, 4, 4, dtype=torch.float64, generator=seeded(1)), f64(-3, 0, 4)
+    labels, table = torch.zeros(3, dtype=torch.int64), model.table()
+    model.input.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logits = model(z, log_snr, labels)
+    uniform = ExactPosterior(torch.full((1, 6), 1 / 6, dtype=torch.float64), table, copies=4)
+    close(seen[0], torch.cat([z, uniform(z, log_snr, labels).softmax(-1) @ table], -1))
+    # It is the same in the unconditional pass, and differentiable: through it alone, the table has a gradient.
+    assert torch.equal(model.guided(z, log_snr, labels, 1.0), logits) and seen[0].requires_grad
+    assert small_model(posterior_input=False).input.in_features == 4
+
+
 @pytest.mark.parametrize("parts", [2, 5, 12])
 def test_shares_add_up(parts):
     """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""

@@ -87,7 +87,7 @@ def test_discrete_baselines(kind, monkeypatch):
 def test_the_closed_form_term_of_discrete_states(kind, monkeypatch):
     """With log q(x_t | x_0) in the logits an untrained network is the exact denoiser of independent uniform tokens:
     Bayes' rule for each state, and a bound of log K, by enumeration of all states and intervals."""
-    model = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False)
+    model = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False, posterior_input=False)
     schedule, K = ShiftedCosine(1, -10, 10), 5
     x_t, t = torch.tensor([[0, 3], [5, 5], [2, 5]]), torch.tensor([0.1, 0.5, 1.0])
     p = baselines.predict(model, schedule, x_t, t, kind=kind).exp()
@@ -119,7 +119,8 @@ def test_the_closed_form_term_of_discrete_states(kind, monkeypatch):
 def test_auxiliary_loss():
     """VQ-Diffusion's auxiliary term adds its weight times T times the cross-entropy, with the same draws."""
     torch.manual_seed(0)
-    model, schedule = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False), ShiftedCosine(1, -10, 10)
+    model = EmbeddingDiffusion(5, (1, 2), 4, 16, 1, 2, output_prior=False, posterior_input=False)
+    schedule = ShiftedCosine(1, -10, 10)
     x = torch.randint(5, (64, 2))
     plain, more = (baselines.loss("uniform", model, schedule, x, seeded(0), analytic=False, auxiliary=weight)
                    for weight in (0.0, 0.01))

@@ -300,16 +300,18 @@ SINGLE, HALF = {torch.float32}, {torch.bfloat16}
 
 
 @pytest.mark.parametrize("callers", [True, False])
-@pytest.mark.parametrize("bf16, prior", [(True, True), (True, False), (False, True)])
-def test_gpu_denoiser_precision(one_thread, bf16, prior, callers):
+@pytest.mark.parametrize("bf16, prior, posterior", [(True, True, True), (True, True, False), (True, False, False),
+                                                    (False, True, True)])
+def test_gpu_denoiser_precision(one_thread, bf16, prior, posterior, callers):
     """In training, in the bound and in sampling the transformer's products are bfloat16, if asked for; the output prior
-    (D + 1 factors), e_hat (a sum over K) and every softmax, loss and draw are float32."""
+    and the posterior input (D + 1 factors), e_hat (a sum over K) and every softmax, loss and draw are float32."""
     torch.manual_seed(0)
-    model = EmbeddingDiffusion(**SIZES, bf16=bf16, output_prior=prior)
+    model = EmbeddingDiffusion(**SIZES, bf16=bf16, output_prior=prior, posterior_input=posterior)
     noisy = batch_of(model, 0)
     x, labels = noisy[0]["x"], noisy[0]["labels"]
-    transformer = dict.fromkeys((SIZES["D"], 128, SIZES["width"], 4 * SIZES["width"]), HALF if bf16 else SINGLE)
-    expected = transformer | {SIZES["K"]: SINGLE} | ({SIZES["D"] + 1: SINGLE} if prior else {})
+    transformer = dict.fromkeys((SIZES["D"] * (1 + posterior), 128, SIZES["width"], 4 * SIZES["width"]),
+                                HALF if bf16 else SINGLE)
+    expected = transformer | {SIZES["K"]: SINGLE} | ({SIZES["D"] + 1: SINGLE} if prior or posterior else {})
     assert torch.get_float32_matmul_precision() == "highest"  # no TF32 in those on a GPU
     with Precision(callers) as training:
         loss, _ = losses.training_loss(model, model, LEVELS, *noisy, **WEIGHTS)

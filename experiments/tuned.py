@@ -1,0 +1,178 @@
+"""Every method at its best: the same care for each, on the tokens of experiments/compare.py.
+
+    python experiments/tuned.py --data mnist --budget 4800 --rows VQ-LCMD absorbing --seeds 0 1 2 3 ...
+
+All other words go to train.py, as in compare.py, whose run directory (--out) this may share. For each row:
+
+    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out bound wins
+    2. training with it, once per seed
+    3. sampling: for each number of calls of the network (--calls) every setting of SETTINGS is drawn from the first
+       seed, and the one with the least distance is taken
+    4. the other seeds are measured with the settings that were taken, with --n samples
+
+Calls are counted the same for all: a guided step is two. A setting that needs more calls than there are is left out.
+tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4;
+rates.csv has the bounds of step 1. tuned.md is the table, mean and half the range over the seeds of step 4. The same
+command again does what is missing.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import compare  # noqa: E402
+
+COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "temperature", "gumbel",
+           "n", "distance", "kid", "precision", "recall", "agreement", "bound", "train_seconds", "sample_seconds",
+           "features", "commit", "device", "command"]
+RATES = ["row", "lr", "budget", "bound", "seconds"]
+
+
+def settings(kind, calls, classes):
+    """What is tried with a number of calls: dicts of sampler, steps, guidance, temperature, gumbel."""
+    found = []
+    for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
+        for omega in (0.0, 0.5, 1.0, 2.0) if classes else (0.0,):
+            steps = calls // 2 if omega else calls
+            for temperature in (0.7, 0.8, 0.9, 1.0) if not omega else (0.8, 1.0):
+                # Gumbel noise matters to decoding by confidence alone; without guidance two sizes of it.
+                for gumbel in (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,):
+                    if steps:
+                        found.append(dict(sampler=sampler, steps=steps, guidance=omega, temperature=temperature,
+                                          gumbel=gumbel))
+    return found
+
+
+def with_rate(name, lr):
+    """The name of a row trained with another learning rate, entered in compare.ROWS."""
+    changed = f"{name}, lr {lr:g}"
+    compare.ROWS[changed] = compare.ROWS[name] | {"lr": lr}
+    return changed
+
+
+def best_rate(name, args, shared, path):
+    """Step 1: the learning rate with the least bound after a short training."""
+    lines = {(line["row"], line["lr"], line["budget"]): float(line["bound"]) for line in compare.read(path)}
+    bounds = {}
+    for lr in args.rates:
+        key = (name, f"{lr:g}", str(args.short))
+        if key not in lines:
+            model, schedule, state = compare.train_row(with_rate(name, lr), 9, args.short, shared)
+            lines[key] = compare.bound(with_rate(name, lr), model, schedule, shared)
+            compare.append(path, dict(zip(RATES, key, strict=False)) | {
+                "bound": f"{lines[key]:.5f}", "seconds": f"{state['seconds']:.0f}"}, RATES)
+        bounds[lr] = lines[key]
+    best = min(bounds, key=bounds.get)
+    print(f"{name}: bounds {', '.join(f'{lr:g}: {value:.3f}' for lr, value in bounds.items())}; takes {best:g}")
+    return best
+
+
+@functools.lru_cache(maxsize=1)
+def train(name, seed, budget, shared):
+    """(averaged weights, schedule, bound and seconds) of a row, by its file if it is there."""
+    model, schedule, state = compare.train_row(name, seed, budget, shared)
+    return model, schedule, {"bound": compare.bound(name, model, schedule, shared), "train_seconds": state["seconds"]}
+
+
+def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator, facts):
+    """One line of tuned.csv, from the file if it is there."""
+    path = shared.out / "tuned.csv"
+    line = {"row": name, "lr": f"{lr:g}", "seed": seed, "budget": args.budget, "purpose": purpose, "calls": calls,
+            "n": n} | setting
+    line = {key: str(value) for key, value in line.items()}
+    for known in compare.read(path):
+        if all(known[key] == value for key, value in line.items()):
+            return known
+    trained = with_rate(name, lr)
+    model, schedule, trained_facts = train(trained, seed, args.budget, shared)
+    start = time.perf_counter()
+    images = compare.draw(trained, model, schedule, shared, n, **setting)
+    seconds = time.perf_counter() - start
+    found = evaluator(images) | trained_facts | {"sample_seconds": seconds}
+    line |= {key: f"{value:.5f}" for key, value in found.items()} | facts
+    compare.append(path, line, COLUMNS)
+    print(f"{trained}, seed {seed}, {calls} calls, {setting}: distance {found['distance']:.3f}", flush=True)
+    return line
+
+
+def table(lines, args):
+    """Markdown: distance per row and number of calls, mean ± half the range over the seeds, and the settings taken."""
+    out = ["| row | rate | bits per token ≤ |" + "".join(f" {calls} calls |" for calls in args.calls),
+           "|" + " --- |" * (3 + len(args.calls))]
+    for name in args.rows:
+        mine = [line for line in lines if line["row"] == name and line["purpose"] == "result"]
+        if not mine:
+            continue
+        bounds = {line["seed"]: float(line["bound"]) for line in mine}
+        cells = [name, mine[0]["lr"], compare.spread(list(bounds.values()))]
+        for calls in args.calls:
+            some = [line for line in mine if line["calls"] == str(calls)]
+            words = ""
+            if some:
+                line = some[0]
+                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']})"
+            cells.append(compare.spread([float(line["distance"]) for line in some], 3) + words)
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
+    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
+    parser.add_argument("--budget", type=int, default=1500, help="training steps of every row (default: 1500)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=list(compare.ROWS),
+                        default=["VQ-LCMD", "absorbing"], help="of compare.py (default: VQ-LCMD absorbing)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
+                        help="the first one tunes, the others are measured (default: 0 1 2 3)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3],
+                        help="peak learning rates to choose from; one: no choice (default: 2e-3 4e-3 8e-3)")
+    parser.add_argument("--short", type=int, default=600, help="steps of step 1 (default: 600)")
+    parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 50], metavar="N",
+                        help="of the network per image (default: 4 8 16 50)")
+    parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
+    parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
+    parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
+    args, words = parser.parse_known_args()
+    if len(args.seeds) < 2 or min([args.budget, args.short, args.classifier_steps, *args.calls]) < 1 or min(
+            args.n, args.tune_n) < 4 or min(args.rates) <= 0:
+        parser.error("--seeds: at least two; steps, calls: at least 1; --n, --tune-n: at least 4; --rates: above 0")
+    args.out = args.out or f"runs/compare-{Path(args.data).stem}"
+    return args, words
+
+
+def main():
+    args, words = parse_arguments()
+    try:
+        shared = compare.prepare(args, words)
+        evaluator = compare.Evaluator(shared, args.classifier_steps)
+    except ValueError as error:
+        print(f"tuned.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    facts = compare.facts_of(evaluator, shared, "tuned.py")
+    references = compare.references(evaluator, shared, args.n)
+    tuning, *others = args.seeds
+    for name in args.rows:
+        lr = args.rates[0] if len(args.rates) == 1 else best_rate(name, args, shared, shared.out / "rates.csv")
+        options = (args, shared, evaluator, facts)
+        for calls in args.calls:
+            found = settings(compare.ROWS[name].get("loss"), calls, shared.classes)
+            best = min(found, key=lambda setting: float(measure(name, lr, tuning, calls, setting, args.tune_n, "tried",
+                                                                *options)["distance"]))
+            for seed in others:
+                measure(name, lr, seed, calls, best, args.n, "result", *options)
+    text = (f"Features: {evaluator.name}. {args.n:,} samples; as many " + "; ".join(
+        f"{kind}: distance {found['distance']:.3f}" for kind, found in references.items()) + ".\n\n"
+        + table(compare.read(shared.out / "tuned.csv"), args))
+    (shared.out / "tuned.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
