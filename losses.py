@@ -27,9 +27,10 @@ losses.py`: the sum falls down to a distance of about 0.3, and rises again only 
 
     L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
 
-p_theta' is the teacher: the model itself (the default), or its EMA; sg = stop-gradient. L_CM pushes embeddings apart:
-its target is held fixed, so its gradient is that of a cross-entropy at z_t, which falls when tokens are easier to tell
-apart there. (Its value rises with the distance, as the teacher then knows more. Without sg it would reward collapse.)
+p_theta' is the teacher: the model's EMA (the default) or the model itself; sg = stop-gradient. L_CM pushes embeddings
+apart: its target is held fixed, so its gradient is that of a cross-entropy at z_t, which falls when tokens are easier
+to tell apart there. (Its value rises with the distance, as the teacher then knows more. Without sg it would reward
+collapse.)
 
 The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
 

@@ -93,7 +93,9 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     "random start": dict(embedding_init="random"),
     "frozen random table": dict(embedding_init="random", frozen=True),
     "table not normalised": dict(norm="none"),
-    "teacher = EMA": dict(teacher="ema"),
+    "teacher = current": dict(teacher="current"),
+    "without posterior input": dict(posterior_input=False),
+    "a quarter at t = 0": dict(rec_fraction=0.25),
     "exact weight": dict(weight_clip=math.inf),
     "without likelihood": dict(output_prior=False),  # of the output prior, which had this name when it was measured
     "cross-entropy without likelihood": dict(loss="cross-entropy", output_prior=False),

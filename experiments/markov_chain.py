@@ -5,7 +5,7 @@
     python experiments/markov_chain.py --only "plain cross-entropy" --seeds 1 --steps 100
 
 Each row is VQ-LCMD with something changed, or a discrete-state diffusion (baselines.py) with the same transformer,
-optimizer, steps and batches. Six tokens of ten codes, D = 8; what a row does not say is train.py's default (shift 0.4).
+optimizer, steps and batches. Six tokens of ten codes, D = 8; what a row does not say is train.py's default.
 One line of results.csv per row and seed; the same command again does what is missing, and writes the table (results.md)
 from all lines there are.
 
@@ -55,7 +55,7 @@ ROWS = {  # what differs from train.py's defaults; "loss": another objective; "f
     "rec + diff + CM, shared noise": PLAIN | dict(cm_pairs="shared"),
     "rec + CM, no diff": PLAIN | dict(w_diff=0.0),
     "rec + diff + CM, exact weight": PLAIN | dict(weight_clip=math.inf),
-    "rec + diff + CM, teacher = EMA": PLAIN | dict(teacher="ema"),
+    "rec + diff + CM, teacher = current": PLAIN | dict(teacher="current"),
     "rec + diff + CM, gap at most 0.1": PLAIN | dict(max_gap=0.1),
     "rec + diff + CM, dropping 0.1": PLAIN | dict(max_drop_rate=0.1),
     "rec + diff + CM, frozen table": PLAIN | dict(frozen=True),
@@ -65,7 +65,7 @@ ROWS = {  # what differs from train.py's defaults; "loss": another objective; "f
     "defaults, cross-entropy": dict(loss="cross-entropy"),
     "defaults, shift 0.1": dict(shift=0.1),
     "defaults, shift 0.2": dict(shift=0.2),
-    "defaults, shift 0.7": dict(shift=0.7),
+    "defaults, shift 0.4": dict(shift=0.4),
     "defaults, shift 1": dict(shift=1.0),
 } | {f"discrete: {kind}": PLAIN | dict(loss=kind) for kind in baselines.KINDS}
 TABLE = ["rec + diff", "rec + diff, table not normalised", "rec + diff, exact weight", "rec + diff + CM, markov",

@@ -71,7 +71,7 @@ def test_discrete_baselines(kind, monkeypatch):
             bound += float(corrupted(t)[k] @ kl.sum(1))
     assert bound == pytest.approx(entropy, abs=1e-12)
     close(state, torch.cat([p_0, torch.zeros(1)]).double(), rtol=0, atol=1e-12)
-    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t, *_: torch.stack(
+    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x_t, t, *_, **__: torch.stack(
         [posterior_of(time)[i] for i, time in zip(x_t.tolist(), t.tolist(), strict=True)]).clamp(min=1e-30).log())
     model, x = SimpleNamespace(K=3, N=1), torch.multinomial(p_0, 1500, replacement=True, generator=seeded(0))[:, None]
     draws = baselines.loss(kind, model, None, x, seeded(1))

@@ -207,7 +207,8 @@ def batch_of(model, seed, B=8):
     generator = seeded(seed)
     x = torch.randint(model.K, (B, 1), generator=generator) + torch.arange(model.N) * torch.randint(
         2, (B, model.N), generator=generator)  # neighbours say something of each other
-    return losses.sample_noise(model, x % model.K, x[:, 0] % model.num_classes, generator, **NOISE)
+    return losses.sample_noise(model, x % model.K, x[:, 0] % model.num_classes, generator,
+                               **NOISE | {"rec_fraction": 0.25})  # in every pass there is one at t = 0
 
 
 @pytest.fixture

@@ -283,9 +283,10 @@ CHANGED = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
     codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
     tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
-    depth=2, heads=4, output_prior=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0, w_rec=0.5, w_diff=0.5, w_cm=0.0,
-    weight_clip=1.0, rec_fraction=0.5, cm_pairs="shared", max_gap=0.5, teacher="ema", max_drop_rate=0.9, label_drop=0.9,
-    steps=9, batch=7, lr=2e-2, warmup=3, weight_decay=5.0, clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0,
+    depth=2, heads=4, output_prior=False, posterior_input=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0,
+    w_rec=0.5, w_diff=0.5, w_cm=0.0, weight_clip=1.0, rec_fraction=0.5, cm_pairs="shared", max_gap=0.5,
+    teacher="current", max_drop_rate=0.9, label_drop=0.9, steps=9, batch=7, lr=2e-2, warmup=3, weight_decay=5.0,
+    clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0,
     sampler="ddim", log_every=3, sample_every=3, save_every=1, flip=True)
 
 
