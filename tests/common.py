@@ -51,7 +51,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, gan=0.5,
             gan_start=0.1, D=4, width=16, depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, sample_steps=3,
-            log_every=2, sample_every=4, save_every=4)
+            shift=0.4, rec_fraction=0.25, log_every=2, sample_every=4, save_every=4)
 
 
 SMALL = dict(tokenizer_width=16, tokenizer_steps=2, tokenizer_batch=2, steps=2, batch=2, width=32, depth=1, heads=2,

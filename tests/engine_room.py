@@ -49,8 +49,7 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
         with mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f), mock.patch.object(
                 train, "training_loss", wraps=train.training_loss) as passes:
             assert call("train.py", *words, *flag) == 0
-        # The one image of six at t = 0 is never alone in a pass: five passes of a batch, or two, or one.
-        assert passes.call_count == 8 * {1: 5, 4: 2}.get(flag[-1], 1)
+        assert passes.call_count == 8 * (2 if flag[0] == "--micro-batch" else 1) * (1 + (flag[-1] == 1))
         if flag[0] == "--micro-batch":  # AdamW divides by gradients that may be tiny: rounding times some hundred
             close(weights_of(undone), expected, rtol=0, atol=1e-5)
         else:
@@ -100,7 +99,7 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     for a, b in zip(by_one, by_two, strict=True):  # five decimals of each term
         assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, abs=2e-5)
     assert float(by_one[-1]["adversarial"]) and (tmp_path / "e" / "ckpt.pt").exists()
-    close(weights_of(two), expected, rtol=0, atol=1e-5)
+    close(weights_of(two), expected, rtol=0, atol=2e-5)
     assert contents(two)["samples_000010.png"] == contents(one)["samples_000010.png"]
     for steps in (25, 26):  # what FSDP2 wrote is a checkpoint like any other
         assert call("train.py", *words, "--out", one, "--steps", steps) == 0

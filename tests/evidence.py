@@ -188,7 +188,7 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
               for name in ("frozen_random_table", "gap_at_most_0.1")]
     assert frozen[0][0][1:] == frozen[0][-1][1:] and frozen[1][0][1:] != frozen[1][-1][1:]
     metrics = json.loads((run / "metrics.json").read_text())
-    assert float(lines[0]["bound"]) == pytest.approx(metrics["vlb"]["total"], rel=0.5)  # other draws of few images
+    assert 0 < float(lines[0]["bound"]) < 2 * metrics["vlb"]["total"]  # other draws of few images
     # two numbers of steps, and for the first two another sampler; five omegas for each of the methods
     assert [sum(line["row"] == name for line in lines) for name in rows] == [9, 9, 7, 2, 2]
     assert all(0 <= float(line["precision"]) <= 1 and float(line["distance"]) >= 0 for line in lines)
