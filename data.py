@@ -15,9 +15,7 @@ has to recognise it. Zip in extras/data_forms.py is an example.
 """
 
 import functools
-import io
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,14 +24,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from engine.run import UserError
+from engine.read_back import UserError, printable
+from extras.archives import one_large_at_a_time, open_image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS and the like, which start other programs
 IN_MEMORY_BYTES = 2 << 30  # a set that is smaller than this is decoded once; a larger one image by image, each time
 WORKERS = min(16, os.cpu_count() or 4)
-MAX_PIXELS = 50_000_000  # decoded, per image; JPEG files may be larger, since they are decoded at a fraction
 MIN_SIDE = 4  # a 1x1 file is a tracking pixel or a placeholder, not a picture
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit counts a JPEG before it is reduced; ours replaces it
 
 
 class DataError(UserError):
@@ -50,17 +46,7 @@ def load_image(source, size=None):
     own size, (3, H, W). DataError says why not.
     """
     try:
-        if isinstance(source, np.ndarray):
-            opened = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
-        else:
-            if not isinstance(source, bytes) and stat.S_ISFIFO(os.stat(source).st_mode):
-                raise ValueError("a pipe, no file")  # opening it would wait for ever
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-        with opened as image:
-            if size:
-                image.draft("RGB", (2 * size, 2 * size))  # a JPEG may be decoded smaller, never below twice the size
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        with open_image(source, size) as image, one_large_at_a_time(image):
             if min(image.size) < MIN_SIDE:
                 raise ValueError(f"{image.width} x {image.height} pixels, a side of less than {MIN_SIDE}")
             image.load()
@@ -69,7 +55,7 @@ def load_image(source, size=None):
             except Exception:  # damaged EXIF data, of whatever kind, beside sound pixels
                 pass
             if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
-                image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype("u1"))
+                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype("u1"))
             elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -94,11 +80,6 @@ def why_not(error, source):
         return "a link to nothing"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable(" ".join(text.split())) or type(error).__name__
-
-
-def printable(text):
-    """File names may hold line breaks, or bytes that are no UTF-8; neither may break a list or a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @functools.cache
@@ -272,9 +253,7 @@ def shorter_side(image):
     """Of a path, bytes or array, in pixels; reads the header only."""
     if isinstance(image, np.ndarray):
         return min(image.shape[:2])
-    if not isinstance(image, bytes) and stat.S_ISFIFO(os.stat(image).st_mode):
-        raise ValueError("a pipe, no file")
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+    with open_image(image) as opened:
         return min(opened.size)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from engine.distributed import all_reduce_sum, rank_and_world
 from engine.run import UserError, look_ahead, write_atomically
-from extras.archives import open_npz, read_npz_array
+from extras.archives import read_statistics
 from extras.inception import WEIGHTS_SHA256
 from extras.metrics import inception_score, kernel_distance, precision_recall
 
@@ -94,12 +94,11 @@ class Statistics:
     @staticmethod
     def load(path):
         """From a file of save, pytorch-fid, clean-fid or ADM; n and resize are None where it does not hold them."""
-        with open_npz(path) as file:
-            mean, cov = ({"2048": read_npz_array(file, name)} for name in ("mu", "sigma"))
-            if "mu_s" in file:
-                mean["spatial"], cov["spatial"] = (read_npz_array(file, name) for name in ("mu_s", "sigma_s"))
-            return Statistics(int(file["n"]) if "n" in file else None, mean, cov,
-                              str(file["resize"]) if "resize" in file else None)
+        known = read_statistics(path)
+        mean, cov = ({"2048": known[name]} for name in ("mu", "sigma"))
+        if "mu_s" in known:
+            mean["spatial"], cov["spatial"] = known["mu_s"], known["sigma_s"]
+        return Statistics(known.get("n"), mean, cov, known.get("resize"))
 
 
 def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):

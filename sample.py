@@ -31,6 +31,7 @@ from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoin
 from engine.config import OPTIONS
 from engine.distributed import all_gather_cat, bf16_works, rank_and_world
 from engine.randomness import image_generators
+from engine.read_back import load_weights, on_meta
 from extras.published_vqgan import make_tokenizer
 from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
 
@@ -185,15 +186,13 @@ def make_pipeline(tokenizer, model, schedule, device, **more):
 def load_checkpoint(path, device):
     """The pipeline: tokenizer, model (EMA weights), schedule, class_names, sampling, config, step, device."""
     checkpoint = read_checkpoint(path, CHECKPOINT_FORMAT)
-    try:
-        config = checkpoint["config"]
-        tokenizer, model = make_tokenizer(config["tokenizer"]), EmbeddingDiffusion(**config["denoiser"])
-        tokenizer.load_state_dict(checkpoint["tokenizer"])
-        model.load_state_dict(checkpoint["ema"])
-        schedule = ShiftedCosine(**config["schedule"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its weights do not fit its configuration ({type(error).__name__}): it is "
-                              "damaged, or of another version") from error
+    config = checkpoint["config"]
+    tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), checkpoint["tokenizer"])
+    model = load_weights(f"{path}: ema", lambda: EmbeddingDiffusion(**config["denoiser"]), checkpoint["ema"])
+    schedule = on_meta(f"{path}: schedule", lambda: ShiftedCosine(**config["schedule"]))
+    tokens, classes = math.prod(tokenizer.grid), len(checkpoint["class_names"])
+    if (tokenizer.K, tokens, classes) != (model.K, model.N, model.num_classes):
+        raise CheckpointError(f"{path}: tokenizer, denoiser and class names do not belong together: it is damaged")
     tokenizer.bf16 = model.bf16 = bf16_works(device)
     more = {name: checkpoint[name] for name in ("config", "class_names", "sampling", "step")}
     return make_pipeline(tokenizer.to(device).eval(), model.to(device).eval(), schedule, device, **more)

@@ -150,7 +150,7 @@ def build_denoiser(run, tokenizer, state):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
                                   fused=True)
     if state:
-        load_optimizer(optimizer, model, state["optimizer"], device, config["fsdp"])
+        load_optimizer(optimizer, model, state, device, config["fsdp"])
     return model, ema, optimizer
 
 
@@ -182,7 +182,7 @@ def train_diffusion(run):
         bits = format_metrics(state["metrics"]["vlb"])
         return print(f"diffusion: complete ({state['step']:,} steps), bits per token: {bits}")
     tokenizer, tokenizer_metrics = load_tokenizer(run.models["tokenizer"], run.out, device)
-    tokens, held_out = read_tokens(run.out / "tokens.npy", tokenizer, device)
+    tokens, held_out = read_tokens(run.out / "tokens.npy", tokenizer, run.source.class_names, device)
     schedule = ShiftedCosine(**run.models["schedule"])
     model, ema, optimizer = build_denoiser(run, tokenizer, state)
     loss_of = build_loss(config, model, ema, schedule)

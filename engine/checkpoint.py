@@ -1,48 +1,35 @@
-"""Checkpoints: written atomically with the one before kept, read without executing anything in them.
+"""Checkpoints: written atomically with the one before kept, read without executing or believing anything in them.
 
-torch.load looks at a file and chooses a loader by itself, and two of the loaders act on what the file says:
-TorchScript is a program, and a tar archive is unpacked, links and all. Neither is a checkpoint of ours, so both are
-refused by name before torch sees them. Called by train.py, sample.py and extras/.
+Their tensors are read by extras/foreign_checkpoint.py, never by torch.load. Every entry is checked where it is read,
+against the options' own types and ranges, and weights against the model they are for. Called by train.py, sample.py and
+extras/.
 """
 
 import hashlib
-import tarfile
-import zipfile
+import math
 from pathlib import Path
 
 import torch
 
-from engine.run import UserError, write_atomically
+from engine.config import RENAMED, TOKENIZER_OPTIONS, check_option
+from engine.read_back import (
+    UserError,
+    check_nesting,
+    check_tensor,
+    check_weights,
+    expect,
+    expect_each,
+    printable,
+    read_names,
+    shown,
+)
+from engine.run import write_atomically
+from extras.foreign_checkpoint import CheckpointError, read_object
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"  # ckpt.pt
 TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"  # tokenizer.pt
-RENAMED = {  # old name of an option, an argument or an entry: its name today
-    "p_drop": "max_drop_rate", "max_snr": "weight_clip", "coupling": "cm_pairs", "likelihood": "output_prior",
-    "judge": "discriminator", "judges": "discriminator_optimizer"}
-
-
-class CheckpointError(UserError):
-    """One line: what is wrong with the file and what to do. found: the format it is of, if it is of this project."""
-
-    found = None
-
-
-def detect_container(path):
-    """ "zip" for torch's archive, "pickle" for anything else; CheckpointError for TorchScript and tar archives."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.split("/")[-1] == "constants.pkl" or "code" in name.split("/")[:-1] for name in names):
-            raise CheckpointError(f"{path} is refused: it is TorchScript, a program and not weights alone; "
-                                  "give the state dict that it was made of")
-        return "zip"
-    if tarfile.is_tarfile(path):
-        raise CheckpointError(f"{path} is refused: it is a tar archive, a form that torch left in 2018; "
-                              "unpack it elsewhere and give the file of weights")
-    return "pickle"
+MOST, DEEPEST = 1 << 20, 1000  # of any size, and of blocks, in a file: more is a lie, and to build it takes for ever
+WEIGHTS = ("tokenizer", "discriminator", "model", "ema")  # entries that are state dicts
 
 
 def rename(value):
@@ -56,26 +43,108 @@ def rename(value):
     return {"posterior_input": False} | value if "output_prior" in value else value
 
 
+def check_config(where, config):
+    """ReadError unless the arguments of a model, in a file, have types and sizes that they can have."""
+    for part, names in (("tokenizer", TOKENIZER_OPTIONS), ("denoiser", None), ("schedule", None)):
+        for name, value in expect(f"{where}: {part}", config.get(part, {}), dict).items():
+            entry = f"{where}: {part}: {name}"
+            if isinstance(value, int) and not -MOST <= value <= MOST or name in ("depth", "blocks") and (
+                    isinstance(value, int) and value > DEEPEST):
+                raise CheckpointError(f"{entry} must be below {DEEPEST if name in ('depth', 'blocks') else MOST:,}, is "
+                                      f"{shown(value)}")
+            if name == "grid":
+                if len(expect(entry, value, list)) != 2:
+                    raise CheckpointError(f"{entry} must be 2 numbers, are {len(value)}")
+                for side in value:
+                    expect(entry, side, int, 1, 1 << 16)
+            elif name == "num_classes":
+                expect(entry, value, int, 0, MOST)
+            elif name == "published":
+                check_shapes(entry, value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise CheckpointError(f"{entry} must be a finite number, is {value}")
+            else:
+                check_option(f"{where}: {part}", expect(where, (names or {}).get(name, name), str), value)
+
+
+def check_shapes(where, shapes):
+    """ReadError unless this is {name: shape} of a published tokenizer's weights."""
+    for name, shape in expect(where, shapes, dict).items():
+        expect(f"{where}: a name", name, str)
+        for side in expect(f"{where}: {printable(name)}", shape, list):
+            expect(f"{where}: {printable(name)}", side, int, 1, MOST)
+
+
+def check_metrics(where, metrics, depth=1):
+    """ReadError unless these are numbers or texts by name, perhaps in groups."""
+    for name, value in expect(where, metrics, dict).items():
+        if depth and isinstance(value, dict):
+            check_metrics(f"{where}: {shown(name)}", value, depth - 1)
+        elif not (isinstance(value, str) and value.isprintable() or isinstance(value, float)):  # NaN is a number here
+            expect(f"{where}: {shown(name)}", value, float)
+        if not expect(f"{where}: a name", name, str).isprintable():
+            raise CheckpointError(f"{where} has the name {shown(name)}")
+
+
+def check_contents(path, state):
+    """The dict of a checkpoint, if all of its entries but the weights' names and shapes can be believed."""
+    is_tokenizer = state["format"] == TOKENIZER_FORMAT
+    for name, kind in {"config": dict, "metrics": dict, "tokenizer": dict, "step": int, **(
+            {} if is_tokenizer else {"ema": dict, "class_names": list, "sampling": dict})}.items():
+        if name not in state:
+            raise CheckpointError(f"{path} lacks the entry {name}: it is damaged, or of another version")
+        expect(f"{path}: {name}", state[name], kind, *((0, 1 << 62) if kind is int else ()))
+    config = {"tokenizer": state["config"]} if is_tokenizer else state["config"]
+    check_config(f"{path}: config", config)
+    check_metrics(f"{path}: metrics", state["metrics"])
+    expect(f"{path}: begin", state.get("begin", 0), int, 0, state["step"])
+    for part in WEIGHTS:
+        for name, value in expect(f"{path}: {part}", state.get(part, {}), dict).items():
+            expect(f"{path}: {part}: {shown(name)}", value, torch.Tensor)
+    history = expect(f"{path}: history", state.get("history", []), list)
+    old = isinstance(history, tuple)  # (rows, codes in use) of an earlier version
+    for row in [*(history[1:] if old else history), *([state["used"]] if "used" in state else [])]:
+        if expect(f"{path}: history", row, torch.Tensor).ndim != 1 or not row.is_floating_point() or len(row) > MOST:
+            raise CheckpointError(f"{path}: history must be rows of numbers, has {shown(row)}")
+        check_tensor(f"{path}: history", row)
+    if "used" in state and "K" in state["config"] and len(state["used"]) != state["config"]["K"]:
+        raise CheckpointError(f"{path}: used must be {state['config']['K']} numbers, are {len(state['used'])}")
+    if is_tokenizer:
+        return state
+    training = expect(f"{path}: config: training", config.get("training"), dict)
+    for name in ("label_drop", "tokenizer_steps"):
+        check_option(f"{path}: config: training", name, training.get(name))
+    for group in ("vlb", "collapse", "tokenizer") if state["metrics"] else ():
+        expect(f"{path}: metrics: {group}", state["metrics"].get(group), dict)
+    expect_each(f"{path}: sampling", state["sampling"], dict(
+        steps=(int, 1, MOST), guidance=(float, -1e6, 1e6), sampler=(str,)))
+    for name in ("steps", "guidance", "sampler"):
+        if name not in state["sampling"]:
+            raise CheckpointError(f"{path}: sampling lacks {name}")
+    check_option(f"{path}: sampling", "sampler", state["sampling"]["sampler"])
+    return state | {"class_names": read_names(f"{path}: class_names", state["class_names"])}
+
+
 def read_checkpoint(path, *formats):
     """The dict in a checkpoint of one of these formats, on the CPU. Nothing in the file is executed."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give a file that train.py wrote, e.g. runs/toy/ckpt.pt")
-    detect_container(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types here; all mean the same to a user
+        checkpoint = read_object(path)
+    except CheckpointError as error:
         older = f"; {previous(path)} is the one before" if previous(path).exists() else ""
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is no file of "
-                              f"train.py, or it is damaged{older}") from error
+        raise CheckpointError(f"{error}: it is no file of train.py, or it is damaged{older}") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    found = found if isinstance(found, str) else None
     if found not in formats:
         name = {CHECKPOINT_FORMAT: "ckpt.pt", TOKENIZER_FORMAT: "tokenizer.pt"}[formats[0]]
-        error = CheckpointError(f"{path} is {found or 'a file of another program'!r}, not {formats[0]!r}: "
+        error = CheckpointError(f"{path} is {shown(found or 'a file of another program')}, not {formats[0]!r}: "
                                 f"give the {name} that train.py wrote")
         error.found = found
         raise error
-    return rename(checkpoint)
+    check_nesting(path, checkpoint)
+    return check_contents(path, rename(checkpoint))
 
 
 def previous(path):
@@ -91,41 +160,79 @@ def read_newest(path, expected):
     """The newest checkpoint of a run: the one before, if the last cannot be read; None if there is none yet."""
     older = previous(path)
     try:
-        return read_checkpoint(path, expected) if path.exists() or older.exists() else None
-    except CheckpointError as error:
-        if error.found or not older.exists():
+        return read_checkpoint(path, expected) | {"path": path} if path.exists() or older.exists() else None
+    except UserError as error:
+        if getattr(error, "found", None) or not older.exists():
             raise
         state = read_checkpoint(older, expected)
         print(f"{error}: going on from there, step {state['step']:,}")
-        return state
+        return state | {"path": older}
 
 
 def restore(parts, state, init):
     """Loads {name: module or optimizer} from a checkpoint's `state`; without one, networks from `init` (--init)."""
     for name, part in parts.items():
-        if state:
+        if state and isinstance(part, torch.nn.Module):
+            check_weights(f"{state['path']}: {name}", part.state_dict(), state.get(name))
+            part.load_state_dict(state[name])
+        elif state:
+            check_optimizer(f"{state['path']}: {name}", part, state.get(name))
             part.load_state_dict(state[name])
         elif name in init:
             own, given, classes = part.state_dict(), dict(init[name]), "class_embedding.weight"
-            if classes in own and own[classes].shape != given[classes].shape:  # other classes start anew
-                given[classes] = own[classes]
+            if classes in own and classes in given and own[classes].shape != given[classes].shape:
+                given[classes] = own[classes]  # other classes start anew
             wrong = [key for key in own if key not in given or own[key].shape != given[key].shape]
             wrong += given.keys() - own.keys()
             if wrong:
                 raise UserError(f"--init: the {name} there has other sizes ({wrong[0]}): take its --preset and sizes, "
                                 "or leave --init away")
             if not any(value.is_meta for value in own.values()):  # on the meta device only the sizes are compared
+                check_weights(f"--init: {name}", own, given)
                 part.load_state_dict(given)
 
 
+def check_optimizer(where, optimizer, stored):
+    """ReadError unless the state of an optimizer in a file is one of this optimizer, for these parameters."""
+    expect(where, stored, dict)
+    groups = expect(f"{where}: param_groups", stored.get("param_groups"), list)
+    values = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in groups for n in expect(f"{where}: params", expect(
+        f"{where}: a group", group, dict).get("params"), list)]
+    if len(groups) != len(optimizer.param_groups) or numbers != list(range(len(values))):
+        raise CheckpointError(f"{where} must be of {len(values)} parameters, is of {len(numbers)}: it is damaged, or "
+                              "of another run")
+    for own, given in zip(optimizer.param_groups, groups, strict=True):
+        for name in own.keys() & given.keys() - {"params"}:
+            if isinstance(own[name], tuple):
+                for beta in expect(f"{where}: {name}", given[name], list):
+                    expect(f"{where}: {name}", beta, float, 0, 1)
+            elif isinstance(own[name], bool) or own[name] is None:
+                if given[name] is not None:
+                    expect(f"{where}: {name}", given[name], bool)
+            else:
+                expect(f"{where}: {name}", given[name], float, 0, 1e6)
+    for number, entries in expect(f"{where}: state", stored.get("state"), dict).items():
+        p = values[expect(f"{where}: a number", number, int, 0, len(values) - 1)]
+        for name, value in expect(f"{where}: {number}", entries, dict).items():
+            if name != "step":
+                check_weights(f"{where}: {number}", {name: p}, {name: value})
+            elif expect(f"{where}: step", value, torch.Tensor).numel() != 1:
+                raise CheckpointError(f"{where}: step must be one number, is {shown(value)}")
+        if not {"step", "exp_avg", "exp_avg_sq"} <= entries.keys():
+            raise CheckpointError(f"{where}: {number} lacks step, exp_avg or exp_avg_sq")
+
+
 def load_optimizer(optimizer, model, state, device, fsdp):
-    """optimizer.load_state_dict(state), splitting what is whole in the state if the weights are split."""
+    """The optimizer of a checkpoint's `state`, splitting what is whole in it if the weights are split."""
+    check_optimizer(f"{state['path']}: optimizer", optimizer, state.get("optimizer"))
+    stored = state["optimizer"]
     if fsdp:
         from torch.distributed.tensor import distribute_tensor  # some builds of PyTorch lack it
-        for p, of_p in zip(model.parameters(), state["state"].values(), strict=True):
+        for p, of_p in zip(model.parameters(), stored["state"].values(), strict=True):
             of_p.update({name: distribute_tensor(value.to(device), p.device_mesh, p.placements)
                          for name, value in of_p.items() if value.shape == p.shape})
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(stored)
 
 
 def digest(weights):

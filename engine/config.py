@@ -8,8 +8,7 @@ import argparse
 import math
 import sys
 
-from engine.checkpoint import RENAMED
-from engine.run import UserError
+from engine.read_back import UserError, expect, read_names, shown
 
 OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "size": (int, 32, "pixels a side; images are centre-cropped and resized"),
@@ -77,6 +76,9 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "sample_every": (int, 1000, "steps between pictures and evaluations"),
     "save_every": (int, 500, "steps between checkpoints"),
 }
+RENAMED = {  # old name of an option, an argument or an entry: its name today
+    "p_drop": "max_drop_rate", "max_snr": "weight_clip", "coupling": "cm_pairs", "likelihood": "output_prior",
+    "judge": "discriminator", "judges": "discriminator_optimizer"}
 DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SHARES = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap", "ema_decay", "gan_start")
 LIMITS = {  # where not 0 ... inf, or 1 ... inf for whole numbers; tokens are stored in 16 bits
@@ -209,6 +211,31 @@ def resolve(args, source, device, fixed):
             if not low <= value <= high:
                 raise UserError(f"{flag(name)} {value}: must lie between {low} and {high}")
     return config
+
+
+def check_option(where, name, value):
+    """ReadError if an option in a file has a value that it cannot have."""
+    if name not in OPTIONS:
+        raise UserError(f"{where} has the entry {shown(name)}, which is no option")
+    kind = OPTIONS[name][0]
+    expect(f"{where}: {name}", value, kind, *(LIMITS.get(name, (int(kind is int), math.inf)) if kind in (int, float)
+                                              else ()))
+
+
+def check_stored(path, stored):
+    """The dict of a config.json, if its entries are what train.py writes there; else ReadError."""
+    for name, value in stored.items():
+        if name in OPTIONS:
+            check_option(path, name, value)
+        elif name in ("seed", "train_images", "held_out_images"):
+            expect(f"{path}: {name}", value, int, 0, 1 << 62)
+        elif name in ("data", "lpips", "tokenizer", "init"):
+            expect(f"{path}: {name}", value, str)
+    if "sides" in stored and len(expect(f"{path}: sides", stored["sides"], list)) != 3:
+        raise UserError(f"{path}: sides must be 3 numbers of pixels, are {len(stored['sides'])}")
+    for side in stored.get("sides", ()):
+        expect(f"{path}: sides", side, int, 1, 1 << 30)
+    return stored | ({"classes": read_names(f"{path}: classes", stored["classes"])} if "classes" in stored else {})
 
 
 def require_same_run(out, stored, asked):

@@ -20,10 +20,10 @@ from engine.checkpoint import (
     restore,
     save_checkpoint,
 )
-from engine.config import describe_models, flag, require_same_run, resolve
+from engine.config import check_stored, describe_models, flag, require_same_run, resolve
 from engine.distributed import choose_device, rank_and_world
+from engine.read_back import UserError, printable, read_bytes, read_json, shown
 from engine.run import (
-    UserError,
     catch_signals,
     lock,
     main_process_first,
@@ -33,7 +33,6 @@ from engine.run import (
     write_json,
 )
 from engine.tokens import options_of, read_tokenizer
-from extras.archives import read_json
 from extras.data_arrays import TokenFile
 from extras.datasets import find
 from extras.grids import contact_sheet
@@ -110,10 +109,7 @@ def read_config(out):
     """What an earlier start of this run was asked for; {} if there was none."""
     path = out / "config.json"
     if path.exists():
-        stored = read_json(path)
-        if not isinstance(stored, dict):
-            raise UserError(f"{path} is no configuration of train.py: give another --out")
-        return rename(stored)
+        return check_stored(path, rename(read_json(path)))
     early = ("skipped.txt", "data.png", "config.json", ".lock")  # .part: of a run that was killed
     if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
@@ -123,12 +119,18 @@ def read_config(out):
 def read_skipped(path):
     """skipped.txt -> {title: why not}; None if there is none, that is, if the images were not checked yet."""
     if path.exists():
-        return dict(line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+        lines = read_bytes(path, "VQLCMD_MAX_INDEX_BYTES").decode("utf-8", "backslashreplace").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.count("\t") != 1:
+                raise UserError(f"{path}: line {number} must be a name, a tab and a reason, is "
+                                f"{shown(line)}: take the file away, and give another --out")
+        return dict(line.split("\t") for line in lines)
 
 
 def write_skipped(path, skipped):
     """One line per image that cannot be used: where it lies, a tab, why not. Empty if all are sound."""
-    path.write_text("".join(f"{title}\t{reason}\n" for title, reason in skipped.items()), encoding="utf-8")
+    path.write_text("".join(f"{printable(title)}\t{printable(reason)}\n" for title, reason in skipped.items()),
+                    encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from engine.distributed import all_reduce_max, rank_and_world
+from engine.read_back import UserError, open_npy, printable, regular_file
 
 try:
     import fcntl
@@ -21,10 +22,6 @@ except ImportError:  # Windows
     fcntl = None
 
 SIGNALS = []  # received so far; the loops look at it once per step
-
-
-class UserError(ValueError):
-    """One line: what was wrong and what to do. Exit status 2."""
 
 
 class RunError(RuntimeError):
@@ -67,7 +64,7 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
             yield
         sys.stdout.flush()
     except UserError as error:
-        message, status = str(error), 2
+        message, status = "\n".join(map(printable, getattr(error, "lines", [str(error)]))), 2
     except RunError as error:
         message, status = str(error) if rank == 0 else "", 1  # all processes have come to the same
     except BrokenPipeError:  # `| head` has seen enough
@@ -86,7 +83,7 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
             torch.distributed.destroy_process_group()
     if status:
         if message:
-            print(f"{program}: error: {message}", file=sys.stderr)
+            print(f"{program}: error: {message if status == 2 else printable(message)}", file=sys.stderr)
         sys.exit(status)
 
 
@@ -101,6 +98,8 @@ def write_atomically(path, write, keep_as=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     try:
+        if partial.is_symlink() or partial.exists() and not partial.is_dir():  # never through a link, nor into a pipe
+            partial.unlink()
         write(partial)
         if partial.is_file():
             with partial.open("rb+") as file:
@@ -125,6 +124,7 @@ def resumable_array(path, dtype, length, fill=None):
     """
     if not path.exists():
         fresh = path.with_suffix(".new.npy")  # half a file without marks would look like a finished one
+        fresh.unlink(missing_ok=True)
         rows = np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=(length,))
         if fill is not None:
             fill(rows)
@@ -132,10 +132,9 @@ def resumable_array(path, dtype, length, fill=None):
         del rows
         fresh.replace(path)
     try:
-        np.load(path, mmap_mode="r", allow_pickle=False)  # "r+" would fill up a file that was cut short
-        rows = np.load(path, mmap_mode="r+", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it") from error
+        rows = open_npy(path, "r+")
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it") from error
     if rows.shape != (length,) or rows.dtype != np.dtype(dtype):
         raise UserError(f"{path} is of other images, settings or weights: delete it, or give another --out")
     return rows
@@ -157,7 +156,10 @@ def lock(out):
 
     It keeps nobody out on Windows and on file systems without locks.
     """
-    file = (out / ".lock").open("a")
+    path = out / ".lock"
+    if path.exists():
+        regular_file(path)
+    file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

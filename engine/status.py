@@ -3,6 +3,7 @@ nothing is saved that is not finite. The page of the run (extras/run_page.py) ke
 """
 
 import csv
+import io
 import time
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import save_checkpoint
 from engine.distributed import all_reduce_max, all_reduce_sum, barrier, rank_and_world
+from engine.read_back import UserError, read_bytes, shown
 from engine.run import RunError, leave, stop_asked, write_atomically
 from extras.run_page import update_page
 
@@ -19,12 +21,23 @@ def format_metrics(metrics):
                      for name, value in metrics.items())
 
 
+def read_rows(path):
+    """The rows of a CSV file of steps, whose last may be half a row; UserError if it is none."""
+    try:
+        rows = list(csv.reader(io.StringIO(read_bytes(path, "VQLCMD_MAX_INDEX_BYTES").decode(), newline="")))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as the rows of a run ({error}): delete it") from error
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) == len(rows[0]) and not (row[0].isascii() and row[0].isdecimal()):
+            raise UserError(f"{path}: line {number} must begin with a step, is {shown(row)}: delete it")
+    return rows or [[]]
+
+
 def append_row(path, row):
     """One more line of a CSV file, with a header first; columns that it does not have yet are added to it."""
     header = list(row)
     if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.reader(file))
+        rows = read_rows(path)
         header = rows[0] + [name for name in row if name not in rows[0]]
         if header != rows[0]:  # written by an earlier version, or on another device
             lines = [header, *(old + [""] * (len(header) - len(old)) for old in rows[1:])]
@@ -37,8 +50,7 @@ def append_row(path, row):
 def trim_rows(path, last_step):
     """Drops the rows that a killed run wrote after its last checkpoint; the last line may be half a line."""
     if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.reader(file))
+        rows = read_rows(path)
         rows = rows[:1] + [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= last_step]
         if len(rows) > 1:
             write_atomically(path, lambda partial: partial.write_text("\n".join(map(",".join, rows)) + "\n"))

@@ -21,8 +21,9 @@ from engine.checkpoint import (
 )
 from engine.config import OPTIONS, TOKENIZER_OPTIONS
 from engine.distributed import bf16_works
-from engine.run import UserError, leave_if_asked, look_ahead, resumable_array, write_atomically
-from extras.data_arrays import TokenFile
+from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
+from engine.run import leave_if_asked, look_ahead, resumable_array, write_atomically
+from extras.data_arrays import TokenFile, check_rows
 from extras.published_vqgan import make_tokenizer, read_geometry, read_published
 
 
@@ -41,6 +42,9 @@ def read_tokenizer(file):
         state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"], "tokenizer": state["tokenizer"],
                  "step": state["config"]["training"]["tokenizer_steps"],
                  "metrics": state["metrics"]["tokenizer"] if state["metrics"] else {"taken from": str(file)}}
+    config, where = state["config"], f"{file}: tokenizer"
+    sizes = {"size": read_geometry(config["published"])[0]} if "published" in config else {}
+    check_weights(where, on_meta(where, lambda: make_tokenizer(sizes | config)).state_dict(), state["tokenizer"])
     if not state["metrics"]:
         raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
     return state
@@ -59,18 +63,18 @@ def load_tokenizer(config, out, device):
     state = read_newest(path, TOKENIZER_FORMAT)
     if not state or not state["metrics"]:
         raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
-    tokenizer = make_tokenizer(config, bf16_works(device)).to(device).eval()
-    tokenizer.load_state_dict(state["tokenizer"])
-    return tokenizer, state["metrics"]
+    tokenizer = load_weights(f"{state['path']}: tokenizer", lambda: make_tokenizer(config, bf16_works(device)),
+                             state["tokenizer"])
+    return tokenizer.to(device).eval(), state["metrics"]
 
 
 def open_tokens(path):
     """The rows of a token file, memory-mapped."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it, and the same command encodes "
-                        "the images again") from error
+        return check_rows(path, open_npy(path))
+    except ReadError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the same command encodes the images "
+                        "again") from error
 
 
 def check_tokenizer_hash(path, tokenizer):
@@ -81,12 +85,20 @@ def check_tokenizer_hash(path, tokenizer):
                         "tokenizer.pt that lies beside the tokens, or encode the images again")
 
 
+def check_fit(path, rows, tokenizer, class_names):
+    """UserError if rows of a token file cannot be of this tokenizer, or of these classes."""
+    (h, w), classes = tokenizer.grid, max(len(class_names), 1)
+    if rows["x"].shape[1] != h * w or rows["x"].max() >= tokenizer.K:
+        raise UserError(f"{path} has {rows['x'].shape[1]} tokens per image up to {rows['x'].max()}, the tokenizer "
+                        f"{h * w} below {tokenizer.K}: they do not belong together")
+    if rows["label"].max() >= classes:
+        raise UserError(f"{path} has the label {rows['label'].max()}, there are {classes} classes: they do not belong "
+                        "together")
+
+
 def copy_tokens(source, tokenizer, path):
     """A token file made earlier (data_arrays.TokenFile) is checked and copied."""
-    x, (h, w) = open_tokens(source.path)["x"], tokenizer.grid
-    if x.shape[1] != h * w or x.max() >= tokenizer.K:
-        raise UserError(f"{source.path} has {x.shape[1]} tokens per image up to {x.max()}, the tokenizer {h * w} "
-                        f"below {tokenizer.K}: they do not belong together")
+    check_fit(source.path, open_tokens(source.path), tokenizer, source.class_names)
     check_tokenizer_hash(source.path, tokenizer)
     write_atomically(path, lambda partial: shutil.copyfile(source.path, partial))
 
@@ -164,12 +176,13 @@ class TokenDataset:
         return self.x[indices].long() & 0xFFFF, self.labels[indices]  # 16 bits without sign
 
 
-def read_tokens(path, tokenizer, device):
+def read_tokens(path, tokenizer, class_names, device):
     """(training tokens, at most 2,000 held-out ones as (x, labels)) of a token file, on the device."""
     if not path.exists():
         raise UserError(f"{path} is not there: run --stage tokens (or all) first")
     check_tokenizer_hash(path, tokenizer)
     rows = open_tokens(path)
+    check_fit(path, rows, tokenizer, class_names)
     test = np.flatnonzero(rows["test"])
     test = test[np.linspace(0, len(test) - 1, min(2000, len(test))).astype(int)]
     return TokenDataset(rows[~rows["test"]], device), TokenDataset(rows[test], device).batch(np.arange(len(test)))

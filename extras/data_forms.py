@@ -1,10 +1,8 @@
-"""Forms of data in files: a folder of images, a zip of them, LSUN's LMDB. What their names say of classes and splits.
+"""Forms of data in files: a folder of images, a zip of them. What their names say of classes and splits.
 
-Called by extras/datasets.py. Arrays and token files are in extras/data_arrays.py.
+Called by extras/datasets.py. Arrays and token files are in extras/data_arrays.py, LSUN's LMDB in extras/data_lmdb.py.
 """
 
-import functools
-import json
 import os
 import re
 import struct
@@ -15,8 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError, Source, printable
-from extras.archives import LARGEST_IMAGE
+from data import DataError, Source
+from engine.read_back import (
+    UserError,
+    at_most,
+    check_unpacked,
+    expect,
+    limit,
+    parse_json,
+    printable,
+    read_bytes,
+    reason_of,
+)
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -59,14 +67,18 @@ def arrange(names, where):
 def stylegan_labels(text, names, where):
     """dataset.json of StyleGAN's dataset_tool -> class names and labels (n,); no classes where its labels are null."""
     try:
-        numbers = json.loads(text)["labels"]
+        numbers, entry = parse_json(f"{where}/dataset.json", text).get("labels", 0), f"{where}/dataset.json: a label"
         if numbers is None:
             return [], [0] * len(names)
-        numbers = {name: int(label) for name, label in numbers}
-        return [str(c) for c in range(max(numbers.values()) + 1)], [numbers[name] for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where}/dataset.json has no whole-number label for every image ({error}): make it again "
-                        "with dataset_tool, or take it away") from error
+        pairs = [expect(entry, pair, list) for pair in expect(f"{where}/dataset.json: labels", numbers, list)]
+        numbers = {name: expect(entry, label, int, 0, 1 << 62) for name, label in pairs}
+        labels = [numbers[name] for name in names]
+    except (ValueError, TypeError, KeyError) as error:  # a pair of three, a name that is a list, a name that is missing
+        raise DataError(f"{where}/dataset.json has no whole-number label for every image ({reason_of(error)}): make it "
+                        "again with dataset_tool, or take it away") from error
+    classes = max(numbers.values()) + 1
+    at_most(entry, classes, "VQLCMD_MAX_CLASSES")
+    return [str(c) for c in range(classes)], labels
 
 
 def no_images(where, others):
@@ -80,8 +92,11 @@ class Folder(Source):
     """Image files below a folder, at any depth; hidden ones and __MACOSX are left out, links are followed."""
 
     def __init__(self, path):
-        self.names, others, seen, endings = [], [], set(), Counter()
+        self.names, others, seen, endings, top = [], [], set(), Counter(), str(path).count(os.sep)
         for directory, subfolders, files in os.walk(path, followlinks=True):
+            if directory.count(os.sep) - top > limit("VQLCMD_MAX_DEPTH"):
+                raise DataError(f"{path}: {printable(os.path.relpath(directory, path)[:80])}... lies deeper than "
+                                f"{limit('VQLCMD_MAX_DEPTH')} folders; if that is meant, set VQLCMD_MAX_DEPTH")
             status = os.stat(directory)
             if (status.st_dev, status.st_ino) in seen:  # a link back up would never end
                 subfolders.clear()
@@ -106,7 +121,7 @@ class Folder(Source):
             left = ", ".join(f"{n:,} {ending}" for ending, n in sorted(pictures.items()))
             self.note += f"{'; ' * bool(self.note)}left out: {left} (convert them to .jpg or .png to train on them)"
         if os.path.exists(os.path.join(path, "dataset.json")):
-            text = Path(path, "dataset.json").read_text()
+            text = read_bytes(Path(path, "dataset.json"), "VQLCMD_MAX_INDEX_BYTES")
             class_names, labels = stylegan_labels(text, self.names, path)
         super().__init__(path, class_names, labels, train, test)
 
@@ -125,13 +140,18 @@ class Zip(Source):
                            and not os.path.basename(m.filename).startswith(".")]
                 images = [m for m in members if os.path.splitext(m.filename)[1].lower() in EXTENSIONS]
                 if "dataset.json" in archive.namelist():
-                    if archive.getinfo("dataset.json").file_size > LARGEST_IMAGE:
-                        raise DataError(f"{path}: its dataset.json unpacks to more than {LARGEST_IMAGE:,} bytes")
+                    index = archive.getinfo("dataset.json")
+                    check_unpacked(f"{path}: dataset.json", index.file_size, index.compress_size)
                     labelled = archive.read("dataset.json")
-        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
-            raise DataError(f"{path} cannot be read as a zip ({error}): fetch or make it again") from error
+        except UserError:
+            raise
+        except Exception as error:  # damaged zips raise half a dozen types
+            raise DataError(f"{path} cannot be read as a zip ({reason_of(error)}): fetch or make it again") from error
         if not images:
             raise no_images(path, [m.filename for m in members])
+        largest = max(max(m.file_size, m.compress_size, m.header_offset) for m in images)
+        if largest >= 1 << 62:
+            raise DataError(f"{path} claims an entry of {largest:,} bytes: fetch or make it again")
         if any(m.flag_bits & 1 for m in images):
             raise DataError(f"{path} is encrypted: unpack it and give the folder")
         images.sort(key=lambda m: m.filename.replace("/", "\0"))
@@ -146,8 +166,9 @@ class Zip(Source):
 
     def read(self, i):
         offset, packed, size, method, checksum = self.places[i].tolist()
-        if max(packed, size) > LARGEST_IMAGE:
-            raise DataError(f"it unpacks to {size:,} bytes, more than {LARGEST_IMAGE:,}")
+        at_most("the entry", packed, "VQLCMD_MAX_IMAGE_BYTES")
+        if size > 4 * packed:  # images hardly shrink; a thread each could unpack one
+            at_most("the entry", size, "VQLCMD_MAX_PACKED_IMAGE_BYTES")
         with open(self.path, "rb") as file:  # its own handle: threads read side by side
             file.seek(offset)
             lengths = struct.unpack("<HH", file.read(30)[26:])  # of the name and of the extra field
@@ -160,40 +181,3 @@ class Zip(Source):
         if zlib.crc32(content) != checksum:
             raise DataError("its checksum in the zip differs")
         return content
-
-
-@functools.cache
-def open_lmdb(path):
-    """Read-only and without a lock file: it may lie on a medium that cannot be written. One per process and path."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise DataError(f"{path} is an LMDB and the package lmdb is not installed: pip install lmdb") from error
-    try:
-        return lmdb.open(path, readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise DataError(f"{path} cannot be opened as an LMDB ({error}): fetch or unpack it again") from error
-
-
-class Lmdb(Source):
-    """LSUN's own archives: a directory NAME_lmdb with data.mdb, in which keys are names and values image files."""
-
-    def __init__(self, path, test_path=None):
-        paths = [path] if test_path is None else [path, test_path]
-        self.parts = [open_lmdb(str(p.resolve())) for p in paths]
-        self.names, ends = [], []
-        for part in self.parts:
-            with part.begin() as transaction:
-                self.names += transaction.cursor().iternext(keys=True, values=False)
-            ends.append(len(self.names))
-        if not ends[0] or ends[-1] == ends[0] and test_path is not None:
-            raise DataError(f"{path} is an empty LMDB: fetch or unpack it again")
-        test = None if test_path is None else range(ends[0], ends[1])
-        super().__init__(path, [], np.zeros(ends[-1]), range(ends[0]), test)
-
-    def read(self, i):
-        with self.parts[int(i >= self.total)].begin() as transaction:
-            return transaction.get(self.names[i])
-
-    def title(self, i):
-        return printable(self.names[i].decode("utf-8", "backslashreplace"))

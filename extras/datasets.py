@@ -10,9 +10,11 @@ import os
 from pathlib import Path
 
 from data import DataError
+from engine.read_back import regular_file
 from engine.run import report_errors
 from extras.data_arrays import read_arrays, read_cifar, read_idx
-from extras.data_forms import Folder, Lmdb, Zip
+from extras.data_forms import Folder, Zip
+from extras.data_lmdb import Lmdb
 from extras.downloads import fetch
 from extras.grids import contact_sheet
 from extras.toy import TOY_SIZE, Toy
@@ -33,12 +35,12 @@ DATASETS = {
         what="LSUN church_outdoor, 126,227 photographs of churches", count=126227,
         command="curl -LO http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip && "
                 "unzip church_outdoor_train_lmdb.zip",
-        layout="church_outdoor_train_lmdb/data.mdb (pip install lmdb), or the images in a folder or a zip",
+        layout="church_outdoor_train_lmdb/data.mdb, or the images in a folder or a zip",
         also=("church_outdoor_train_lmdb", "lsun/church_outdoor_train_lmdb", "lsun-churches.zip")),
     "lsun-bedrooms": LSUN | dict(
         what="LSUN bedroom, 3,033,042 photographs of bedrooms, 43 GB", count=3033042,
         command="curl -LO http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip && unzip bedroom_train_lmdb.zip",
-        layout="bedroom_train_lmdb/data.mdb (pip install lmdb), or the images in a folder or a zip",
+        layout="bedroom_train_lmdb/data.mdb, or the images in a folder or a zip",
         also=("bedroom_train_lmdb", "lsun/bedroom_train_lmdb", "lsun-bedrooms.zip")),
     "imagenet": dict(
         what="ImageNet (ILSVRC 2012), 1,281,167 photographs of 1,000 classes", count=1281167,
@@ -135,18 +137,21 @@ def find_named(name, root):
         raise problem
     if source is None:
         command = facts.get("command") or "the same command without --root downloads it"
-        raise DataError("\n".join([
+        error = DataError(f"--data {name}: not found")
+        error.lines = [
             f"--data {name}: not found in {', '.join(map(str, dict.fromkeys(places)))}",
             f"  what       {facts['what']}", f"  licence    {facts['licence']}",
             f"  published  {facts['where']}", f"  get it     {command}",
-            f"  layout     {facts['layout']}", f"  then       --root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}"]))
+            f"  layout     {facts['layout']}", f"  then       --root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}"]
+        error.args = ("\n".join(error.lines),)
+        raise error
     source.name, source.dataset, source.published = name, name, facts["count"]
     source.class_names = facts.get("classes", source.class_names)
     return source
 
 
-def detect_format(path):
-    """Path -> source, by what lies there."""
+def detect_format(path, outer=()):
+    """Path -> source, by what lies there. outer: the folders around it that were looked into."""
     archives = ["cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"]
     if path.is_file():
         if path.name in archives:
@@ -157,11 +162,16 @@ def detect_format(path):
             return Zip(path)
         raise DataError(f"--data {path} is a file of no form that is known: give a folder of images, a .zip of them, "
                         ".npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
+    if not path.is_dir():
+        regular_file(path)  # says what it is
+    if path.resolve() in outer:  # a link back
+        raise DataError(f"--data {outer[0]} holds a link that leads in a circle: give the folder of the images")
+    outer = *outer, path.resolve()
     if (path / "data.mdb").is_file():
         test = path.with_name(path.name.replace("_train_", "_val_"))
         return Lmdb(path, test if test != path and (test / "data.mdb").is_file() else None)
     for inside in sorted(path.glob("*_train_lmdb")):
-        return detect_format(inside)
+        return detect_format(inside, outer)
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
         if (folder / "test_batch").is_file() or (folder / "test_batch.bin").is_file():
             return read_cifar(folder)
@@ -170,7 +180,7 @@ def detect_format(path):
             return read_idx(folder)
     inside = [p for p in path.iterdir() if p.suffix in (".zip", ".npz", ".npy") or p.name in archives]
     if len(inside) == 1 and len(list(path.iterdir())) == 1:
-        return detect_format(inside[0])
+        return detect_format(inside[0], outer)
     return Folder(path)
 
 

@@ -20,6 +20,15 @@ class DownloadError(UserError):
     """One line: what could not be fetched or is damaged, and what to do."""
 
 
+def hexdigest(path, kind):
+    """The checksum of a file, which may be larger than the memory."""
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def fetch(urls, path, checksum, instead):
     """Downloads the first of some equal URLs that answers. What is there of path.part is not fetched again.
 
@@ -52,13 +61,10 @@ def fetch(urls, path, checksum, instead):
     else:
         raise DownloadError(f"cannot download {url} ({problem}): give the same command again, or fetch {path.name} "
                             f"elsewhere and put it into {path.parent}, or {instead}")
-    digest = hashlib.new("md5" if len(checksum) == 32 else "sha256")
-    with open(partial, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != checksum:
+    found = hexdigest(partial, "md5" if len(checksum) == 32 else "sha256")
+    if found != checksum:
         partial.unlink()
-        raise DownloadError(f"{url} has the checksum {digest.hexdigest()}, not {checksum}: it was damaged on the way, "
+        raise DownloadError(f"{url} has the checksum {found}, not {checksum}: it was damaged on the way, "
                             f"or changed; give the same command again, or put the right file into {path.parent}")
     partial.replace(path)
 
@@ -74,7 +80,7 @@ def find_weights(name, url, sha256, instead, given=None, may_download=True):
             raise DownloadError(f"no {name} at {path}: fetch {url} to there, or {instead}")
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch([url], path, sha256, instead)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    elif hexdigest(path, "sha256") != sha256:
         raise DownloadError(f"{path} is not the published {name} (its SHA-256 does not begin with {sha256[:8]}): cut "
                             f"short or altered; delete it, and fetch {url}")
     return path

@@ -5,7 +5,6 @@ statistics. A source has n, chunk (images to read at a time) and read(i, j) -> t
 
 import hashlib
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ import torch
 
 import data
 from engine.distributed import barrier, rank_and_world
-from engine.run import UserError, write_json
+from engine.read_back import UserError, at_most, expect, read_json, read_npy_header, reason_of, shown
+from engine.run import write_json
 from engine.status import format_metrics
-from extras.archives import open_npz, read_json
+from extras.archives import open_npz
 from extras.datasets import DATASETS, find
 from extras.inception import WEIGHTS_SHA256, load_inception
 from fid import FIDError, Statistics, compute_scores, measure, print_scores
@@ -47,20 +47,26 @@ class Array:
     chunk = 64
 
     def __init__(self, path):
-        self.file = zipfile.ZipFile(path).open("arr_0.npy")
-        version = np.lib.format.read_magic(self.file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(self.file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        archive, self.path = zipfile.ZipFile(path), path
+        self.file, member = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy")
+        shape, fortran, dtype = read_npy_header(f"{path}: arr_0", self.file, member.file_size)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise FIDError(f"{path}: arr_0 must be uint8 of shape (n, H, W, 3), is {dtype} {shape}")
+        at_most(f"{path}: arr_0, {self.chunk} images at a time", self.chunk * int(np.prod(shape[1:])),
+                "VQLCMD_MAX_UNPACKED_BYTES")
         self.n, self.shape, self.at = shape[0], shape[1:], 0
 
     def read(self, i, j):
         size = int(np.prod(self.shape))
-        while self.at < i:  # another process has these
-            self.file.read(size)
-            self.at += 1
-        content, self.at = bytearray(self.file.read((j - i) * size)), j
+        try:
+            while self.at < i:  # another process has these
+                self.file.read(size)
+                self.at += 1
+            content, self.at = bytearray(self.file.read((j - i) * size)), j
+        except Exception as error:  # a damaged stream: half a dozen types
+            raise FIDError(f"{self.path}: arr_0 is damaged ({reason_of(error)}): make it again") from error
+        if len(content) < (j - i) * size:
+            raise FIDError(f"{self.path}: arr_0 ends before image {j:,}: make it again")
         return torch.frombuffer(content, dtype=torch.uint8).view(j - i, *self.shape).permute(0, 3, 1, 2)
 
 
@@ -120,6 +126,8 @@ def evaluate_run(run, n):
     barrier()  # it is written
     path = run.out / "metrics.json"
     metrics = read_json(path)
+    for name, value in expect(f"{path}: fid", metrics.get("fid", {}), dict).items():
+        expect(f"{path}: fid: {shown(name)}", value, float)
     if metrics.get("fid", {}).get("n") == n:
         return print(f"fid: complete ({n:,} samples), {format_metrics(metrics['fid'])}")
     network = load_inception(run.inception, run.device)
@@ -144,15 +152,14 @@ def open_side(word, root, size, trained_on):
             with open_npz(path) as file:
                 names = set(file.files)
             if "arr_0" not in names and not {"mu", "sigma"} <= names:
-                raise FIDError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}: expected arr_0 (images), or mu "
+                raise FIDError(f"{path} holds {', '.join(map(shown, sorted(names)))}: expected arr_0 (images), or mu "
                                "and sigma (statistics)")
             statistics = Statistics.load(path) if "mu" in names else None
             source = Array(path) if "arr_0" in names else None
         except UserError:
             raise
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            reason = " ".join(str(error).split())
-            raise FIDError(f"{path} cannot be read as an .npz ({reason}): make it again") from error
+        except Exception as error:  # of a damaged archive: half a dozen types
+            raise FIDError(f"{path} cannot be read as an .npz ({reason_of(error)}): make it again") from error
         return statistics, source, "statistics" if statistics else f"{source.n:,} images, {source.shape[0]} px"
     source = find(word, root)
     if trained_on or word in ("toy", *DATASETS):

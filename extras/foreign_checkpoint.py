@@ -2,21 +2,47 @@
 
 A .pt, .pth or .ckpt file is a program: a pickle may call any function, and torch.load also unpacks tar archives and
 runs TorchScript. This file never calls torch.load. It knows two containers, torch's zip archive and the older plain
-pickle, reads their tensors itself, and replaces every other object in them by a Stub that does nothing.
+pickle, reads their tensors itself, and replaces every other object in them by a Stub that does nothing. What it takes
+from memory is in proportion to the size of the file.
 
-Called by extras/published_vqgan.py (--tokenizer of a published VQGAN) and extras/vqgan_losses.py (--lpips-weights).
+Called by engine/checkpoint.py (our own), extras/published_vqgan.py (--tokenizer of a published VQGAN) and
+extras/vqgan_losses.py (--lpips-weights).
 """
 
 import collections
+import io
 import math
 import pickle
+import pickletools
 import struct
+import tarfile
 import zipfile
-from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointError, detect_container
+from engine.read_back import UserError, printable, regular_file
+
+
+class CheckpointError(UserError):
+    """One line: what is wrong with the file and what to do. found: the format it is of, if it is of this project."""
+
+    found = None
+
+
+def detect_container(path):
+    """ "zip" for torch's archive, "pickle" for anything else; CheckpointError for TorchScript and tar archives."""
+    path = regular_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.split("/")[-1] == "constants.pkl" or "code" in name.split("/")[:-1] for name in names):
+            raise CheckpointError(f"{path} is refused: it is TorchScript, a program and not weights alone; "
+                                  "give the state dict that it was made of")
+        return "zip"
+    if tarfile.is_tarfile(path):
+        raise CheckpointError(f"{path} is refused: it is a tar archive, a form that torch left in 2018; "
+                              "unpack it elsewhere and give the file of weights")
+    return "pickle"
 
 
 class Stub:
@@ -38,6 +64,8 @@ DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfSt
 STUBBED = {"pytorch_lightning", "lightning", "omegaconf", "numpy", "argparse", "pathlib", "collections", "torch",
            "taming", "ldm", "main", "_codecs", "copyreg"}  # libraries that left objects in published files
 PLAIN = {"set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "bool", "complex", "bytearray"}
+MOST_STEPS = 1_000_000  # of a pickle, each of which may take 200 bytes; a published VQGAN has some 20,000
+DEEPEST_NAME, LONGEST_NAME = 16, 256  # parts and characters of a tensor's name
 
 
 def rebuild_tensor(storage, offset, size, stride, *rest):
@@ -81,6 +109,23 @@ class RestrictedUnpickler(pickle.Unpickler):
         return whole
 
 
+def check_pickle(file):
+    """CheckpointError if the pickle that begins here would take memory out of proportion. Comes back to its start.
+
+    A step may be one byte and make a list; one that numbers what was made may ask for room for all numbers below.
+    """
+    start = file.tell()
+    for steps, (code, argument, _) in enumerate(pickletools.genops(file)):
+        if steps > MOST_STEPS or code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= MOST_STEPS:
+            raise CheckpointError(f"it holds more than {MOST_STEPS:,} objects beside the tensors")
+    file.seek(start)
+
+
+def unpickle(file, storage):
+    check_pickle(file)
+    return RestrictedUnpickler(file, storage).load()
+
+
 def from_bytes(content, dtype):
     return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
 
@@ -100,8 +145,7 @@ def read_zip(path):
                 storages[key] = from_bytes(archive.read(f"{root}data/{key}"), dtype)
             return storages[key]
 
-        with archive.open(root + "data.pkl") as file:
-            return RestrictedUnpickler(file, storage).load()
+        return unpickle(io.BytesIO(archive.read(root + "data.pkl")), storage)
 
 
 def read_legacy(path):
@@ -118,9 +162,9 @@ def read_legacy(path):
 
     with path.open("rb") as file:
         for _ in range(3):
-            RestrictedUnpickler(file, storage).load()
-        content = RestrictedUnpickler(file, storage).load()
-        for key in RestrictedUnpickler(file, storage).load():
+            unpickle(file, storage)
+        content = unpickle(file, storage)
+        for key in unpickle(file, storage):
             count, = struct.unpack("<q", file.read(8))
             if count != len(storages[key]):
                 raise CheckpointError("its tensors and their storages do not agree")
@@ -128,16 +172,26 @@ def read_legacy(path):
     return content
 
 
-def read_state(path):
-    """{name: tensor} in a checkpoint, whatever else it holds. CheckpointError if it cannot be trusted or read."""
-    path = Path(path)
-    read = {"zip": read_zip, "pickle": read_legacy}[detect_container(path)]
+def read_object(path):
+    """The object in a checkpoint: tensors, numbers, texts and containers. CheckpointError if it cannot be read."""
+    path = regular_file(path)
     try:
-        content = read(path)
+        return {"zip": read_zip, "pickle": read_legacy}[detect_container(path)](path)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from error
+        said = str(error)
+        raise CheckpointError(said if said.startswith(str(path)) else f"{path} is refused: {said}") from error
     except Exception as error:  # damaged files raise all sorts of things here
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+
+
+def read_state(path):
+    """{name: tensor} in a checkpoint, whatever else it holds. CheckpointError if it cannot be trusted or read."""
+    content = read_object(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = state if isinstance(state, dict) else {}
-    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for name in state:
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or name.count(".") >= DEEPEST_NAME:
+            raise CheckpointError(f"{path} is refused: a tensor is called {printable(str(name)[:50])}..., which is no "
+                                  f"text of at most {DEEPEST_NAME} parts and {LONGEST_NAME} characters")
+    return state

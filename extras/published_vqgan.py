@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoint import CheckpointError
-from extras.foreign_checkpoint import read_state
+from engine.read_back import check_tensor, load_weights, reason_of
+from extras.foreign_checkpoint import CheckpointError, read_state
 from vqvae import VQVAE, to_float
 
 
@@ -66,7 +66,11 @@ class PublishedVQGAN(nn.Module):
 
 def read_geometry(shapes):
     """{name: shape} of a published tokenizer -> its down-sampling factor, number of codes and their width."""
-    return (2 ** sum("downsample.conv.weight" in name for name in shapes), *shapes["quantize.embedding.weight"])
+    levels, codebook = sum("downsample.conv.weight" in name for name in shapes), shapes["quantize.embedding.weight"]
+    if levels > 8 or len(codebook) != 2 or not 2 <= codebook[0] <= 1 << 16:
+        raise CheckpointError(f"a published tokenizer reduces by 1 to 256 and has 2 to 65,536 codes, this one by "
+                              f"2^{levels} and a codebook of shape {list(codebook)}")
+    return 2 ** levels, *codebook
 
 
 def by_number(item):
@@ -119,7 +123,8 @@ def read_published(path):
     """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
 
     Such files hold pickled objects of other libraries beside the weights, of which nothing is imported or executed.
-    Discriminator and LPIPS weights are left out. CheckpointError if this is no such file.
+    Discriminator and LPIPS weights are left out. A single token is encoded and decoded: do the layers fit together?
+    CheckpointError if this is no such file.
     """
     state = {name.removeprefix("first_stage_model."): value for name, value in read_state(path).items()}
     if "quantize.embed.weight" in state:
@@ -129,6 +134,18 @@ def read_published(path):
     if missing:
         raise CheckpointError(f"{path} is neither a tokenizer of train.py nor a VQGAN of taming-transformers or "
                               f"latent-diffusion: it has no {missing[0].rstrip('.')}")
+    for name, value in state.items():
+        check_tensor(f"{path}: {name}", value)
+    try:
+        f = read_geometry({name: value.shape for name, value in state.items()})[0]
+        model = load_weights(path, lambda: PublishedVQGAN({n: list(v.shape) for n, v in state.items()}, f), state)
+        image = model.decode(model.encode(torch.zeros(1, 3, f, f, dtype=torch.uint8)))  # one token
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from error
+    except Exception as error:  # a layer that is not there, or of another shape
+        raise CheckpointError(f"{path} is refused: its layers do not fit together ({reason_of(error)})") from error
+    if image.shape != (1, 3, f, f):
+        raise CheckpointError(f"{path} is refused: of {f} x {f} pixels it makes {list(image.shape)}")
     return state
 
 

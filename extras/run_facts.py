@@ -1,6 +1,5 @@
 """What lies in a run directory, as extras/run_page.py shows it: numbers, pictures, how far the run is, how it ended."""
 
-import json
 import math
 import re
 
@@ -8,8 +7,11 @@ import numpy as np
 
 from engine import run as engine_run
 from engine.checkpoint import rename
-from engine.run import UserError, lock
+from engine.config import check_stored
+from engine.read_back import ReadError, UserError, check_nesting, no_file, read_json
+from engine.run import lock
 
+LARGEST = 1 << 28  # bytes of a CSV file
 OLD_COLUMNS = {"rank": "effective_rank", "min_dist": "smallest_distance"}  # of earlier versions: their names today
 
 
@@ -18,12 +20,17 @@ def read_columns(path):
 
     Quick, and without a Python object for every row: it is read again and again while a run trains.
     """
-    header, *lines = (path.read_text(encoding="utf-8").splitlines() if path.exists() else []) or [""]
+    header, *lines = (path.read_text(encoding="utf-8").splitlines() if is_file(path) else []) or [""]
     names = [OLD_COLUMNS.get(name, name) for name in header.split(",")]
     cells = ",".join(line for line in lines if line.count(",") == len(names) - 1).split(",")
     table = np.array(list(map(real, cells)) if len(cells) > 1 else []).reshape(-1, len(names))
     table = table[np.isfinite(table[:, 0])]
     return {name: table[np.isfinite(table[:, i])][:, [0, i]] for i, name in enumerate(names) if i}
+
+
+def is_file(path):
+    """Is there a file of which a page can be made, and no pipe to wait for?"""
+    return path.exists() and not no_file(path) and path.stat().st_size < LARGEST
 
 
 def real(cell):
@@ -37,10 +44,11 @@ def real(cell):
 def read_object(path):
     """The dict of a JSON file; {} if there is none, or none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+        check_nesting(path, content)
+    except ReadError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def last(columns, name):
@@ -51,7 +59,7 @@ def last(columns, name):
 
 def read_run(out):
     """What the page shows, as a dict; UserError if this is no run."""
-    config = rename(read_object(out / "config.json"))
+    config = check_stored(out / "config.json", rename(read_object(out / "config.json")))
     if not config:
         raise UserError(f"{out} is no run of train.py: it has no config.json")
     run = {"out": out, "config": config, "metrics": read_object(out / "metrics.json"), **{

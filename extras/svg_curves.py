@@ -8,6 +8,8 @@ from html import escape
 
 import numpy as np
 
+from engine.read_back import printable
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 44, 12, 10, 22  # of a figure, and its margins
 VOID = {"img", "input", "meta"}  # elements that have no end
 
@@ -18,9 +20,9 @@ class Html(str):
 
 def tag(name, /, *content, **attributes):
     """One element. Attributes: class_ is class, data_x is data-x; one that is None is left away."""
-    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(printable(str(value)))}"'
                     for key, value in attributes.items() if value is not None)
-    inside = "".join(part if isinstance(part, Html) else escape(str(part)) for part in content)
+    inside = "".join(part if isinstance(part, Html) else escape(printable(str(part))) for part in content)
     return Html(f"<{name}{words}>" + ("" if name in VOID else f"{inside}</{name}>"))
 
 

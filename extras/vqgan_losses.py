@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.distributed import all_reduce_sum
+from engine.read_back import check_weights
 from extras.downloads import DownloadError, find_weights
 from extras.foreign_checkpoint import read_state
 
@@ -95,6 +96,7 @@ def read_lpips(paths):
         absent = sorted(missing - set(state))
         raise DownloadError(f"{', '.join(map(str, paths))}: {len(absent)} of LPIPS' {len(missing)} weights are not "
                             f"there, {absent[0]} for one: give {' and '.join(LPIPS_FILES)}, or a file that has both")
+    check_weights(", ".join(map(str, paths)), LPIPS().state_dict(), state)
     return state
 
 
