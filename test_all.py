@@ -384,6 +384,8 @@ from tests.fixtures import *  # noqa: E402, F403
 from tests.frechet import *  # noqa: E402, F403
 from tests.gpu_readiness import *  # noqa: E402, F403
 from tests.house import *  # noqa: E402, F403
+from tests.lying_data import *  # noqa: E402, F403
+from tests.lying_files import *  # noqa: E402, F403
 from tests.mishaps import *  # noqa: E402, F403
 from tests.pages import *  # noqa: E402, F403
 from tests.programs import *  # noqa: E402, F403

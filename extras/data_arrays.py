@@ -10,7 +10,17 @@ import pickletools
 import numpy as np
 
 from data import MIN_SIDE, DataError, Source
-from engine.read_back import UserError, at_most, open_npy, read_bytes, read_json, read_names, reason_of, shown
+from engine.read_back import (
+    UserError,
+    at_most,
+    open_npy,
+    printable,
+    read_bytes,
+    read_json,
+    read_names,
+    reason_of,
+    shown,
+)
 from extras.archives import open_npz, read_idx_array, read_npz_array, read_tar
 
 
@@ -84,8 +94,8 @@ def read_arrays(path):
         if images is not None:
             splits.append((as_images(arrays[images], f"{path}: {images}"), arrays.get(labels)))
     if not splits or "x_test" in arrays and len(splits) == 1:
-        raise DataError(f"{path} holds {shown(list(arrays))}: expected images, and perhaps labels, test_images and "
-                        "test_labels")
+        raise DataError(f"{path} holds {printable(', '.join(arrays))[:200]}: expected images, and perhaps labels, "
+                        "test_images and test_labels")
     return Arrays(path, splits)
 
 

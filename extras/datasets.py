@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from data import DataError
-from engine.read_back import regular_file
+from engine.read_back import UserError, regular_file
 from engine.run import report_errors
 from extras.data_arrays import read_arrays, read_cifar, read_idx
 from extras.data_forms import Folder, Zip
@@ -129,7 +129,7 @@ def find_named(name, root):
             try:
                 source = detect_format(path)
                 break
-            except DataError as error:  # an empty folder, or a download that is not complete
+            except UserError as error:  # an empty folder, or a download that is not complete
                 problem = problem or error
     if source is None and "files" in facts and root is None:
         source = detect_format(download(name))

@@ -12,7 +12,7 @@ import torch
 
 import data
 from engine.distributed import barrier, rank_and_world
-from engine.read_back import UserError, at_most, expect, read_json, read_npy_header, reason_of, shown
+from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
 from engine.run import write_json
 from engine.status import format_metrics
 from extras.archives import open_npz
@@ -152,8 +152,8 @@ def open_side(word, root, size, trained_on):
             with open_npz(path) as file:
                 names = set(file.files)
             if "arr_0" not in names and not {"mu", "sigma"} <= names:
-                raise FIDError(f"{path} holds {', '.join(map(shown, sorted(names)))}: expected arr_0 (images), or mu "
-                               "and sigma (statistics)")
+                held = printable(", ".join(sorted(names)))[:200] or "nothing"
+                raise FIDError(f"{path} holds {held}: expected arr_0 (images), or mu and sigma (statistics)")
             statistics = Statistics.load(path) if "mu" in names else None
             source = Array(path) if "arr_0" in names else None
         except UserError:

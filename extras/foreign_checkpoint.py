@@ -64,7 +64,7 @@ DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfSt
 STUBBED = {"pytorch_lightning", "lightning", "omegaconf", "numpy", "argparse", "pathlib", "collections", "torch",
            "taming", "ldm", "main", "_codecs", "copyreg"}  # libraries that left objects in published files
 PLAIN = {"set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "bool", "complex", "bytearray"}
-MOST_STEPS = 1_000_000  # of a pickle, each of which may take 200 bytes; a published VQGAN has some 20,000
+MOST_STEPS = 1_000_000  # of a pickle, each of which may take 200 bytes
 DEEPEST_NAME, LONGEST_NAME = 16, 256  # parts and characters of a tensor's name
 
 

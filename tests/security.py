@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
-from extras import archives, foreign_checkpoint
+from extras import foreign_checkpoint
 from extras.published_vqgan import read_published
 from tests.common import HERE, TINY, call, flags
 
@@ -103,7 +103,7 @@ def test_small_files_that_claim_much(tmp_path, folder, run, capsys, monkeypatch)
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False,
                                                       "shape": (1 << 20, 1024, 1024, 3)})
         archive.writestr("images.npy", header.getvalue())
-    monkeypatch.setattr(archives, "LARGEST_ARRAY", 1 << 20)
+    monkeypatch.setenv("VQLCMD_MAX_UNPACKED_BYTES", str(1 << 20))
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((2, 1 << 20, 1, 3), np.uint8))
     pickled = np.empty(2, object)
     np.savez(tmp_path / "pickled.npz", images=pickled)
@@ -112,7 +112,8 @@ def test_small_files_that_claim_much(tmp_path, folder, run, capsys, monkeypatch)
     Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "b.png")
     (tmp_path / "deep" / "dataset.json").write_text("[" * 100000)
-    for name, says in (("huge.npz", "more than it holds"), ("bomb.npz", "unpacks to"), ("pickled.npz", "llow_pickle"),
+    for name, says in (("huge.npz", "more than it holds"), ("bomb.npz", "VQLCMD_MAX_UNPACKED_BYTES"),
+                       ("pickled.npz", "Python objects"),
                        ("pickled.npy", "Python objects"), ("deep", "no whole-number label")):
         capsys.readouterr()
         assert call("train.py", "--data", tmp_path / name, "--out", tmp_path / "out") == 2
