@@ -6,8 +6,8 @@
 
 This file has the path from a file to pixels, the same for training and evaluation (`load_image`), a set of images to
 take batches from (`ImageSet`), and what every form of data must provide (`Source`). The forms themselves, from a
-folder to LSUN's LMDB, are subclasses of Source in extras/data_forms.py and extras/data_arrays.py; extras/datasets.py
-turns the word after --data into one of them.
+folder to LSUN's LMDB, are subclasses of Source in extras/data_*.py; extras/datasets.py turns the word after --data into
+one of them.
 
 A new form takes two methods: __init__ lists the images, names them in self.names and calls Source.__init__; read(i)
 returns one of them, as a path, bytes or an array, and is called by several threads. Then extras/datasets.detect_format

@@ -21,7 +21,7 @@ sample.py extras/pictures.py extras/sample_files.py extras/serve.py extras/sampl
 extras/inception.py extras/metrics.py fid.py extras/fid_sources.py extras/fid_command.py
 engine/batches.py engine/tokens.py extras/tokenizer_report.py engine/prepare.py train.py
 """.split()
-OPTIONAL = {"lmdb", "matplotlib",  # packages that may be imported where they are needed, and what some builds lack
+OPTIONAL = {"matplotlib",  # packages that may be imported where they are needed, and what some builds lack
             "torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.distributed.tensor"}
 LIMITS = {"train.py": 300, "test_all.py": 400, "README.md": 260}
 TOP = ["schedule.py", "embedding_diffusion.py", "losses.py", "vqvae.py", "sample.py", "data.py", "fid.py", "train.py",

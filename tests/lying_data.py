@@ -193,7 +193,8 @@ def test_idx_files_that_lie(small_limit, tmp_path):
 
     huge = bytes([0, 0, 8, 3]) + struct.pack(">3I", 1 << 31, 28, 28)
     refused({
-        "claims": idx(lambda _: gzip.compress(huge)), "bomb": idx(lambda _: gzip.compress(huge + b"\0" * (64 << 20), 1)),
+        "claims": idx(lambda _: gzip.compress(huge)),
+        "bomb": idx(lambda _: gzip.compress(huge + b"\0" * (64 << 20), 1)),
         "longer": idx(lambda old: gzip.compress(old + b"\0" * (64 << 20), 1)),
         "shorter": idx(lambda old: gzip.compress(old[:-1])), "header": idx(lambda old: gzip.compress(old[:9])),
         "rank": idx(lambda old: gzip.compress(old[:3] + b"\xff" + old[4:])), "empty": idx(lambda _: b""),
@@ -338,8 +339,8 @@ def test_statistics_that_lie(small_limit, tmp_path):
         "rank": stats(mu=np.zeros((2, 2))), "nan": stats(mu=np.full(4, np.nan)),
         "inf": stats(sigma=np.full((4, 4), np.inf)), "text": stats(mu=np.array(["a"] * 4)),
         "complex": stats(sigma=np.eye(4) * 1j), "objects": stats(mu=np.array([{}] * 4)), "n": stats(n="many"),
-        "n is 1": stats(n=1), "ns": stats(n=[1, 2]), "resize": stats(resize="\x1b[31m"), "scalar": stats(mu=np.zeros(())),
-        "resizes": stats(resize=["tf", "tf"]), "half": stats(mu_s=np.zeros(4)),
+        "n is 1": stats(n=1), "ns": stats(n=[1, 2]), "resize": stats(resize="\x1b[31m"),
+        "scalar": stats(mu=np.zeros(())), "resizes": stats(resize=["tf", "tf"]), "half": stats(mu_s=np.zeros(4)),
         "wide": stats(mu=np.zeros(5000), sigma=np.zeros((5000, 1))), "bomb": stats(mu=np.zeros(UNPACKED // 8 + 1)),
         "nothing": stats(mu=None, sigma=None), "claims": images((1 << 40, 8, 8, 3)), "negative": images((-1, 8, 8, 3)),
         "no image": images((0, 8, 8, 3)), "large": images((2, 1500, 1500, 3), b"\0" * (2 * 1500 * 1500 * 3)),

@@ -2,7 +2,7 @@
 
 A kind is a name and a function that writes the file into a folder and returns its path, or None for the folder itself.
 Readers are called in this process, with a bound on what they may allocate: a size that is only announced fails as
-surely as one that is filled. Here: checkpoints, run directories, tokens. Data and statistics are in tests/lying_data.py.
+surely as one that is filled. Here: checkpoints, run directories, tokens; data and statistics: tests/lying_data.py.
 """
 
 import contextlib
@@ -403,7 +403,8 @@ def test_token_files_that_lie(tmp_path):
         "float": npy(np.zeros((6, 4))), "two axes": npy(rows().reshape(2, 3)), "no rows": npy(rows(0)),
         "one row": npy(rows(1)), "all train": npy(rows(test=False)), "all test": npy(rows(test=True)),
         "label": npy(rows(label=-1)), "labels": npy(rows(label=10 ** 8)), "objects": npy(np.array([{}])),
-        "wide": npy(rows(kind=[("x", np.int64, (4,)), *rest])), "names": npy(rows(kind=[("y", np.uint16, (4,)), *rest])),
+        "wide": npy(rows(kind=[("x", np.int64, (4,)), *rest])),
+        "names": npy(rows(kind=[("y", np.uint16, (4,)), *rest])),
         "no tokens": npy(rows(kind=[("x", np.uint16, (0,)), *rest])), "pipe": pipe("a.npy")}
     refused(kinds, lambda path: find(str(path)), tmp_path)
     of_a_run = {"ids": npy(rows(x=8)), "classes": npy(rows(label=2)),
