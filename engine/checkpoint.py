@@ -13,6 +13,7 @@ import torch
 
 from engine.config import RENAMED, TOKENIZER_OPTIONS, check_option
 from engine.read_back import (
+    ReadError,
     UserError,
     check_nesting,
     check_tensor,
@@ -50,11 +51,11 @@ def check_config(where, config):
             entry = f"{where}: {part}: {name}"
             if isinstance(value, int) and not -MOST <= value <= MOST or name in ("depth", "blocks") and (
                     isinstance(value, int) and value > DEEPEST):
-                raise CheckpointError(f"{entry} must be below {DEEPEST if name in ('depth', 'blocks') else MOST:,}, is "
+                raise ReadError(f"{entry} must be below {DEEPEST if name in ('depth', 'blocks') else MOST:,}, is "
                                       f"{shown(value)}")
             if name == "grid":
                 if len(expect(entry, value, list)) != 2:
-                    raise CheckpointError(f"{entry} must be 2 numbers, are {len(value)}")
+                    raise ReadError(f"{entry} must be 2 numbers, are {len(value)}")
                 for side in value:
                     expect(entry, side, int, 1, 1 << 16)
             elif name == "num_classes":
@@ -62,7 +63,7 @@ def check_config(where, config):
             elif name == "published":
                 check_shapes(entry, value)
             elif isinstance(value, float) and not math.isfinite(value):
-                raise CheckpointError(f"{entry} must be a finite number, is {value}")
+                raise ReadError(f"{entry} must be a finite number, is {value}")
             else:
                 check_option(f"{where}: {part}", expect(where, (names or {}).get(name, name), str), value)
 
@@ -75,7 +76,7 @@ def check_shapes(where, shapes):
             expect(f"{where}: {printable(name)}", side, int, 1, MOST)
 
 
-def check_metrics(where, metrics, depth=1):
+def check_metrics(where, metrics, depth):
     """ReadError unless these are numbers or texts by name, perhaps in groups."""
     for name, value in expect(where, metrics, dict).items():
         if depth and isinstance(value, dict):
@@ -83,7 +84,7 @@ def check_metrics(where, metrics, depth=1):
         elif not (isinstance(value, str) and value.isprintable() or isinstance(value, float)):  # NaN is a number here
             expect(f"{where}: {shown(name)}", value, float)
         if not expect(f"{where}: a name", name, str).isprintable():
-            raise CheckpointError(f"{where} has the name {shown(name)}")
+            raise ReadError(f"{where} has the name {shown(name)}")
 
 
 def check_contents(path, state):
@@ -92,11 +93,11 @@ def check_contents(path, state):
     for name, kind in {"config": dict, "metrics": dict, "tokenizer": dict, "step": int, **(
             {} if is_tokenizer else {"ema": dict, "class_names": list, "sampling": dict})}.items():
         if name not in state:
-            raise CheckpointError(f"{path} lacks the entry {name}: it is damaged, or of another version")
+            raise ReadError(f"{path} lacks the entry {name}: it is damaged, or of another version")
         expect(f"{path}: {name}", state[name], kind, *((0, 1 << 62) if kind is int else ()))
     config = {"tokenizer": state["config"]} if is_tokenizer else state["config"]
     check_config(f"{path}: config", config)
-    check_metrics(f"{path}: metrics", state["metrics"])
+    check_metrics(f"{path}: metrics", state["metrics"], 0 if is_tokenizer else 1)
     expect(f"{path}: begin", state.get("begin", 0), int, 0, state["step"])
     for part in WEIGHTS:
         for name, value in expect(f"{path}: {part}", state.get(part, {}), dict).items():
@@ -105,10 +106,10 @@ def check_contents(path, state):
     old = isinstance(history, tuple)  # (rows, codes in use) of an earlier version
     for row in [*(history[1:] if old else history), *([state["used"]] if "used" in state else [])]:
         if expect(f"{path}: history", row, torch.Tensor).ndim != 1 or not row.is_floating_point() or len(row) > MOST:
-            raise CheckpointError(f"{path}: history must be rows of numbers, has {shown(row)}")
+            raise ReadError(f"{path}: history must be rows of numbers, has {shown(row)}")
         check_tensor(f"{path}: history", row)
     if "used" in state and "K" in state["config"] and len(state["used"]) != state["config"]["K"]:
-        raise CheckpointError(f"{path}: used must be {state['config']['K']} numbers, are {len(state['used'])}")
+        raise ReadError(f"{path}: used must be {state['config']['K']} numbers, are {len(state['used'])}")
     if is_tokenizer:
         return state
     training = expect(f"{path}: config: training", config.get("training"), dict)
@@ -120,7 +121,7 @@ def check_contents(path, state):
         steps=(int, 1, MOST), guidance=(float, -1e6, 1e6), sampler=(str,)))
     for name in ("steps", "guidance", "sampler"):
         if name not in state["sampling"]:
-            raise CheckpointError(f"{path}: sampling lacks {name}")
+            raise ReadError(f"{path}: sampling lacks {name}")
     check_option(f"{path}: sampling", "sampler", state["sampling"]["sampler"])
     return state | {"class_names": read_names(f"{path}: class_names", state["class_names"])}
 
@@ -200,7 +201,7 @@ def check_optimizer(where, optimizer, stored):
     numbers = [n for group in groups for n in expect(f"{where}: params", expect(
         f"{where}: a group", group, dict).get("params"), list)]
     if len(groups) != len(optimizer.param_groups) or numbers != list(range(len(values))):
-        raise CheckpointError(f"{where} must be of {len(values)} parameters, is of {len(numbers)}: it is damaged, or "
+        raise ReadError(f"{where} must be of {len(values)} parameters, is of {len(numbers)}: it is damaged, or "
                               "of another run")
     for own, given in zip(optimizer.param_groups, groups, strict=True):
         for name in own.keys() & given.keys() - {"params"}:
@@ -218,9 +219,9 @@ def check_optimizer(where, optimizer, stored):
             if name != "step":
                 check_weights(f"{where}: {number}", {name: p}, {name: value})
             elif expect(f"{where}: step", value, torch.Tensor).numel() != 1:
-                raise CheckpointError(f"{where}: step must be one number, is {shown(value)}")
+                raise ReadError(f"{where}: step must be one number, is {shown(value)}")
         if not {"step", "exp_avg", "exp_avg_sq"} <= entries.keys():
-            raise CheckpointError(f"{where}: {number} lacks step, exp_avg or exp_avg_sq")
+            raise ReadError(f"{where}: {number} lacks step, exp_avg or exp_avg_sq")
 
 
 def load_optimizer(optimizer, model, state, device, fsdp):

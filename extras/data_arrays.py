@@ -5,12 +5,12 @@ Called by extras/datasets.py.
 
 import io
 import pickle
-import pickletools
 
 import numpy as np
 
 from data import MIN_SIDE, DataError, Source
 from engine.read_back import (
+    ReadError,
     UserError,
     at_most,
     open_npy,
@@ -22,6 +22,7 @@ from engine.read_back import (
     shown,
 )
 from extras.archives import open_npz, read_idx_array, read_npz_array, read_tar
+from extras.foreign_checkpoint import check_pickle
 
 
 class Arrays(Source):
@@ -137,11 +138,10 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_batch(content):
-    """(images (n, 3072) uint8, labels (n,)) of one of CIFAR-10's pickles, which has some 60,000 steps."""
-    for steps, (code, argument, _) in enumerate(pickletools.genops(content)):
-        if steps > 1_000_000 or code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= 1_000_000:
-            raise ValueError("it holds more than a million objects")
-    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    """(images (n, 3072) uint8, labels (n,)) of one of CIFAR-10's pickles."""
+    file = io.BytesIO(content)
+    check_pickle(file)
+    batch = ArraysOnly(file, encoding="bytes").load()
     return batch[b"data"], np.asarray(batch[b"labels"])
 
 
@@ -164,10 +164,10 @@ def read_cifar(path):
                 parts.append(read_batch(content))
             if parts[-1][0].dtype != np.uint8 or parts[-1][0].shape != (len(parts[-1][1]), 3072):
                 raise ValueError(f"{name}: expected uint8 of shape (n, 3072) and n labels, is {shown(parts[-1][0])}")
-    except UserError:
-        raise
     except KeyError as error:
         raise DataError(f"{path} lacks {error}: fetch CIFAR-10 again") from error
+    except (DataError, ReadError):
+        raise
     except Exception as error:  # of a damaged archive or pickle: a dozen types
         raise DataError(f"{path} cannot be read as CIFAR-10's batches ({reason_of(error)}): fetch them "
                         "again") from error

@@ -117,7 +117,7 @@ def check_pickle(file):
     start = file.tell()
     for steps, (code, argument, _) in enumerate(pickletools.genops(file)):
         if steps > MOST_STEPS or code.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= MOST_STEPS:
-            raise CheckpointError(f"it holds more than {MOST_STEPS:,} objects beside the tensors")
+            raise CheckpointError(f"it holds more than {MOST_STEPS:,} objects")
     file.seek(start)
 
 

@@ -25,9 +25,8 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine import prepare, read_back, status, tokens
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, digest, load_optimizer, read_newest, restore
 from engine.run import UserError, lock, report_errors, resumable_array, write_atomically
-from extras import downloads, fid_sources, run_facts, run_page, vqgan_losses
+from extras import downloads, fid_sources, foreign_checkpoint, run_facts, run_page, vqgan_losses
 from extras.datasets import find
-from extras.foreign_checkpoint import MOST_STEPS
 from tests.common import TINY, call, flags, noise, png, write_images
 from vqvae import VQVAE
 
@@ -113,7 +112,7 @@ def edits(state, changes, name="ckpt.pt"):
 def put(name, content=b""):
     """A file of these bytes, or of this text."""
     def write(folder):
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         return folder / name
     return write
 
@@ -184,8 +183,10 @@ def spoiled(weight):
 # ----------------------------------------------------------------------------
 # Checkpoints.
 
-def test_checkpoints_that_lie(honest, tmp_path):
+def test_checkpoints_that_lie(honest, tmp_path, monkeypatch):
     """ckpt.pt, as sample.py opens it: every entry away, or of another type, range or shape, or more than the file."""
+    honest = {name: value for name, value in honest.items() if name not in ("model", "optimizer")}  # it needs none
+    monkeypatch.setenv("VQLCMD_MAX_CLASSES", "99")
     assert sample.load_checkpoint(saved(honest)(tmp_path), CPU).class_names == ["cat", "dog"]
     kinds = [(entry, GONE) for entry in (
         "format", "config", "tokenizer", "ema", "class_names", "sampling", "metrics", "step", "config/denoiser",
@@ -208,7 +209,7 @@ def test_checkpoints_that_lie(honest, tmp_path):
         ("sampling/steps", 0), ("sampling/steps", 10 ** 12), ("sampling/guidance", float("nan")),
         ("sampling/guidance", "1"), ("sampling/sampler", "x"), ("sampling/more", 1), ("class_names", "cats"),
         ("class_names", [1, 2]), ("class_names", ["cat"]), ("class_names", ["x" * 10 ** 6, "y"]),
-        ("class_names", ["x"] * 100_001), ("step", -1), ("step", "8"), ("step", 10 ** 40), ("step", True),
+        ("class_names", ["x"] * 100), ("step", -1), ("step", "8"), ("step", 10 ** 40), ("step", True),
         ("format", torch.zeros(2)), ("format", ["x"]), ("format", "vq-lcmd checkpoint 2"), ("begin", 9),
         ("history", [torch.zeros(2, 2)]), ("history", 3), ("metrics/vlb", 3), ("metrics/vlb/total", "\x1b[31m"),
         ("metrics/tokenizer", {"\n": 1.0}), ("more", nested(100)), ("more", nested(60, twice=True)),
@@ -219,7 +220,7 @@ def test_checkpoints_that_lie(honest, tmp_path):
     refused(edits(honest, kinds), lambda path: sample.load_checkpoint(path, CPU), tmp_path)
 
 
-def test_pickles_that_lie(tmp_path):
+def test_pickles_that_lie(tmp_path, monkeypatch):
     """What is around the tensors: steps that ask for memory, storages that are not there, packed archives."""
     plain = io.BytesIO()
     torch.save({"state_dict": {"encoder.x": torch.zeros(4)}}, plain)
@@ -241,9 +242,10 @@ def test_pickles_that_lie(tmp_path):
     with zipfile.ZipFile(plain) as archive:
         content = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
     assert huge != legacy and offset(content) != content != more(content)
-    lists, room = b"\x80\x02" + b"]" * (MOST_STEPS + 9) + b".", b"\x80\x02]r" + struct.pack("<I", 2 ** 31) + b"."
+    monkeypatch.setattr(foreign_checkpoint, "MOST_STEPS", 9999)
+    lists, room = b"\x80\x02" + b"]" * 10_009 + b".", b"\x80\x02]r" + struct.pack("<I", 2 ** 31) + b"."
     kinds = {
-        "a million lists": zipped(lambda _: lists),
+        "lists": zipped(lambda _: lists),
         "room for 2^31 numbers": zipped(lambda _: room),
         "packed": zipped(lambda old: old, zipfile.ZIP_DEFLATED),
         "bytes that are not there": zipped(lambda _: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."),
