@@ -375,6 +375,8 @@ def test_nearest_and_ema():
 # ----------------------------------------------------------------------------
 # The rest.
 
+from tests.baselines_by_hand import *  # noqa: E402, F403
+from tests.by_hand import *  # noqa: E402, F403
 from tests.data_sets import *  # noqa: E402, F403
 from tests.denoiser import *  # noqa: E402, F403
 from tests.earlier_versions import *  # noqa: E402, F403
