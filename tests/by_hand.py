@@ -51,15 +51,16 @@ def walk(n, batch, seed, stage, step):
 # ----------------------------------------------------------------------------
 # The denoiser: three steps of train.py.
 
-ROWS = dict(D=4, width=16, depth=1, heads=2, embedding_init="random", steps=3, batch=8, lr=0.01, warmup=1, clip=0.5,
+ROWS = dict(D=4, width=16, depth=1, heads=2, embedding_init="random", steps=3, batch=8, lr=0.05, warmup=1, clip=0.5,
             weight_decay=0.1, ema_decay=0.15, w_rec=0.7, w_diff=1.3, w_cm=2.0, weight_clip=3.0, rec_fraction=0.34,
-            max_drop_rate=0.8, label_drop=0.5, max_gap=0.5, teacher="ema", log_every=3, sample_every=100,
+            max_drop_rate=0.8, label_drop=0.5, max_gap=0.5, teacher="ema", log_snr_min=-4.0, log_snr_max=2.0,
+            log_every=3, sample_every=100,
             save_every=100, sample_steps=1, eval_batch=128, seed=5)
 
 
 def levels(t):
-    """lambda(t) and -lambda'(t) / 2 of train.py's default schedule."""
-    t0, t1 = (2 / math.pi * math.atan(math.exp(-end / 2)) for end in (7, -10))
+    """lambda(t) and -lambda'(t) / 2."""
+    t0, t1 = (2 / math.pi * math.atan(math.exp(-end / 2)) for end in (2, -4))
     angle = math.pi * (t0 + (t1 - t0) * t)
     return -2 * (angle / 2).tan().log() + 2 * math.log(0.4), math.pi * (t1 - t0) / angle.sin()
 
@@ -101,7 +102,7 @@ def terms_by_hand(model, teacher, x, labels, generator):
     with torch.no_grad():
         z_s = (a_s * e[n:] / v_s + ratio * z[n:] / added) / precision + eps_s[n:] / precision.sqrt()
         q = teacher(z_s, lam_s, labels[n:], mask=mask[n:], table=table).softmax(-1)
-    cm = (q * (q.log() - log_p[n:])).sum(-1).mean()
+    cm = (torch.xlogy(q, q) - q * log_p[n:]).sum(-1).mean()
     return torch.stack([rec, diff, cm])
 
 
@@ -140,7 +141,7 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     bounds, logged = [bound_by_hand(ema, *held_out, 5)], []
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(3):
-        rate = 0.01 * min(1, (step + 1) / 2) * (0.5 + 0.5 * math.cos(math.pi * step / 3))
+        rate = 0.05 * min(1, (step + 1) / 2) * (0.5 + 0.5 * math.cos(math.pi * step / 3))
         items = walk(20, 8, 5, "diffusion", step)
         generator = torch.Generator().manual_seed(seed_of(5, STAGE["diffusion"], step))
         terms = terms_by_hand(model, ema, x[items], labels[items], generator)
@@ -161,8 +162,9 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     found = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
     for part, expected in (("model", model), ("ema", ema)):
         for name, value in expected.state_dict().items():
-            close(found[part][name], value, rtol=0, atol=3e-4)  # of moves of 0.01; where a gradient is nearly 0
-    assert any((found["model"][name] - value).abs().max() > 3e-3 for name, value in found["ema"].items())
+            close(found[part][name], value, rtol=0, atol=3e-4)  # of moves of 0.05; where a gradient is nearly 0
+    assert any((found["model"][name] - value).abs().max() > 1.5e-3 for name, value in found["ema"].items())
+    assert abs(float((bound_by_hand(model, *held_out, 5) - bounds[-1]).sum(0).mean())) > 5e-3
     with (tmp_path / "a" / "diffusion.csv").open() as file:
         row, = csv.DictReader(file)
     assert [float(row[name]) for name in ("rec", "diff", "cm", "norm")] == pytest.approx(
@@ -176,7 +178,7 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
         total = bits.sum(0)
         expected = [*bits.mean(1).tolist(), float(total.mean()), float(total.std()) / 300 ** 0.5]
         assert row["step"] == step and [float(row[name]) for name in (
-            "prior", "rec", "diff", "total", "standard_error")] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+            "prior", "rec", "diff", "total", "standard_error")] == pytest.approx(expected, rel=5e-4, abs=1e-5)
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["vlb"]["total"] == pytest.approx(
         float(rows[-1]["total"]))
     pipeline = sample.load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))  # draws with the averaged ones
@@ -333,7 +335,7 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
             assert norm > 0.05
         for i, (p, old) in enumerate(zip(critic.parameters(), critic_before.parameters(), strict=True)):
             close(p.double(), old - 0.3 * critic_gradient[i] if critic_gradient else old, rtol=0, atol=1e-5)
-        assert {k: float(v) for k, v in found.items()} == pytest.approx(
+        assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx(
             {k: float(v.detach()) for k, v in expected.items()}, rel=1e-4, abs=1e-6)
         assert torch.equal(outputs["tokens"].flatten(), tokens)
         close(outputs["x_hat"].double(), x_hat, rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Data: every form gives the same pixels; damaged files, layouts, names, downloads."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -352,3 +353,36 @@ def test_download(server, tmp_path, monkeypatch, capsys):
         find("mnist")
     with pytest.raises(data.DataError, match="the same command without --root downloads it"):
         find("mnist", tmp_path / "elsewhere")
+
+
+def test_what_a_picture_is_cropped_and_laid_over():
+    """The middle of tall and of wide ones; palettes with a clear colour, grey with alpha, over white; large JPEGs are
+    decoded no smaller than twice the size."""
+    def load(array, size, form="png", mode=None, **options):
+        file = io.BytesIO()
+        Image.fromarray(array, mode).save(file, form, **options)
+        return data.load_image(file.getvalue(), size).astype(int)
+
+    bands = np.repeat(np.array([10, 60, 200, 120, 30], np.uint8), 8)
+    for turned in (False, True):
+        found = load(np.tile(bands[:, None] if not turned else bands, (1, 8) if not turned else (8, 1)), 8)
+        assert (found == 200).all() and found.shape == (3, 8, 8)  # 8 of 40 rows, or columns
+    assert (load(np.tile(np.array([9, 50, 90, 130], np.uint8).repeat(2), (4, 1)), 4)[0, 0] == [50, 50, 90, 90]).all()
+    grey = np.stack([np.full((8, 8), 40), np.repeat([[0], [255]], 4, 0).repeat(8, 1)], -1).astype(np.uint8)
+    found = load(grey, 8)  # LA: above clear, below opaque
+    assert (found[:, :3] == 255).all() and (found[:, 5:] == 40).all()
+    palette = Image.fromarray(np.repeat([[0], [1]], 4, 0).repeat(8, 1).astype(np.uint8), "P")
+    palette.putpalette([200, 0, 0, 0, 100, 0])
+    file = io.BytesIO()
+    palette.save(file, "png", transparency=0)
+    found = data.load_image(file.getvalue(), 8).astype(int)
+    assert (found[:, :3] == 255).all() and (found[:, 5:] == np.array([0, 100, 0])[:, None, None]).all()
+    half = np.zeros((8, 8, 4), np.uint8)
+    half[..., 3] = 51  # a fifth of black over white
+    assert (load(half, 8) == 204).all()
+    y, x = np.mgrid[:512, :512] / 512  # fine enough that a JPEG decoded at 1/16 or 1/32 is another picture
+    waves = np.uint8(127.5 + 100 * np.sin(2 * np.pi * 14 * x) * np.cos(2 * np.pi * 11 * y))
+    exact = np.asarray(Image.fromarray(waves).resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(load(waves, 32, "jpeg", quality=98)[0] - exact).mean() < 4
+    assert [data.load_image(waves[:n, :n, None].repeat(c, 2), None).shape for n, c in ((5, 1), (6, 3), (7, 4))] == [
+        (3, 5, 5), (3, 6, 6), (3, 7, 7)]

@@ -11,6 +11,8 @@ import threading
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import fid_peers
 import numpy as np
@@ -345,3 +347,45 @@ def test_weights_download(tmp_path, monkeypatch):
     path.write_bytes(content[:-1])
     with pytest.raises(DownloadError, match=r"inception.pth is not the published inception.pth"):
         inception.find_inception()
+
+
+def test_which_score_is_which(capsys):
+    """sFID is of the other features, precision of the generated images, recall of the real ones; so on the page."""
+    rng = np.random.default_rng(0)
+
+    def statistics(n, low, spread):
+        taps = {tap: rng.standard_normal((n, 4)) * scale + low for tap, scale in (("2048", spread), ("spatial", 3))}
+        return fid.Statistics(n, {tap: f.mean(0) for tap, f in taps.items()}, {
+            tap: np.cov(f, rowvar=False) for tap, f in taps.items()}, "tf", torch.from_numpy(taps["2048"]),
+            torch.from_numpy(rng.standard_normal((n, 8)) * spread))
+
+    real, fake = statistics(60, 0, 1), statistics(50, 0.2, 0.3)  # narrow: precise, but much of the real is not covered
+    found = fid.compute_scores(real, fake)
+    for key, tap in (("fid", "2048"), ("sfid", "spatial")):
+        assert found[key] == fid.frechet_distance(real.mean[tap], real.cov[tap], fake.mean[tap], fake.cov[tap])
+    precision, recall = precision_recall(real.features, fake.features)
+    assert (found["precision"], found["recall"]) == (precision, recall) and precision > recall + 0.3
+    assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
+    assert (found["is"], found["is_std"]) == inception_score(fake.logits) != inception_score(real.logits)
+    named = dict(fid=1.0, sfid=2.0, kid=3.0, kid_std=0.5, precision=0.25, recall=0.75, **{"is": 4.0, "is_std": 0.125})
+    fid.print_scores(named, 5000, 2500)
+    printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert printed == {"FID-2.5k": ["1.0000"], "sFID-2.5k": ["2.0000"], "KID-2.5k": ["3.000000", "±", "0.500000"],
+                       "IS-2.5k": ["4.0000", "±", "0.1250"], "precision-2.5k": ["0.2500"], "recall-2.5k": ["0.7500"]}
+    fid.print_scores({"fid": 1.0}, 5000, 2047)
+    assert "FID-2.047k" in (said := capsys.readouterr().out) and "warning: fewer than 2,048" in said
+    fid.print_scores({"fid": 1.0}, None, None)
+    assert capsys.readouterr().out.split() == ["FID", "1.0000"]
+
+
+def test_classes_of_samples():
+    """As often as in the data, in their order; in turn where nothing is known; image i is image i of the seed."""
+    pipeline = SimpleNamespace(sampling={"steps": 3}, class_names=["a", "b", "c"])
+    labels = torch.tensor([2] * 25 + [0] * 60 + [1] * 15)[torch.randperm(100, generator=seeded(0))]
+    some = fid_sources.Samples(pipeline, 20, labels, seed=4, chunk=7, guidance=2.0)
+    assert some.labels.tolist() == [0] * 12 + [1] * 3 + [2] * 5 and some.chunk == 7
+    assert fid_sources.Samples(pipeline, 7).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    with mock.patch.object(fid_sources, "sample_images") as drawn:
+        some.read(11, 14)
+    assert drawn.call_args.args[1].tolist() == [0, 1, 1]
+    assert drawn.call_args.kwargs == dict(seed=4, first=11, batch=7, show_progress=False, steps=3, guidance=2.0)
