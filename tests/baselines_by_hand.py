@@ -46,7 +46,7 @@ def steps_back(kind, K, t, s):
         return (Q_s[:K, None, :] * step.T[None] / Q_t[:K, :, None]).clip(0)
 
 
-def predicted(model, x_t, t, labels, omega=0.0, kind=None):
+def predicted(model, x_t, t, labels, omega=0.0, kind=None, temperature=1.0):
     """p(x_0 | x_t) (B, N, K) of states (B, N) at times (B,): what the network is to be told, and is not."""
     masked = x_t == model.K
     z = torch.stack([torch.zeros(model.D) if i == model.K else model.table()[i] for i in x_t.flatten().tolist()])
@@ -57,7 +57,7 @@ def predicted(model, x_t, t, labels, omega=0.0, kind=None):
         evidence = torch.stack([torch.from_numpy(corruption(kind, model.K, float(time))[:-1, row].T)
                                 for row, time in zip(x_t, t, strict=True)])
         logits = torch.where(masked[..., None], logits, logits + evidence.log())
-    return logits.softmax(-1).detach().numpy()
+    return (logits / temperature).softmax(-1).detach().numpy()
 
 
 def mixed(back, p, i):
@@ -120,41 +120,43 @@ def test_samples_by_enumeration(kind):
         t, s = i / steps, (i - 1) / steps
         back, matrix = steps_back(kind, K, t, s), np.zeros((len(states), len(states)))
         p = predicted(model, torch.tensor(states), torch.full((len(states),), t), torch.ones(len(states)).long(), 0.7,
-                      kind_of)
+                      kind_of, 1.6)
         for row, state in enumerate(states):
             if now[row]:
                 matrix[row] = np.outer(*(mixed(back, p[row, j], state[j]) for j in (0, 1))).ravel()
         now = now @ matrix
     assert now.sum() == pytest.approx(1)
-    drawn = baselines.sample(kind, model, LEVELS, n, steps, seeded(0), torch.ones(n).long(), 0.7, kind_of is not None)
+    drawn = baselines.sample(kind, model, LEVELS, n, steps, seeded(0), torch.ones(n).long(), 0.7, kind_of is not None,
+                             1.6)
     counts = torch.bincount(drawn @ torch.tensor([K + 1, 1]), minlength=(K + 1) ** 2).numpy()
     assert not counts[now < 1e-9].any() and (now > 1e-9).sum() == K * K
     assert scipy.stats.chisquare(counts[now > 1e-9], n * now[now > 1e-9]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_most_confident_tokens_are_kept(temperature):
+@pytest.mark.parametrize("temperature, gumbel", [(1.0, 0.0), (0.7, 2.0)])
+def test_most_confident_tokens_are_kept(temperature, gumbel):
     """With the likeliest code in the place of the draw: which positions are decoded in which step, image by image."""
     model, n, steps = network(K=5, grid=(2, 3)), 4, 4
     labels, visited = torch.tensor([0, 1, 1, 0]), []
     predict = baselines.predict
 
-    def watched(*args):
+    def watched(*args, **options):
         visited.append(args[2].clone())
-        return predict(*args)
+        return predict(*args, **options)
 
     with mock.patch.object(baselines, "draw", lambda p, generator: p.argmax(-1)), mock.patch.object(
             baselines, "predict", watched):
-        found = baselines.sample_by_confidence(model, LEVELS, n, steps, seeded(3), labels, 1.5, temperature)
+        found = baselines.sample_by_confidence(model, LEVELS, n, steps, seeded(3), labels, 1.5, temperature,
+                                               gumbel)
     x, generator = torch.full((n, 6), 5), seeded(3)
     for i in range(steps):
         assert torch.equal(visited[i], x)
         t, noise = 1 - i / steps, torch.empty(n, 6).exponential_(generator=generator)
         left = int(6 * np.cos(np.pi / 2 * (i + 1) / steps))  # 5, 4, 2, 0
-        every = predicted(model, x, torch.full((n,), t), labels, 1.5)
+        every = predicted(model, x, torch.full((n,), t), labels, 1.5, temperature=temperature)
         for row, p in enumerate(every):
             open_ = [j for j in range(6) if x[row, j] == 5]
-            score = {j: np.log(p[j].max()) - temperature * (t - 1 / steps) * float(noise[row, j].log()) for j in open_}
+            score = {j: np.log(p[j].max()) - gumbel * (t - 1 / steps) * float(noise[row, j].log()) for j in open_}
             for j in sorted(open_, key=score.get)[left:]:
                 x[row, j] = int(p[j].argmax())
     assert torch.equal(found, x) and (found < 5).all()

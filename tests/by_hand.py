@@ -53,7 +53,7 @@ def walk(n, batch, seed, stage, step):
 
 ROWS = dict(D=4, width=16, depth=1, heads=2, embedding_init="random", steps=3, batch=8, lr=0.05, warmup=1, clip=0.5,
             weight_decay=0.1, ema_decay=0.15, w_rec=0.7, w_diff=1.3, w_cm=2.0, weight_clip=3.0, rec_fraction=0.34,
-            max_drop_rate=0.8, label_drop=0.5, max_gap=0.5, teacher="ema", log_snr_min=-4.0, log_snr_max=2.0,
+            max_drop_rate=0.8, label_drop=0.5, max_gap=0.5, teacher="ema", shift=0.4, log_snr_min=-4.0, log_snr_max=2.0,
             log_every=3, sample_every=100,
             save_every=100, sample_steps=1, eval_batch=128, seed=5)
 

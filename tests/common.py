@@ -1,10 +1,12 @@
 """Helpers of the tests: command lines in this process, made-up images in every form, the contents of a run."""
 
 import argparse
+import contextlib
 import csv
 import gzip
 import io
 import json
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -77,7 +79,7 @@ def call(program, *words):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
     try:
-        with mock.patch.object(sys, "argv", [str(program), *map(str, words)]):
+        with mock.patch.object(sys, "argv", [str(program), *map(str, words)]), mock.patch.object(os, "fsync"):
             PROGRAMS.get(program, program).main()
         return 0
     except SystemExit as stop:
@@ -86,6 +88,58 @@ def call(program, *words):
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")  # one process imports torch; the others are forked from it
+PROCESSES.set_forkserver_preload(["tests.common"])
+
+
+def start_processes(function, *args, n=1, wait=None):
+    """function(*args), or function(rank, *args) for n > 1, in processes of their own -> those processes.
+
+    wait: seconds to wait for them, all of which must end well.
+    """
+    with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):  # where the first of them finds what to import
+        multiprocessing.forkserver.ensure_running()
+    processes = [PROCESSES.Process(target=function, args=args if n == 1 else (rank, *args)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    if wait is not None:
+        for process in processes:
+            process.join(wait)
+        assert [process.exitcode for process in processes] == [0] * n
+    return processes
+
+
+def join_processes(rank, port):
+    """In one of two processes: what torchrun tells it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+
+
+def write_to(connection, errors, buffered, function, *args):
+    """function(*args) in a process whose output goes into a pipe, and what it says elsewhere into a file."""
+    os.dup2(connection.fileno(), 1)
+    connection.close()
+    sys.stdout, sys.stderr = open(1, "w", -1 if buffered else 1, closefd=False), open(errors, "w", 1)
+    status = function(*args)
+    sys.stdout.close()  # as Python does at its end
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def piped(errors, function, *args, buffered=False):
+    """(process, its output as an open file); at the end of the block the process is killed if it still lives."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    process, = start_processes(write_to, writer, errors, buffered, function, *args)
+    writer.close()
+    with open(os.dup(reader.fileno()), encoding="utf-8") as output:
+        reader.close()
+        try:
+            yield process, output
+        finally:
+            process.kill()
+            process.join()
 
 
 def contents(out):

@@ -9,8 +9,7 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import time
 from unittest import mock
 
 import kills
@@ -26,9 +25,9 @@ from engine.checkpoint import TOKENIZER_FORMAT, previous, read_newest
 from engine.config import TOKENIZER_OPTIONS
 from engine.distributed import init_distributed
 from engine.randomness import batch_indices
-from engine.run import RunError, UserError, look_ahead, on_signal, resumable_array, write_atomically
+from engine.run import RunError, UserError, lock, look_ahead, on_signal, resumable_array, write_atomically
 from extras.vqgan_losses import PatchDiscriminator
-from tests.common import HERE, TINY, call, close, contents, flags, weights_of
+from tests.common import TINY, call, close, contents, flags, join_processes, piped, start_processes, weights_of
 
 LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
 
@@ -71,10 +70,8 @@ def free_ports(n):
 def one_of_two(rank, jobs):
     """What torchrun starts twice: train.py, or sample.py, with each of some command lines."""
     for port, words in jobs:
-        program = "train.py" if str(words[0]).startswith("--") else "sample.py"
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
-        assert call(program, *words) == 0
+        join_processes(rank, port)
+        assert call("train.py" if str(words[0]).startswith("--") else "sample.py", *words) == 0
 
 
 def test_two_processes_train_as_one(run, folder, tmp_path):
@@ -91,7 +88,7 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     drawing = [run / "ckpt.pt", "--n", 21, "--batch", 4, "--out"]
     jobs = zip(free_ports(4), ([*words, "--out", two], words + options, [*images, "--out", tmp_path / "e"],
                        [*drawing, tmp_path / "e.npz"]), strict=True)
-    torch.multiprocessing.spawn(one_of_two, (list(jobs),), 2)
+    start_processes(one_of_two, list(jobs), n=2, wait=300)
     assert call("train.py", *images, "--stage", "tokenizer", "--out", tmp_path / "d") == 0
     assert call("sample.py", *drawing, tmp_path / "d.npz") == 0
     assert np.array_equal(*(np.load(tmp_path / name)["arr_0"] for name in ("d.npz", "e.npz")))
@@ -110,11 +107,16 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
 
 def test_two_kills(folder, run, tmp_path):
     """SIGKILL at two random moments, then the same command: every file is the undisturbed run's."""
-    out, moments = tmp_path / "pets", random.Random()
-    words = ["--data", folder, "--out", out, *flags(TINY)]
+    out, seed = tmp_path / "pets", int.from_bytes(os.urandom(4), "big")
+    print(f"moments of random.Random({seed})")
+    words, moments = ["--data", folder, "--out", out, *flags(TINY)], random.Random(seed)
     for _ in range(2):
-        kills.start(words, moments.uniform(0, 0.6))
+        with piped(tmp_path / "errors", call, "train.py", *words) as (_, output):
+            assert output.readline()  # its first word
+            time.sleep(moments.uniform(0, 0.6))
     assert call("train.py", *words) == 0 and contents(out) == contents(run)
+    one, other = kills.contents(out), kills.contents(run)  # what experiments/kills.py compares
+    assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
@@ -152,17 +154,23 @@ def test_half_a_line(tmp_path):
         assert (path.read_text() if path.exists() else None) == left
 
 
+def hold(out):
+    """Keeps a run directory until it is killed."""
+    held = lock(out)
+    print(f"held {held.name}", flush=True)
+    time.sleep(60)
+
+
 def test_one_process_per_run(folder, run, tmp_path, capsys):
     """A run directory that another process works in is refused, until that process dies, however it dies."""
     shutil.copytree(run, tmp_path / "pets")
     words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
-    hold = ("import pathlib, sys, time; from engine.run import lock\n"
-            "x = lock(pathlib.Path(sys.argv[1])); print('held'); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-uc", hold, tmp_path / "pets"], stdout=subprocess.PIPE, cwd=HERE) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with piped(tmp_path / "errors", hold, tmp_path / "pets") as (holder, output):
+        assert output.readline().startswith("held ")
         assert call("train.py", *words) == 2 and "is in use by another process" in capsys.readouterr().err
         holder.kill()
-    assert call("train.py", *words) == 0
+        holder.join()
+        assert call("train.py", *words) == 0
     with mock.patch.object(engine_run, "fcntl", None):  # Windows: no lock, but it works
         assert call("train.py", *words) == 0
 
@@ -268,8 +276,7 @@ NAMES = ["loss", "norm"]
 
 def status_of_two(rank, port, out):
     """Two runs of seven steps by two processes, one of them asked to stop before the fourth; and one that breaks."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    join_processes(rank, port)
     init_distributed()
 
     def part(folder, state=None, stop_at=None, broken=False):
@@ -304,7 +311,7 @@ def test_status_lines_of_two_processes(tmp_path):
     """A row is the mean of both processes' losses, and the codes are those that either used, over a stop as well."""
     for name in ("whole", "stopped", "broken"):
         (tmp_path / name).mkdir()
-    torch.multiprocessing.spawn(status_of_two, (*free_ports(1), tmp_path), 2)
+    start_processes(status_of_two, *free_ports(1), tmp_path, n=2, wait=60)
     rows = []
     for name in ("whole", "stopped"):
         with (tmp_path / name / "tokenizer.csv").open(newline="") as file:
@@ -371,7 +378,7 @@ def test_resumable_array(tmp_path):
                                    KeyboardInterrupt()], ids=lambda error: type(error).__name__)
 def test_atomic_writes(error, tmp_path):
     """A write that fails leaves the old file, and the one before; one that succeeds leaves nothing but the new one."""
-    path, before = tmp_path / "deep" / "a.pt", tmp_path / "deep" / "a.previous.pt"
+    path, before, synced = tmp_path / "deep" / "a.pt", tmp_path / "deep" / "a.previous.pt", []
 
     def fails(partial):
         partial.write_text("half")
@@ -394,7 +401,9 @@ def test_atomic_writes(error, tmp_path):
         assert "a.pt cannot be written: is the disk full?" in str(caught.value)
         assert str(error) in str(caught.value) and not list(path.parent.glob("*.part"))
     assert written() == {"a.pt": "2", "a.previous.pt": "1"}
-    write_atomically(path, lambda partial: partial.write_text("3"), keep_as=before)
+    with mock.patch.object(os, "fsync", side_effect=lambda _: synced.append(path.read_text())):
+        write_atomically(path, lambda partial: partial.write_text("3"), keep_as=before)
+    assert synced == ["2"]  # down to the disk before it takes the name
     assert written() == {"a.pt": "3", "a.previous.pt": "2"} and len(os.listdir(path.parent)) == 2
 
 

@@ -1,12 +1,12 @@
 """FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import re
 import shutil
-import subprocess
-import sys
+import socket
 import threading
 import urllib.request
 import zipfile
@@ -29,7 +29,19 @@ from extras import fid_sources, inception
 from extras.datasets import find
 from extras.downloads import DownloadError
 from extras.metrics import inception_score, kernel_distance, precision_recall
-from tests.common import HERE, TINY, call, close, f64, flags, make_folder, parser_flags, scores_of, seeded
+from tests.common import (
+    TINY,
+    call,
+    close,
+    f64,
+    flags,
+    join_processes,
+    make_folder,
+    parser_flags,
+    scores_of,
+    seeded,
+    start_processes,
+)
 from tests.fixtures import Pixels
 
 URLOPEN = urllib.request.urlopen
@@ -234,23 +246,29 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
                                              "save_stats", "json", "batch", "device"])
 
 
+def fid_of_two(rank, port, digest, words, output):
+    """fid.py in one of two processes, its words in a file; digest: of the weights that are taken for the published."""
+    join_processes(rank, port)
+    inception.WEIGHTS_SHA256 = digest
+    with output.with_suffix(f".{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        assert call("fid.py", *words) == 0
+
+
 def test_two_processes_share_the_work(weights, tmp_path):
     """torchrun: each process measures a share, and the scores are those of one process. With the real network."""
     for name, n in (("real", 5), ("fake", 4)):
         (tmp_path / name).mkdir()
         for i, image in enumerate(fid_peers.test_images(40 + n, n).permute(0, 2, 3, 1).numpy()):
             Image.fromarray(image[:40 + i]).save(tmp_path / name / f"{i}.png")
-    words = [tmp_path / "real", tmp_path / "fake", "--json"]
+    words = [tmp_path / "real", tmp_path / "fake", "--weights", weights, "--json"]
     assert call("fid.py", *words, tmp_path / "one.json") == 0
-    (tmp_path / "two.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom extras import fid_command, "
-                                     f"inception\ninception.WEIGHTS_SHA256 = {inception.WEIGHTS_SHA256!r}\n"
-                                     "fid_command.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               tmp_path / "two.py", *words, tmp_path / "two.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start_processes(fid_of_two, port, inception.WEIGHTS_SHA256, [*words, tmp_path / "two.json"], tmp_path / "said", n=2,
+                    wait=120)
     assert scores_of(tmp_path / "two.json") == pytest.approx(scores_of(tmp_path / "one.json"), rel=1e-4)
-    assert done.stdout.count("FID-4 ") == 2  # FID and sFID, printed once
+    said = [(tmp_path / f"said.{rank}").read_text().count("FID-4 ") for rank in range(2)]
+    assert said == [2, 0]  # FID and sFID, printed once
 
 
 def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):

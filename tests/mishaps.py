@@ -1,5 +1,6 @@
 """What goes wrong, and what is said of it: kills, full disks, too little memory, closed pipes, bugs, bad input."""
 
+import itertools
 import os
 import re
 import shutil
@@ -18,8 +19,9 @@ from PIL import Image
 import sample
 import train
 from engine import tokens
+from engine.run import RunError, on_out_of_memory
 from extras import fid_command, fid_sources
-from tests.common import HERE, TINY, call, contents, flags
+from tests.common import HERE, TINY, call, contents, flags, piped, start_processes
 from vqvae import VQVAE
 
 
@@ -59,8 +61,8 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
     assert contents(tmp_path / "pets") == contents(run)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("writing failed")])
-@pytest.mark.parametrize("file", ["tokenizer.pt", "ckpt.pt"])
+@pytest.mark.parametrize("file, error", [("tokenizer.pt", OSError(28, "No space left on device")),
+                                         ("ckpt.pt", RuntimeError("writing failed"))])  # both: see test_atomic_writes
 def test_full_disk(file, error, folder, run, tmp_path, capsys):
     """A checkpoint that cannot be written: one line, status 1; the one before is whole, and the run goes on from it."""
     out, saves, save = tmp_path / "pets", [], torch.save
@@ -86,12 +88,20 @@ OUT_OF_MEMORY = [torch.OutOfMemoryError(), MemoryError(),
                               "tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)")]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory(error, fast, folder, run, tmp_path, capsys):
-    """One line that names the flag to give, and its value; with it the run goes on to what it would have computed."""
+def test_out_of_memory(fast, folder, run, tmp_path, capsys):
+    """One line that names the flag to give, and its value; with it the run goes on to what it would have computed.
+
+    Whichever of three ways it is said in.
+    """
+    errors = itertools.cycle(OUT_OF_MEMORY)
+    for error in (*OUT_OF_MEMORY, RuntimeError("another"), ValueError("another")):
+        with pytest.raises(RunError if error in OUT_OF_MEMORY else type(error), match="try|another"):
+            with on_out_of_memory("try less"):
+                raise error
+
     def runs_out(owner, name, says, program, *words):
         capsys.readouterr()
-        with mock.patch.object(owner, name, side_effect=error) as called:
+        with mock.patch.object(owner, name, side_effect=next(errors)) as called:
             assert call(program, *words) == 1 and called.called, name
         said = capsys.readouterr().err
         assert said.startswith(f"{program}: error: not enough memory: ") and said.count("\n") == 1, said
@@ -118,25 +128,27 @@ def test_out_of_memory(error, fast, folder, run, tmp_path, capsys):
     runs_out(fid_command, "measure", "lower --batch, and the score stays the same", "fid.py", folder, folder)
 
 
+def crawl(*words):
+    """train.py, encoding two images in a tenth of a second."""
+    def encode(self, images, real=VQVAE.encode):
+        time.sleep(0.1 if len(images) == 2 else 0)
+        return real(self, images)
+
+    tokens.encode_sets, VQVAE.encode = encode_by_two, encode
+    return call("train.py", *words)
+
+
 def test_killed_while_tokens_are_written(folder, run, tmp_path):
     """SIGKILL, then the same command: what was finished is kept, the rest is done, the file is the undisturbed one."""
     out, part = tmp_path / "pets", tmp_path / "pets" / "tokens.part.npy"
     words = [str(word) for word in ["--data", folder, "--out", out, *flags(TINY)]]
-    slow = ("import sys, time, train, vqvae\n"
-            "from engine import tokens\n"
-            "whole, encode = tokens.encode_sets, vqvae.VQVAE.encode\n"
-            "tokens.encode_sets = lambda *args: whole(*args[:5], 2, *args[6:])\n"
-            "def crawl(self, images):\n"
-            "    time.sleep(0.1 if len(images) == 2 else 0)\n"
-            "    return encode(self, images)\n"
-            "vqvae.VQVAE.encode = crawl\n"
-            "train.main()\n")
-    with subprocess.Popen([sys.executable, "-c", slow, *words], cwd=HERE, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not part.exists() or (np.load(part, mmap_mode="r")["label"] >= 0).sum() < 8:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.kill()
+    process, = start_processes(crawl, *words)
+    deadline = time.monotonic() + 60
+    while not part.exists() or (np.load(part, mmap_mode="r")["label"] >= 0).sum() < 8:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     done = int((np.load(part, mmap_mode="r")["label"] >= 0).sum())
     assert 8 <= done < 40 and not (out / "tokens.npy").exists()
     encoded = []
@@ -146,15 +158,20 @@ def test_killed_while_tokens_are_written(folder, run, tmp_path):
     assert sum(encoded) == 40 - done and (out / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
 
 
-def pipe(directory, lines, *command):
+def pipe(directory, lines, program, *words):
     """A program whose reader closes the pipe after some lines: (exit status, what it said elsewhere)."""
-    with subprocess.Popen([sys.executable, *map(str, command)], cwd=directory, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1" * bool(lines)}) as process:
+    if not lines and program == "data.py":  # one of them as users type it, to the end of Python itself
+        with subprocess.Popen([sys.executable, HERE / program, *map(str, words)], cwd=directory, stderr=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as process:
+            process.stdout.close()
+            error = process.stderr.read().decode()
+            return process.wait(60), error
+    with piped(directory / "errors", call, program, *words, buffered=not lines) as (process, output):
         for _ in range(lines):
-            assert process.stdout.readline()
-        process.stdout.close()
-        error = process.stderr.read().decode()
-        return process.wait(60), error
+            assert output.readline()
+        output.close()
+        process.join(60)
+        return process.exitcode, (directory / "errors").read_text()
 
 
 @pytest.mark.parametrize("program, lines", [("data.py", 0), ("data.py", 1), ("train.py", 1), ("sample.py", 0)])
@@ -162,7 +179,7 @@ def test_closed_pipe(program, lines, folder, run, tmp_path):
     """`python data.py toy | head -1`: it ends without a word, and as the shell's own programs do. A run goes on."""
     words = {"data.py": [folder, "--out", tmp_path / "data.png"], "sample.py": [run / "ckpt.pt", "--n", 1],
              "train.py": ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]}[program]
-    status, error = pipe(tmp_path, lines, HERE / program, *words)
+    status, error = pipe(tmp_path, lines, program, *words)
     assert status == 141, error
     for word in ("Broken pipe", "BrokenPipe", "room", "Traceback", "error"):
         assert word not in error, error

@@ -10,14 +10,16 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import agreement
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train
-from engine.config import ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
+from engine.config import DEFAULTS, ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
 from engine.tokens import load_tokenizer
+from extras import run_page
 from extras.datasets import find
 from extras.toy import Toy
 from tests.common import (
@@ -37,15 +39,17 @@ from tests.common import (
 )
 
 
-def test_commands(folder, tmp_path):
-    """As typed: train, train again (complete, nothing touched), sample; all from another directory."""
-    def command(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def test_commands(folder, tmp_path, monkeypatch, capsys):
+    """As typed: train; then train again (complete, nothing touched), sample; all from another directory."""
+    def command(program, *words):
+        assert call(program, *words) == 0
+        return capsys.readouterr().out
 
-    once = [HERE / "train.py", "--data", folder, *flags(TINY)]
-    text = command(*once)
+    monkeypatch.chdir(tmp_path)
+    once = ["train.py", "--data", folder, *flags(TINY)]
+    done = subprocess.run([sys.executable, HERE / once[0], *map(str, once[1:])], capture_output=True, text=True)
+    text = done.stdout
+    assert done.returncode == 0, done.stderr
     assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
     assert "python sample.py runs/pets/ckpt.pt" in text
     out = tmp_path / "runs" / "pets"
@@ -58,7 +62,7 @@ def test_commands(folder, tmp_path):
         "data.png", "skipped.txt", ".lock"}
     again = command(*once)
     assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
-    text = command(HERE / "sample.py", "runs/pets/ckpt.pt", "--class", "dog")
+    text = command("sample.py", "runs/pets/ckpt.pt", "--class", "dog")
     assert "step 8, 8 images" in text and Image.open(tmp_path / "samples.png").width > 8 * 8
     rows = np.load(out / "tokens.npy")
     assert len(rows) == 40 and rows["test"].sum() == 2 and rows["x"].max() < 8 and rows["x"].shape == (40, 4)
@@ -160,10 +164,14 @@ def test_presets(preset, tmp_path, monkeypatch, capsys):
     elif preset != "toy":
         root = write_images(tmp_path / "images", [f"{i}.png" for i in range(6)], noise(6, side, side))
     name = root if root != tmp_path else preset
-    assert call("train.py", "--data", name, "--root", tmp_path, "--preset", preset, "--out", tmp_path / "run",
-                *flags(SMALL), "--perceptual", 0) == 0  # whose weights are not here
-    tokens = np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1]
-    assert tokens == {"toy": 25, "mnist": 49, "fashion-mnist": 49}.get(preset, 256 if side == 256 else 64)
+    words = ["--data", name, "--root", tmp_path, "--preset", preset, "--out", tmp_path / "run", *flags(SMALL),
+             "--perceptual", 0]  # whose weights are not here
+    assert call("train.py", *words, "--dry-run") == 0
+    expected = {"toy": 25, "mnist": 49, "fashion-mnist": 49}.get(preset, 256 if side == 256 else 64)
+    assert f"{expected} tokens of {PRESETS[preset].get('K', DEFAULTS['K'])} codes" in capsys.readouterr().out
+    size = side if side < 256 else 64  # 256 pixels take as long as all else together, and no other path
+    assert call("train.py", *words, "--size", size) == 0
+    assert np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1] == expected * size ** 2 // side ** 2
     source, args = find(str(name), tmp_path), SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS))
     for device in ("cpu", "cuda"):
         by_size = "32-cpu" if device == "cpu" else preset
@@ -297,26 +305,26 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
               "stage", "tokenizer", "init", "no_classes"]
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
-    baseline, given = contents(run), ["--tokenizer", run / "tokenizer.pt"]
-    seldom = TINY | {"sample_every": 100, "save_every": 100}
-    assert call("train.py", "--data", folder, "--out", tmp_path / "u", *given, *flags(seldom)) == 0
+    baseline, names = contents(run), list(CHANGED)
+    early, late = names[:names.index("D")], names[names.index("D"):-1]  # only one stage needs them; flip needs both
+    assert names[-1] == "flip"
+    images, tokens = ["--data", folder], ["--data", run / "tokens.npy"]  # no image is read for those
+    assert call("train.py", *tokens, "--out", tmp_path / "u", *flags(TINY)) == 0
     adopted = contents(tmp_path / "u")
     assert "tokenizer.csv" not in adopted and adopted["ckpt.pt"] == baseline["ckpt.pt"]
-    names = list(CHANGED)
-    early, late = names[:names.index("D")], names[names.index("D"):names.index("warmup")]  # only one stage needs them
     capsys.readouterr()
-    assert call("train.py", "--data", folder, "--dry-run", *flags(CHANGED)) == 0
+    assert call("train.py", *images, "--dry-run", *flags(CHANGED)) == 0
     resolved = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')} {value}\n" in resolved for name, value in CHANGED.items())
     for name, value in CHANGED.items():
-        options = given + flags(seldom | {name: value}) if name in late else flags(TINY | {name: value})
+        options = (tokens if name in late else images) + flags(TINY | {name: value})
         options += ["--lpips-weights", small_lpips] if name == "perceptual" else []
         options += ["--stage", "tokenizer"] if name in early else []
-        out, saves = tmp_path / name, []
-        with mock.patch.object(torch, "save", lambda what, *a, s=saves, f=torch.save, **k: s.append(f(what, *a, **k))):
-            assert call("train.py", "--data", folder, "--out", out, *options) == 0
+        out = tmp_path / name
+        with mock.patch.object(torch, "save", wraps=torch.save) as saves, mock.patch.object(run_page, "write_page"):
+            assert call("train.py", "--out", out, *options) == 0
         if name == "save_every":
-            assert len(saves) == 2 * (8 + 1)  # after every step; after the last before and after measuring
+            assert saves.call_count == 1 + 8 + 1  # the tokenizer; after every step; after the last before and after measuring
         else:
             found, expected = contents(out), adopted if name in late else baseline
             expected = {file: expected.get(file) for file in found} if name in early else expected
@@ -339,7 +347,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_other_programs(run, folder, tmp_path):
+def test_the_other_programs(run, folder, tmp_path, capsys):
     """schedule.py and data.py draw their pages; experiments/agreement.py reads a checkpoint."""
     assert call("schedule.py", "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 6,
                 "--out", tmp_path / "s.png") == 0
@@ -347,9 +355,8 @@ def test_the_other_programs(run, folder, tmp_path):
     for name in ("s.png", "d.png"):
         with Image.open(tmp_path / name) as image:
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
-    done = subprocess.run([sys.executable, HERE / "experiments" / "agreement.py", run / "ckpt.pt",
-                           "--data", folder.name, "--root", folder.parent, "--n", "6", "--classifier-steps", "2",
-                           "--guidance", "0", "2", "--steps", "2", "--sampler", "ddim", "--seed", "1",
-                           "--device", "cpu"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and len(re.findall(r"samples +[\d.]+% of 6", done.stdout)) == 2, done.stderr
+    capsys.readouterr()
+    assert call(agreement, run / "ckpt.pt", "--data", folder.name, "--root", folder.parent, "--n", 6,
+                "--classifier-steps", 2, "--guidance", 0, 2, "--steps", 2, "--sampler", "ddim", "--seed", 1, "--device",
+                "cpu") == 0
+    assert len(re.findall(r"samples +[\d.]+% of 6", capsys.readouterr().out)) == 2

@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -16,7 +15,7 @@ import data
 from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
 from extras import foreign_checkpoint
 from extras.published_vqgan import read_published
-from tests.common import HERE, TINY, call, flags
+from tests.common import TINY, call, flags, piped
 
 
 class Hostile:
@@ -71,9 +70,9 @@ def test_a_file_of_others_runs_nothing(hostile_files, small_lpips, weights, fold
                 continue  # a guard that fails would wait for ever: once is enough, below by a process of its own
             capsys.readouterr()
             if name == "loop":
-                done = subprocess.run([sys.executable, HERE / "train.py", *map(str, words), str(file)], timeout=60,
-                                      capture_output=True, text=True)
-                status, error = done.returncode, done.stderr
+                with piped(tmp_path / "errors", call, program, *words, file) as (process, _):
+                    process.join(60)
+                    status, error = process.exitcode, (tmp_path / "errors").read_text()
             else:
                 status, error = call(program, *words, file), capsys.readouterr().err
             assert status == 2 and error.count("\n") == 1 and says in error, (name, where, error)

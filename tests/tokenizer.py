@@ -5,10 +5,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -24,13 +22,25 @@ from PIL import Image
 import data
 import sample
 from engine.checkpoint import CheckpointError
+from engine.distributed import init_distributed
 from extras import downloads, inception, vqgan_losses
 from extras.datasets import find
 from extras.downloads import DownloadError
 from extras.published_vqgan import PublishedVQGAN, read_published
 from extras.tokenizer_metrics import evaluate_tokenizer, ssim, usage_and_perplexity
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, hinge_loss, read_lpips
-from tests.common import HERE, TINY, call, close, contents, flags, noise, parser_flags, seeded
+from tests.common import (
+    TINY,
+    call,
+    close,
+    contents,
+    flags,
+    join_processes,
+    noise,
+    parser_flags,
+    seeded,
+    start_processes,
+)
 from tests.exact import quantizer, vectors
 from vqvae import VQVAE, VectorQuantizer, to_uint8
 
@@ -90,38 +100,34 @@ def test_vqvae_shapes(f):
             VQVAE(size, f=bad, K=10, code_dim=3, width=16)
 
 
-TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist, vqvae
-from engine.distributed import init_distributed
-folder = sys.argv[1]
-torch.set_num_threads(1)
-rank, world = init_distributed()
-torch.manual_seed(0)
-for update in ("ema", "gradient"):
-    vq, z_e = vqvae.VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4)
-    dead = []
-    for step in range(20):
-        z = z_e[step] + (step > 9)  # the data moves, and codes die
-        z = z[rank * 8 // world:(rank + 1) * 8 // world]
-        vq(z, torch.Generator().manual_seed(0))
-        vq.running_count[step % 16] *= 0
-        dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
-    torch.save(vq.state_dict() | {"dead": dead}, f"{folder}/{update}{rank}of{world}.pt")
-if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
-    dist.destroy_process_group()
-"""
+def move_a_codebook(rank, world, port, folder):
+    """Twenty batches, of which this process sees its share; codes die and restart."""
+    torch.set_num_threads(1)
+    if world > 1:
+        join_processes(rank, port)
+        init_distributed()
+    torch.manual_seed(0)
+    for update in ("ema", "gradient"):
+        vq, z_e = VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4)
+        dead = []
+        for step in range(20):
+            z = z_e[step] + (step > 9)  # the data moves, and codes die
+            z = z[rank * 8 // world:(rank + 1) * 8 // world]
+            vq(z, torch.Generator().manual_seed(0))
+            vq.running_count[step % 16] *= 0
+            dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
+        torch.save(vq.state_dict() | {"dead": dead}, folder / f"{update}{rank}of{world}.pt")
+    if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
+        torch.distributed.destroy_process_group()
 
 
-def test_one_codebook_in_two_processes(tmp_path):
+def test_one_codebook_in_two_processes(one_thread, tmp_path):
     """Start, running means and restarts see the whole batch: two processes (gloo) hold bit for bit the same codebook,
     and one process with the whole batch the same up to the order of its sums."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        here = os.environ | {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1",
-                             "MASTER_PORT": str(server.getsockname()[1])}
-    pair = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]  # as torchrun does
-    started = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(tmp_path)], cwd=HERE, env=here | ranks)
-               for ranks in (*pair, {})]
-    assert [process.wait(60) for process in started] == [0, 0, 0]
+        port = server.getsockname()[1]
+    start_processes(move_a_codebook, 2, port, tmp_path, n=2, wait=60)
+    move_a_codebook(0, 1, None, tmp_path)
     for update in ("ema", "gradient"):
         one, first, second = (torch.load(tmp_path / f"{update}{name}.pt", weights_only=True)
                               for name in ("0of1", "0of2", "1of2"))
