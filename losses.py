@@ -179,34 +179,57 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
 # Measurements: nothing is dropped, every weight is exact.
 
 @torch.no_grad()
-def vlb(model, schedule, x, labels, generator):
+def vlb(model, schedule, x, labels, generator, chunk=None):
     """Monte-Carlo estimate of the three terms of the bound, exact weights: dict of (B,) tensors, nats per token.
 
     Every row gives one draw of z_0 and one of z_t, t stratified over the rows. The sum of the means bounds
-    -log p(x) / N from above.
+    -log p(x) / N from above. chunk: rows at a time, for the memory; the noise is that of all rows at once.
     """
+    e = F.embedding(x, model.table())                                                              # (B, N, D)
+    noise = stratified(len(x), generator, x.device).to(e.dtype), noise_like(e, generator), noise_like(e, generator)
+    parts = zip(*(value.split(chunk or len(x)) for value in (x, labels, *noise)), strict=True)
+    terms = [vlb_of(model, schedule, *part) for part in parts]
+    return {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+
+
+def vlb_of(model, schedule, x, labels, t, eps_0, eps):
+    """The terms of vlb, with this noise: t (B,), eps_0 and eps (B, N, D) of z_0 and z_t."""
     table = model.table()
     e = F.embedding(x, table)                                                                      # (B, N, D)
-    t = stratified(len(x), generator, x.device).to(e.dtype)
-    zero = torch.zeros_like(t)
     prior = prior_loss(e, schedule.log_snr(torch.ones_like(t[0])))                                 # (B, N)
-    log_snr_0 = schedule.log_snr(zero)
-    logits = model(add_noise(e, log_snr_0, noise_like(e, generator)), log_snr_0, labels, table=table)
+    log_snr_0 = schedule.log_snr(torch.zeros_like(t))
+    logits = model(add_noise(e, log_snr_0, eps_0), log_snr_0, labels, table=table)
     rec = reconstruction_loss(logits, x)                                                           # (B, N)
     log_snr = schedule.log_snr(t)
-    logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
+    logits = model(add_noise(e, log_snr, eps), log_snr, labels, table=table)
     with torch.autocast(x.device.type, enabled=False):
         e_hat = logits.softmax(-1) @ table                                                         # (B, N, D)
     diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip=math.inf)          # (B, N)
     return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
 
 
-def held_out_bound(model, schedule, x, labels, seeds, draws, batch):
+def held_out_bound(*args, **options):
     """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
+
+    By held_out_bits, which see.
+    """
+    return mean_bound(held_out_bits(*args, **options))
+
+
+def mean_bound(bits):
+    """held_out_bits (3, draws) -> dict of prior, rec, diff, their total and its standard error."""
+    total = bits.sum(0)
+    return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
+        "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
+
+
+@torch.no_grad()
+def held_out_bits(model, schedule, x, labels, seeds, draws, batch, chunk=None):
+    """The terms of the bound for each draw, (3, draws) on the CPU, in bits per token; draw i is of row i % M.
 
     x (M, N), labels (M,) on the model's device. Goes over the set once, or again until it has `draws` pairs (z_0, z_t).
     seeds: a function from the number of the batch to its torch.Generator, so that every call sees the same noise (with
-    another batch size other noise, and another estimate within the standard error).
+    another batch size other noise, and another estimate within the standard error). chunk: see vlb.
     Several processes share the batches.
     """
     rank, world = rank_and_world()
@@ -214,15 +237,12 @@ def held_out_bound(model, schedule, x, labels, seeds, draws, batch):
     parts = [torch.zeros(3, len(rows), device=x.device) for rows in order]
     for i in range(rank, -(-len(order) // world) * world, world):  # all call the model equally often, as FSDP demands
         rows = order[i % len(order)]
-        terms = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i)).values()))  # (3, batch)
+        terms = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i), chunk).values()))  # (3, batch)
         if i < len(order):
             parts[i].copy_(terms)
     parts = torch.cat(parts, 1)
     all_reduce_sum([parts])
-    bits = parts.cpu().double() / math.log(2)                                                      # (3, draws)
-    total = bits.sum(0)
-    return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
-        "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
+    return parts.cpu().double() / math.log(2)
 
 
 @torch.no_grad()

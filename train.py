@@ -11,7 +11,7 @@ Three stages in one run directory (--out); its page, index.html, follows them (e
     (before)    what was found                         data.png, skipped.txt: images that cannot be used
     tokenizer   images -> VQ-VAE                       tokenizer.pt, reconstructions_*.png, tokenizer.csv
     tokens      every image encoded once               tokens.npy, one memory-mapped array
-    diffusion   tokens -> embeddings and denoiser      ckpt.pt, samples_*.png, diffusion.csv, evaluation.csv
+    diffusion   tokens -> embeddings and denoiser      ckpt.pt, best.pt, samples_*.png, diffusion.csv, evaluation.csv
 
 Every random draw comes from (seed, stage, step), so an interrupted run continues exactly where it was, and one on many
 GPUs computes what one on a single GPU would. The options are in engine/config.py; what is found, checked and fetched
@@ -25,17 +25,17 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
+from engine.best import Best
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
 from engine.config import parse_arguments
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.run import main_process_first, on_out_of_memory, release_signals, report_errors, write_json
-from engine.status import StatusLog, append_row, format_metrics
+from engine.status import StatusLog, format_metrics, log_bound
 from engine.tokens import encode_tokens, load_tokenizer, read_tokens
 from extras.datasets import DATASETS
 from extras.fid_sources import evaluate_run
@@ -43,7 +43,7 @@ from extras.grids import save_grid, save_pairs
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import make_discriminator
-from losses import collapse_diagnostics, held_out_bound, sample_noise, training_loss
+from losses import collapse_diagnostics, held_out_bits, mean_bound, sample_noise, training_loss
 from sample import COLUMNS, default_labels, make_pipeline, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
@@ -113,7 +113,7 @@ def train_tokenizer(run):
     log.leave_if_stopped()
     draw_reconstructions(run, model, shown, steps)
     with run.eval_memory():
-        metrics = main_process_first(lambda: evaluate_tokenizer(model, test, device, run.lpips, config["eval_batch"]))
+        metrics = main_process_first(lambda: evaluate_tokenizer(model, test, device, run.lpips, run.eval_batch))
     log.save(path, tokenizer_state(run, parts, metrics))
     if metrics:
         previous(path).unlink(missing_ok=True)
@@ -186,24 +186,27 @@ def train_diffusion(run):
     schedule = ShiftedCosine(**run.models["schedule"])
     model, ema, optimizer = build_denoiser(run, tokenizer, state)
     loss_of = build_loss(config, model, ema, schedule)
-    pipeline = make_pipeline(tokenizer, ema, schedule, device)
+    pipeline = make_pipeline(tokenizer, ema, schedule, device, sampling={
+        "steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]})
     log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state,
                     also=[run.out / "evaluation.csv"])
     begin = 0 if not state else state["step"] if state["metrics"] else state.get("begin", 0)
     if begin:  # a finished run with more --steps
         print(f"from step {begin:,} on the learning rate rises and falls once more")
     content = functools.partial(denoiser_state, run, pipeline, model, optimizer, begin)
+    best = Best(run.out / "best.pt", log.step, len(held_out[0]), config["eval_batch"])
+    evaluate_now = functools.partial(evaluate, run, pipeline, held_out, best)
     del state
     noise_options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
     if log.step == 0:
-        evaluate(run, pipeline, held_out, 0, DRAWS)
+        evaluate_now(0, DRAWS)
 
     for step in log.loop():
         lr = learning_rate(step - begin, steps - begin, config["warmup"], config["lr"])
         optimizer.param_groups[0]["lr"] = lr
         x, labels = tokens.batch(batch_indices(len(tokens), config["batch"], seed, "diffusion", step))
         noisy = sample_noise(model, x, labels, generator_for(seed, "diffusion", step, device), **noise_options)
-        rec, diff, cm = compute_gradient(model.train(), loss_of, noisy, config["micro_batch"], config["fsdp"])
+        rec, diff, cm = compute_gradient(model.train(), loss_of, noisy, run.micro_batch, config["fsdp"])
         decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory while weights still run
         norm = update(model, ema, optimizer, config["clip"], decay)
         log.add({"rec": rec, "diff": diff, "cm": cm, "norm": norm})
@@ -211,7 +214,7 @@ def train_diffusion(run):
             collapse = collapse_diagnostics(full_state_dict(model.table().detach()))
             log.line(lr=f"{lr:.2e}", **{key: f"{collapse[key]:.3f}" for key in ("effective_rank", "smallest_distance")})
         if log.due("sample_every"):
-            evaluate(run, pipeline, held_out, log.step, DRAWS)
+            evaluate_now(log.step, DRAWS)
             draw_samples(run, pipeline, log.step)
         if log.due("save_every"):
             log.save(path, content())
@@ -219,39 +222,36 @@ def train_diffusion(run):
     log.save(path, content())
     log.leave_if_stopped()
     draw_samples(run, pipeline, steps)
-    metrics = evaluate(run, pipeline, held_out, steps, FINAL_DRAWS) | {"tokenizer": tokenizer_metrics}
+    metrics = evaluate_now(steps, FINAL_DRAWS) | {"tokenizer": tokenizer_metrics}
     log.save(path, content(metrics))
     if rank_and_world()[0] == 0:
         write_json(run.out / "metrics.json", metrics)
         previous(path).unlink(missing_ok=True)
 
 
-def denoiser_state(run, pipeline, model, optimizer, begin, metrics=None):
-    """What ckpt.pt holds: everything that sample.py needs, and that goes on. begin: step at which the rate began."""
+def drawing_state(run, pipeline):
+    """What sample.py needs, which is what best.pt holds."""
     return full_state_dict({
         "format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
-        "tokenizer": pipeline.tokenizer.state_dict(), "model": model.state_dict(), "ema": pipeline.model.state_dict(),
-        "optimizer": optimizer.state_dict(), "class_names": run.source.class_names, "sampling": sampling(run.config),
-        "metrics": metrics or {}, "begin": begin})
+        "tokenizer": pipeline.tokenizer.state_dict(), "ema": pipeline.model.state_dict(),
+        "class_names": run.source.class_names, "sampling": pipeline.sampling})
 
 
-def sampling(config):
-    return {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
+def denoiser_state(run, pipeline, model, optimizer, begin, metrics=None):
+    """What ckpt.pt holds: that, and what is needed to go on. begin: step at which the learning rate began."""
+    return drawing_state(run, pipeline) | full_state_dict({
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics or {}, "begin": begin})
 
 
-def evaluate(run, pipeline, held_out, step, draws):
+def evaluate(run, pipeline, held_out, best, step, draws):
     """The bound on held-out tokens and the state of the table, of the averaged weights: a row of evaluation.csv."""
-    ema, K = pipeline.model.eval(), run.config["K"]
-    noise_of = functools.partial(generator_for, run.seed, "evaluation", device=run.device)
     with run.eval_memory():
-        bound = held_out_bound(ema, pipeline.schedule, *held_out, lambda i: noise_of(step=i), draws,
-                               run.config["eval_batch"])
-    collapse = collapse_diagnostics(full_state_dict(ema.table()))
-    if rank_and_world()[0] == 0:
-        append_row(run.out / "evaluation.csv", {"step": step} | bound | {"log2_K": math.log2(K)} | collapse)
-    tqdm.write(f"held out at step {step:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
-               f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(K):.2f});  "
-               f"{format_metrics(collapse)}")
+        bits = held_out_bits(pipeline.model.eval(), pipeline.schedule, *held_out, lambda i: generator_for(
+            run.seed, "evaluation", i, run.device), draws, run.config["eval_batch"], run.eval_batch)
+    bound, collapse = mean_bound(bits), collapse_diagnostics(full_state_dict(pipeline.model.table()))
+    log_bound(run.out / "evaluation.csv", step, bound, run.config["K"], collapse)
+    if step > 0:
+        best.look(step, bits.sum(0), lambda: drawing_state(run, pipeline))
     return {"vlb": bound, "collapse": collapse}
 
 
@@ -261,8 +261,7 @@ def draw_samples(run, pipeline, step):
     labels = default_labels(COLUMNS * min(len(names) or 8, 16), len(names))
     pipeline.model.eval()
     with run.eval_memory():
-        images = sample_together(pipeline, labels, seed=run.seed, batch=run.config["eval_batch"],
-                                 **sampling(run.config))
+        images = sample_together(pipeline, labels, seed=run.seed, batch=run.eval_batch, **pipeline.sampling)
     if rank_and_world()[0] == 0:
         save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS,
                   row_labels=[names[label] for label in labels[::COLUMNS]] if names else None)
@@ -283,7 +282,7 @@ def main():
             with run.eval_memory():
                 main_process_first(lambda: encode_tokens(run))
         if all_of or args.stage == "diffusion":
-            images = config["micro_batch"] or config["batch"] // world
+            images = run.micro_batch or config["batch"] // world
             with on_out_of_memory(f"{images} images at once are too many for {run.device}: add --micro-batch "
                                   f"{max(images // 2, 1)} or --activation-checkpointing, and the run goes on"):
                 train_diffusion(run)

@@ -62,8 +62,10 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "clip": (float, 1.0, "largest gradient norm, both stages"),
     "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
     # speed and memory: none of these changes what is computed, beyond rounding
-    "micro_batch": (int, 0, "images per pass of one process, which is what takes memory; 0: its share of the batch"),
-    "eval_batch": (int, 256, "images at a time where nothing is trained; changes the noise of the held-out bound"),
+    "micro_batch": (int, 0, "images per pass of one process, which is what takes memory; 0: its share of the batch, "
+                    "or as many as fit the memory"),
+    "eval_batch": (int, 256, "images at a time where nothing is trained, or as many as fit the memory; changes the "
+                   "noise of the held-out bound"),
     "activation_checkpointing": (bool, False, "compute the blocks again in the backward pass instead of keeping them"),
     "compile": (bool, False, "torch.compile the loss; faster on a GPU after a minute, needs a C++ compiler"),
     "fsdp": (bool, False, "under torchrun, split weights, EMA and optimizer among the processes (FSDP2)"),
@@ -110,6 +112,8 @@ PRESETS = {
     "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
     "imagenet": LARGE | dict(flip=True, K=4096, tokenizer_steps=300000, steps=1000000),
 }
+WIDTHS = ((300000, 768), (50000, 512), (10000, 384), (0, 256))  # training images from which on: width at most
+MOST_PASSES = 500  # over the training images; ffhq takes 549, cifar10 512, the other named sets fewer
 SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
 GROUPS = {  # first option of a group: its title in --help
     "size": "images", "f": "tokenizer", "D": "embeddings and denoiser", "shift": "noise schedule and losses",
@@ -168,7 +172,10 @@ def parse_arguments(names, words=None):
                         "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, and what it will "
+                        "cost: memory, operations, hours, disk; and stop")
+    parser.add_argument("--for", dest="chip", choices=["a100-80", "h100", "h200", "3090", "4090", "cpu"],
+                        help="with --dry-run: the cost on this, not on the machine at hand")
     group = parser
     for name, (kind, default, text) in OPTIONS.items():
         group = parser.add_argument_group(GROUPS[name]) if name in GROUPS else group
@@ -188,12 +195,30 @@ def add_option(parser, word, name, kind, text):
         parser.add_argument(word, dest=name, type=kind, help=text, metavar="N" if kind is int else "X")
 
 
-def resolve(args, source, device, fixed):
+def suit_number(config, given, n):
+    """Changes to a preset that was chosen by the size of n training images, so that it suits their number too (ours).
+
+    Few images need no large network, which would learn them by heart, and no thousand passes. Not narrower than 256,
+    not less than a tenth of the preset's steps, nothing that is in given. {option: value}.
+    """
+    width, changes = next(width for least, width in WIDTHS if n >= least), {}
+    if width < config["width"] and not {"width", "heads"} & given.keys():
+        changes = {"width": width, "heads": width // 64}
+    for steps, batch in (("tokenizer_steps", "tokenizer_batch"), ("steps", "batch")):
+        most = max(MOST_PASSES * n // config[batch], config[steps] // 10) // 100 * 100
+        if steps not in given and most < config[steps]:
+            changes[steps] = most
+    return changes
+
+
+def resolve(args, source, device, fixed, by_number=True):
     """Defaults, then the preset, then fixed (of a tokenizer that is given), then what the command line gave.
+
+    by_number: a preset that is chosen by the images' size is cut down to their number, see suit_number.
 
     -> a dict with the keys of OPTIONS, all checked.
     """
-    preset = args.preset
+    preset, by_size = args.preset, args.preset is None and not source.dataset
     if preset is None:
         median = fixed.get("size") or source.sizes()[1]
         on_gpu = source.dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
@@ -204,6 +229,10 @@ def resolve(args, source, device, fixed):
               "(--preset)")
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     config = DEFAULTS | PRESETS[preset] | fixed | given
+    if by_size and by_number and (changes := suit_number(config, given, source.counts()[0])):
+        print(f"  for {source.counts()[0]:,} training images: " + ", ".join(
+            f"{flag(name)} {value} instead of {config[name]}" for name, value in changes.items()))
+        config |= changes
     for name, value in config.items():
         kind = OPTIONS[name][0]
         if kind in (int, float):

@@ -37,6 +37,8 @@ from extras.data_arrays import TokenFile
 from extras.datasets import find
 from extras.grids import contact_sheet
 from extras.inception import find_inception
+from extras.meta_count import chip_of
+from extras.price import advice, estimate, report, summary
 from extras.published_vqgan import make_tokenizer
 from extras.run_page import page_of_a_run
 from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
@@ -48,8 +50,8 @@ def prepare(args, held):
 
     held: a contextlib.ExitStack that keeps the run directory's lock and page. The run is a namespace with config,
     models, source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, init (weights to
-    start from), tokenizer_is_published, and eval_memory(), a context in which too little memory is a matter of
-    --eval-batch.
+    start from), tokenizer_is_published; micro_batch and eval_batch, which are the config's or what fits the memory; and
+    eval_memory(), a context in which too little memory is a matter of --eval-batch.
     """
     rank, _ = rank_and_world()
     if rank:  # process 0 speaks for all
@@ -66,8 +68,12 @@ def prepare_one(args, held):
         raise UserError("--seed must not be negative")
     if args.eval_fid is not None and args.eval_fid < 2:
         raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
+    if args.chip and not args.dry_run:
+        raise UserError("--for asks for the price on another machine: give --dry-run with it")
     with user_error():
         device = choose_device(args.device)
+    if args.chip:  # its presets, too
+        device = torch.device("cpu" if args.chip == "cpu" else "cuda")
     source = find(args.data, args.root)
     if args.no_classes:
         if isinstance(source, TokenFile):
@@ -79,9 +85,12 @@ def prepare_one(args, held):
         source.sides = tuple(stored["sides"])
     print(source.describe())
     init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
-    config, models, tokenizer = check_options(args, source, out, device, init)
+    config, models, tokenizer = check_options(args, source, out, device, init, not stored or "by_number" in stored)
     if args.dry_run:
-        return print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
+        print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
+    price = find_price(args, source, config, models, tokenizer, out, device)
+    if args.dry_run:
+        return
     lpips, inception, asked = gather_weights(args, source, out, config, tokenizer, stored, device)
     require_same_run(out, stored, asked)
     skipped = read_skipped(out / "skipped.txt") if stored else None
@@ -91,7 +100,8 @@ def prepare_one(args, held):
     return SimpleNamespace(
         config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed, device=device,
         lpips=lpips, inception=inception, init=init, tokenizer_is_published="published" in models["tokenizer"],
-        eval_memory=lambda: on_out_of_memory(f"lower --eval-batch {config['eval_batch']}, and the run goes on"))
+        micro_batch=price.micro_batch, eval_batch=price.eval_batch,
+        eval_memory=lambda: on_out_of_memory(f"lower --eval-batch {price.eval_batch}, and the run goes on"))
 
 
 def load(source, size, skipped):
@@ -136,7 +146,7 @@ def write_skipped(path, skipped):
 # ----------------------------------------------------------------------------
 # 2. Options and sizes.
 
-def check_options(args, source, out, device, init):
+def check_options(args, source, out, device, init, by_number):
     """(config, models, content of --tokenizer or None); UserError for what does not fit, before any work."""
     tokenizer_file, tokenizer = args.tokenizer, None
     if isinstance(source, TokenFile):  # tokens mean nothing without their tokenizer, so it decides
@@ -144,7 +154,7 @@ def check_options(args, source, out, device, init):
     if tokenizer_file:
         tokenizer = read_tokenizer(tokenizer_file)
     fixed = options_of(tokenizer) if tokenizer else {}
-    config, (_, world) = resolve(args, source, device, fixed), rank_and_world()
+    config, (_, world) = resolve(args, source, device, fixed, by_number), rank_and_world()
     for name, value in fixed.items():
         if config[name] != value:
             raise UserError(f"--tokenizer {tokenizer_file} has {name} {value}, this run {config[name]}: leave "
@@ -170,6 +180,16 @@ def check_options(args, source, out, device, init):
     return config, models, tokenizer
 
 
+def find_price(args, source, config, models, tokenizer, out, device):
+    """price.estimate of what is left of the run; says it in a line, with --dry-run in full, and what does not fit."""
+    found = estimate(config, models, source.counts(), chip_of(device, args.chip), rank_and_world()[1],
+                     trains_tokenizer=not tokenizer and not (out / "tokens.npy").exists())
+    print("\n".join(report(found)) if args.dry_run else summary(found))
+    for line in advice(found, config, models):
+        print(line)
+    return found
+
+
 # ----------------------------------------------------------------------------
 # 3. Weights of others.
 
@@ -183,6 +203,8 @@ def gather_weights(args, source, out, config, tokenizer, stored, device):
              "classes": source.class_names, "lpips": stored.get("lpips", "none"),
              "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own", "init": args.init or "none",
              **({"sides": list(source.sizes())} if has_images else {}), **config}
+    if not stored or "by_number" in stored:  # runs of earlier versions keep their size
+        asked["by_number"] = True
     if args.lpips_weights and (tokenizer or not config["perceptual"]):
         raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
     lpips, open_question = None, stored.get("lpips") != "none" and not (out / "tokens.npy").exists()

@@ -4,6 +4,7 @@ nothing is saved that is not finite. The page of the run (extras/run_page.py) ke
 
 import csv
 import io
+import math
 import time
 
 import torch
@@ -56,6 +57,15 @@ def trim_rows(path, last_step):
             write_atomically(path, lambda partial: partial.write_text("\n".join(map(",".join, rows)) + "\n"))
         else:
             path.unlink()
+
+
+def log_bound(path, step, bound, K, collapse):
+    """A row of evaluation.csv and a line: the held-out bound in bits per token, and the state of the table."""
+    if rank_and_world()[0] == 0:
+        append_row(path, {"step": step} | bound | {"log2_K": math.log2(K)} | collapse)
+    tqdm.write(f"held out at step {step:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
+               f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(K):.2f});  "
+               f"{format_metrics(collapse)}")
 
 
 class StatusLog:

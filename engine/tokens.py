@@ -150,7 +150,7 @@ def encode_tokens(run):
     if isinstance(run.source, TokenFile):
         copy_tokens(run.source, tokenizer, path)
     else:
-        encode_sets(tokenizer, *run.load_images(), path, run.device, run.config["eval_batch"], run.config["flip"])
+        encode_sets(tokenizer, *run.load_images(), path, run.device, run.eval_batch, run.config["flip"])
     rows = open_tokens(path)
     print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
 

@@ -134,7 +134,7 @@ def evaluate_run(run, n):
     train, _ = run.load_images()
     real = cached_statistics(train, network)
     pipeline = load_checkpoint(run.out / "ckpt.pt", run.device)
-    samples = Samples(pipeline, n, train.labels, chunk=run.config["eval_batch"])
+    samples = Samples(pipeline, n, train.labels, chunk=run.eval_batch)
     scores = compute_scores(real, measure(samples, network, name="FID, samples"), run.device)
     if rank_and_world()[0] == 0:
         print_scores(scores, real.n, n)

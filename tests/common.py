@@ -14,6 +14,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -28,6 +29,7 @@ import extras.schedule_plot
 import extras.tokenizer_report
 import extras.two_tokens
 import train
+from engine import prepare
 from engine import run as engine_run
 
 close = torch.testing.assert_close
@@ -38,6 +40,9 @@ PROGRAMS = {"train.py": train, "sample.py": extras.sample_command, "fid.py": ext
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # pytest -n 2: two processes of one each
 train.DRAWS = train.FINAL_DRAWS = 256  # one batch: tests of the programs need no precision
+FIND_PRICE = prepare.find_price  # a second per run: tests/prices.py is about it, the others do without
+prepare.find_price = lambda args, source, config, *_: SimpleNamespace(**{
+    name: config[name] for name in ("micro_batch", "eval_batch")})
 
 
 def f64(*values):

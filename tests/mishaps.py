@@ -114,7 +114,7 @@ def test_out_of_memory(fast, folder, run, tmp_path, capsys):
     assert call(*words, "--stage", "tokenizer") == 0
     runs_out(VQVAE, "encode", eval_batch, *words)
     assert call(*words, "--stage", "tokens") == 0
-    runs_out(train, "held_out_bound", eval_batch, *words)
+    runs_out(train, "held_out_bits", eval_batch, *words)
     runs_out(train, "training_loss", "6 images at once are too many for cpu: add --micro-batch 3 or "
              "--activation-checkpointing, and the run goes on", *words)
     runs_out(train, "training_loss", "3 images at once are too many for cpu: add --micro-batch 1 or", *words,

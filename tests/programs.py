@@ -58,8 +58,8 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
              if path.name not in ("config.json", "index.html", "state.json")}
     assert {path.name for path in times} == {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000004.png", "reconstructions_000008.png", "tokens.npy",
-        "ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png", "samples_000008.png",
-        "data.png", "skipped.txt", ".lock"}
+        "ckpt.pt", "best.pt", "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000004.png",
+        "samples_000008.png", "data.png", "skipped.txt", ".lock"}
     again = command(*once)
     assert again.count("complete") == 4 and times == {path: path.stat().st_mtime_ns for path in times}
     text = command("sample.py", "runs/pets/ckpt.pt", "--class", "dog")
@@ -146,7 +146,7 @@ def test_tokenizer_of_a_checkpoint(folder, run, tmp_path, capsys):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset, tmp_path, monkeypatch, capsys):
     """Each preset takes two steps on made-up data of its form; by name or size it is the one that is chosen."""
-    monkeypatch.setattr(train, "held_out_bound", lambda *args, f=train.held_out_bound: f(*args[:-2], 4, args[-1]))
+    monkeypatch.setattr(train, "held_out_bits", lambda *args, f=train.held_out_bits: f(*args[:5], 4, *args[6:]))
     monkeypatch.setattr(train, "COLUMNS", 2)  # smaller pictures
     monkeypatch.setattr(Toy, "n_train", 24)
     monkeypatch.setattr(Toy, "n_test", 2)
