@@ -105,8 +105,8 @@ PRESETS = {
     "cifar10": dict(size=32, flip=True, steps=100000),
     "mnist": GREY,
     "fashion-mnist": GREY,
-    # For one GPU of 40 GB: the backward pass keeps 16 to 20 GB; on 24 GB with --micro-batch 48. With eight of them:
-    # eight times the batch, twice the learning rate, a quarter of the steps. The smaller sets get a smaller network.
+    # For one GPU of 24 GB or more (engine/README.md has the price of each). With eight of them: eight times the batch,
+    # twice the learning rate, a quarter of the steps. The smaller sets get a smaller network.
     "ffhq": LARGE | dict(flip=True, width=512, heads=8, batch=128, steps=300000),
     "lsun-churches": LARGE | dict(width=512, heads=8, batch=128, steps=300000),
     "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
@@ -155,9 +155,9 @@ def parse_arguments(names, words=None):
     parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--no-classes", action="store_true", help="sub-folders (albums, say) are not classes")
     parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
-    parser.add_argument("--preset", choices=list(PRESETS), help="default: by name or image size, and device. Those of "
-                        "256 pixels are for one GPU of 40 GB, or 24 GB with --micro-batch 48; with eight: 8 times "
-                        "--batch, twice --lr, 1/4 of --steps")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: by name, or by image size, device and number "
+                        "of images. Those of 256 pixels are for one GPU of 24 GB or more; with eight: 8 times --batch, "
+                        "twice --lr, 1/4 of --steps")
     parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")

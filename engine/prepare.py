@@ -21,7 +21,7 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.config import check_stored, describe_models, flag, require_same_run, resolve
-from engine.distributed import choose_device, rank_and_world
+from engine.distributed import all_reduce_max, choose_device, rank_and_world
 from engine.read_back import UserError, printable, read_bytes, read_json, shown
 from engine.run import (
     catch_signals,
@@ -58,7 +58,9 @@ def prepare(args, held):
         sys.stdout = open(os.devnull, "w")
     run = main_process_first(lambda: prepare_one(args, held))
     run = prepare_one(args, held) if rank else run
-    if run:
+    if run:  # all take as many images at a time as the one with the least memory
+        share = run.config["batch"] // rank_and_world()[1]
+        run.micro_batch, run.eval_batch = (-all_reduce_max(-n) for n in (run.micro_batch or share, run.eval_batch))
         catch_signals()
     return run
 

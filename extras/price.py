@@ -1,5 +1,5 @@
 """The price of a run before it is paid: memory, floating-point operations, hours, disk, the first picture; and how many
-images at a time fit the memory there is. Called by engine/prepare.py; sample.py and fid.py ask for their batch.
+images at a time fit the memory there is. Called by engine/prepare.py and extras/sample_command.py.
 
     python train.py --data FOLDER --dry-run --for 4090      one run, in full
     python -m extras.price --for 4090                       a line for each preset
@@ -93,7 +93,7 @@ def count_untrained(config, models, chip, images):
             model = EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16).eval()
         count.mark("weights", [*tokenizer.parameters(), *tokenizer.buffers(), *model.parameters()])
         x, labels = blank(images, model.N), blank(images)
-        pixels = blank(images, 3, config["size"], config["size"], dtype=torch.uint8)
+        pixels = blank(images, 3, tokenizer.size, tokenizer.size, dtype=torch.uint8)
         for name, work in (("encoding", lambda: tokenizer.encode(pixels)), ("decoding", lambda: tokenizer.decode(x)),
                            ("comparing", lambda: ssim(pixels, pixels)),
                            ("bound", lambda: vlb(model, schedule, x, labels, None)),
@@ -154,6 +154,15 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
         disk={"tokens": rows * (2 * models["denoiser"]["grid"][0] ** 2 + 5),
               "checkpoints": 3 * (sizes[0] + 4 * sizes[1]) + 2 * sum(sizes) + 9 * sizes[0]},
         fits={name: fits(chip, stage.total) for name, stage in stages.items()})
+
+
+def fitting_batch(pipeline, most):
+    """Images that sample.py draws at a time: `most` of them, or half, a quarter ... where the memory is short."""
+    chip, models, images = chip_of(pipeline.device, None), pipeline.config, most
+    while images > 1 and not fits(chip, count_untrained(DEFAULTS, models, chip, images)["sampling"].total + sum(
+            p.nbytes for p in [*pipeline.model.parameters(), *pipeline.tokenizer.parameters()])):
+        images = -(-images // 2)
+    return images
 
 
 def share_out(result, world, fsdp):

@@ -11,6 +11,7 @@ from engine.distributed import choose_device, init_distributed, rank_and_world
 from engine.run import UserError, report_errors, user_error
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
+from extras.price import fitting_batch
 from extras.sample_files import sample_files
 from extras.serve import serve
 from sample import COLUMNS, SAMPLERS, check_settings, default_labels, load_checkpoint, sample_together
@@ -50,7 +51,7 @@ def parse_arguments():
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: in the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
-    parser.add_argument("--batch", type=int, default=256, help="images at a time (default: 256)")
+    parser.add_argument("--batch", type=int, help="images at a time (default: 256, or fewer if memory is short)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
@@ -108,6 +109,9 @@ def draw(args):
     with user_error():
         device = choose_device(args.device)
     pipeline = load_checkpoint(args.checkpoint, device)
+    if args.batch is None:  # 256 sets of logits, twice each with guidance: most machines have that to spare
+        logits = 256 * pipeline.model.N * pipeline.model.K * 4
+        args.batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
     names, out = pipeline.class_names, Path(args.out)
     settings = {key: getattr(args, key) if getattr(args, key) is not None else default
                 for key, default in pipeline.sampling.items()}
