@@ -24,8 +24,8 @@ def paired_difference(bits, before, images, batch):
     Of two evaluations of unequal length, the draws that both have: those of whole batches, whose noise is the same.
     """
     n = len(bits) if len(bits) == len(before) else min(len(bits), len(before)) // batch * batch
-    d = bits[:n] - before[:n]
-    d = torch.stack([d[i::images].mean() for i in range(min(n, images))]) if n else d.new_zeros(1)
+    of = torch.arange(max(n, 1)) % images  # (n,)
+    d = torch.zeros(int(of.max()) + 1, dtype=bits.dtype).index_add_(0, of[:n], bits[:n] - before[:n]) / of.bincount()
     return float(d.mean()), float(d.std() / len(d) ** 0.5) if len(d) > 1 else float("inf")
 
 

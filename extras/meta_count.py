@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -87,26 +86,41 @@ def fits(chip, peak):
 # ----------------------------------------------------------------------------
 # The count.
 
-class Autocast(TorchFunctionMode):
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class Autocast(contextlib.ExitStack):
     """What torch.autocast does on a GPU, for the device "meta", which lacks it; and flash attention in one piece."""
 
-    LOWER = {F.linear, F.conv2d}
-    SINGLE = {F.group_norm, F.layer_norm, F.rms_norm}
+    TYPES = {"linear": torch.bfloat16, "conv2d": torch.bfloat16, "group_norm": torch.float32,
+             "layer_norm": torch.float32, "rms_norm": torch.float32}
     enabled = False
+
+    def __enter__(self):
+        for name, dtype in self.TYPES.items():
+            self.enter_context(replaced(F, name, functools.partial(self.call, getattr(F, name), dtype)))
+        self.enter_context(replaced(F, "scaled_dot_product_attention", lambda q, k, v:
+                                    torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]))
+        self.enter_context(replaced(torch, "autocast", self.autocast))
+        return super().__enter__()
+
+    def call(self, function, dtype, *args, **options):
+        if self.enabled:
+            args = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args]
+        return function(*args, **options)
 
     @contextlib.contextmanager
     def autocast(self, device_type, dtype=None, enabled=True):
         before, self.enabled = self.enabled, enabled
         yield
         self.enabled = before
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        to = torch.bfloat16 if func in self.LOWER else torch.float32 if func in self.SINGLE else None
-        if self.enabled and to is not None:
-            args = [a.to(to) if isinstance(a, torch.Tensor) else a for a in args]
-        return func(*args, **kwargs or {})
 
 
 class Count(TorchDispatchMode):
@@ -115,21 +129,18 @@ class Count(TorchDispatchMode):
     def __init__(self, chip):
         super().__init__()
         self.chip, self.stored, self.now = chip, {}, dict.fromkeys(KINDS, 0)
-        self.autocast = Autocast()
         self.start()
 
     def __enter__(self):
         self.held = contextlib.ExitStack()
         self.held.enter_context(as_one_process())
+        self.autocast = self.held.enter_context(Autocast()).autocast
         self.held.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
-        self.real, torch.autocast = torch.autocast, self.autocast.autocast
-        self.held.enter_context(self.autocast)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
         self.held.close()
-        torch.autocast = self.real
 
     def start(self):
         """From here on."""

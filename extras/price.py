@@ -76,7 +76,8 @@ def count_diffusion(config, models, chip, batch, passes=1):
         for _ in range(done):
             loss, _ = training_loss(model, ema if config["teacher"] == "ema" else model,
                                     ShiftedCosine(**models["schedule"]), *noisy, **weights)
-            loss.backward()
+            with count.autocast("meta", enabled=chip.bf16):  # blocks that are computed again
+                loss.backward()
             del loss
         result = count.result(done / passes)
         optimizer.step()

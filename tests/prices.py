@@ -123,22 +123,23 @@ def test_price_has_the_types_of_a_gpu():
 
 def test_price_decides_how_a_batch_is_split():
     """The fewest passes that fit; what is asked for is kept; what cannot fit is answered."""
-    models, chip = describe_models(MEDIUM, 3), copy.copy(CPU)
-    whole = price.estimate(MEDIUM, models, (1000, 50), chip)
-    assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 256, {True})
-    assert list(price.advice(whole, MEDIUM, models)) == [] and "GiB at most" in price.summary(whole)
-    peaks = [price.count_diffusion(MEDIUM, models, chip, 32, n).total for n in (2, 3)]
+    config = DEFAULTS | TINY | {"width": 32, "eval_batch": 4}
+    models, chip = describe_models(config, 3), copy.copy(CPU)
+    whole = price.estimate(config, models, (1000, 50), chip)
+    assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 4, {True})
+    assert list(price.advice(whole, config, models)) == [] and "GiB at most" in price.summary(whole)
+    peaks = [price.count_diffusion(config, models, chip, 6, n).total for n in (2, 3)]
     chip.memory = sum(peaks) / 2 * 1.1 + 0.5 * GiB  # three passes fit, two do not
-    found = price.estimate(MEDIUM, models, (1000, 50), chip)
-    assert found.micro_batch == 11 and found.fits["diffusion"] and found.fits["untrained"] and found.eval_batch < 256
-    asked = price.estimate(MEDIUM | {"micro_batch": 16}, models, (1000, 50), chip)
-    assert asked.micro_batch == 16 and not asked.fits["diffusion"]
-    assert "what does: --micro-batch 11" in " ".join(price.advice(asked, MEDIUM, models))
-    chip.memory = 0.501 * GiB
-    found = price.estimate(MEDIUM, models, (1000, 50), chip)
-    assert [line.split(" does not fit")[0] for line in price.advice(found, MEDIUM, models)] == [
+    found = price.estimate(config, models, (1000, 50), chip)
+    assert found.micro_batch == 2 and found.fits["diffusion"] and found.eval_batch <= 4
+    asked = price.estimate(config | {"micro_batch": 3}, models, (1000, 50), chip)
+    assert asked.micro_batch == 3 and not asked.fits["diffusion"]
+    assert "what does: --micro-batch 2" in " ".join(price.advice(asked, config, models))
+    chip.memory = GiB // 2
+    found = price.estimate(config, models, (1000, 50), chip)
+    assert [line.split(" does not fit")[0] for line in price.advice(found, config, models)] == [
         "the tokenizer's batch", "the denoiser"]
-    assert "does not fit" in "\n".join(price.report(found))
+    assert "does not fit" in "\n".join(price.report(found)) and found.eval_batch == 1
 
 
 def test_price_makes_a_run_fit(undone, run, folder, monkeypatch, capsys):
@@ -176,11 +177,11 @@ def test_price_in_a_dry_run(folder, tmp_path, monkeypatch, capsys):
 
 def test_price_of_the_presets(monkeypatch, capsys):
     """The table of engine/README.md: a line for each."""
-    monkeypatch.setattr(price, "PRESETS", {name: PRESETS[name] for name in ("toy", "mnist")})
+    monkeypatch.setattr(price, "PRESETS", {"toy": PRESETS["toy"]})
     monkeypatch.setattr("sys.argv", ["price.py", "--for", "3090"])
     price.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") and " yes " in line for line in lines[2:])
+    assert len(lines) == 3 and all(line.count("|") == lines[0].count("|") and " yes " in line for line in lines[2:])
 
 
 def test_bound_in_chunks(one_thread):
