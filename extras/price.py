@@ -244,10 +244,11 @@ def main():
         config = DEFAULTS | options
         classes = {"imagenet": 1000, "cifar10": 10, "mnist": 10, "fashion-mnist": 10, "toy": 12}.get(preset, 0)
         found = estimate(config, describe_models(config, classes), (100000, 2000), chip)
+        hours = [float(f"{found.hours[name]:.2g}") for name in ("tokenizer", "diffusion")]
         GiBs = [f"{found.stages[name].total / GiB:.1f}" for name in ("tokenizer", "diffusion", "untrained")]
         print(f"| `{preset}` | {GiBs[0]} | {GiBs[1]} | {GiBs[2]}, {found.eval_batch} | "
               f"{'yes' if all(found.fits.values()) else 'no'} | {found.micro_batch or config['batch']} of "
-              f"{config['batch']} | {found.hours['tokenizer']:.2g} | {found.hours['diffusion']:.2g} |", flush=True)
+              f"{config['batch']} | {hours[0]:g} | {hours[1]:g} |", flush=True)
 
 
 if __name__ == "__main__":

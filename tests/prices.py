@@ -19,6 +19,7 @@ import losses
 import train
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
+from engine import config as engine_config
 from engine import prepare
 from engine.best import Best, paired_difference
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
@@ -123,23 +124,27 @@ def test_price_has_the_types_of_a_gpu():
 
 def test_price_decides_how_a_batch_is_split():
     """The fewest passes that fit; what is asked for is kept; what cannot fit is answered."""
-    config = DEFAULTS | TINY | {"width": 32, "eval_batch": 4}
+    config = DEFAULTS | TINY | dict(size=16, K=1024, width=32, batch=12, eval_batch=2, activation_checkpointing=False)
     models, chip = describe_models(config, 3), copy.copy(CPU)
-    whole = price.estimate(config, models, (1000, 50), chip)
-    assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 4, {True})
+
+    def estimate(**options):
+        return price.estimate(config | options, models, (1000, 50), chip, trains_tokenizer=False)
+
+    whole = estimate()
+    assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 2, {True})
     assert list(price.advice(whole, config, models)) == [] and "GiB at most" in price.summary(whole)
-    peaks = [price.count_diffusion(config, models, chip, 6, n).total for n in (2, 3)]
+    peaks = [price.count_diffusion(config, models, chip, 12, n).total for n in (2, 3)]
     chip.memory = sum(peaks) / 2 * 1.1 + 0.5 * GiB  # three passes fit, two do not
-    found = price.estimate(config, models, (1000, 50), chip)
-    assert found.micro_batch == 2 and found.fits["diffusion"] and found.eval_batch <= 4
-    asked = price.estimate(config | {"micro_batch": 3}, models, (1000, 50), chip)
-    assert asked.micro_batch == 3 and not asked.fits["diffusion"]
-    assert "what does: --micro-batch 2" in " ".join(price.advice(asked, config, models))
+    assert peaks[1] < peaks[0] < whole.stages["diffusion"].total
+    found = estimate()
+    assert found.micro_batch == 4 and found.fits["diffusion"] and found.fits["untrained"]
+    asked = estimate(micro_batch=6)
+    assert asked.micro_batch == 6 and not asked.fits["diffusion"] and "does not fit" in "\n".join(price.report(asked))
+    assert "what does: --micro-batch 4" in " ".join(price.advice(asked, config, models))
     chip.memory = GiB // 2
-    found = price.estimate(config, models, (1000, 50), chip)
-    assert [line.split(" does not fit")[0] for line in price.advice(found, config, models)] == [
-        "the tokenizer's batch", "the denoiser"]
-    assert "does not fit" in "\n".join(price.report(found)) and found.eval_batch == 1
+    found = price.estimate(config | {"batch": 3}, models, (1000, 50), chip)
+    assert found.eval_batch == 1 and [line.split(" does not fit")[0] for line in price.advice(
+        found, config | {"batch": 3}, models)] == ["the tokenizer's batch", "the denoiser"]
 
 
 def test_price_makes_a_run_fit(undone, run, folder, monkeypatch, capsys):
@@ -229,7 +234,8 @@ def test_runs_of_earlier_versions_keep_their_size(folder, run, tmp_path, capsys)
     assert stored.pop("by_number") is True
     (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
     for name, steps in (("new", 300), ("old", 3000)):
-        with mock.patch.object(train, "train_diffusion") as trained:
+        with mock.patch.object(train, "train_diffusion") as trained, mock.patch.object(
+                engine_config, "MOST_PASSES", 1):
             assert call("train.py", "--data", folder, "--out", tmp_path / name, *flags(options)) == 0
         assert trained.call_args.args[0].config["steps"] == steps
 
