@@ -11,8 +11,9 @@ TWICE = 2 evaluations one after the other.
 import torch
 from tqdm import tqdm
 
-from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
+from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
 from engine.distributed import barrier, rank_and_world
+from engine.read_back import UserError
 from engine.run import write_atomically
 
 RISE, TWICE = 4, 2
@@ -35,21 +36,25 @@ class Best:
     def __init__(self, path, last, images, batch):
         self.path, self.images, self.batch, self.step, self.bits, self.rises = path, images, batch, 0, None, 0
         try:
-            state = read_checkpoint(path, CHECKPOINT_FORMAT) if path.exists() else {"step": last + 1}
-        except CheckpointError:  # the next one will be written over it
-            return
-        if state["step"] <= last:
-            self.step, self.bits = state["step"], state["bits"]
+            state = read_checkpoint(path, CHECKPOINT_FORMAT) if path.exists() else {}
+        except UserError:  # the next one will be written over it
+            state = {}
+        bits = state.get("bits")
+        if isinstance(bits, torch.Tensor) and bits.dtype == torch.float64 and bits.ndim == 1 and state["step"] <= last:
+            self.step, self.bits = state["step"], bits
 
     def look(self, step, bits, content):
         """After an evaluation, by all processes. bits: (draws,) of each; content(): a checkpoint to draw from."""
+        if not bits.isfinite().all():
+            return
         mean, error = (0.0, 0.0) if self.bits is None else paired_difference(bits, self.bits, self.images, self.batch)
         if self.bits is None or mean < 0:
             self.step, self.bits, self.rises = step, bits, 0
             state = content() | {"step": step, "metrics": {}, "bits": bits}
             if rank_and_world()[0] == 0:
                 write_atomically(self.path, lambda partial: torch.save(state, partial))
-            return barrier()  # it is written
+            barrier()  # it is written
+            return
         self.rises = self.rises + 1 if mean > RISE * error else 0
         if self.rises >= TWICE:
             tqdm.write(f"held-out bits have risen by {mean:.3f} (standard error {error:.3f}) since step {self.step:,}, "

@@ -243,17 +243,17 @@ def test_runs_of_earlier_versions_keep_their_size(folder, run, tmp_path, capsys)
 # ----------------------------------------------------------------------------
 # The best checkpoint.
 
-def test_best_says_when_bits_rise(tmp_path, capsys):
+def test_best_says_when_bits_rise(run, tmp_path, capsys):
     """A rise that the noise explains is none, in 500 evaluations; a true one is seen when two in a row show it."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(400, generator=generator, dtype=torch.float64)  # what is hard stays hard
-    best = Best(tmp_path / "best.pt", 0, 400, 256)
+    best, content = Best(tmp_path / "best.pt", 0, 400, 256), torch.load(run / "best.pt", weights_only=True)
 
     def evaluation(rise):
         return 5 + images + rise + 0.2 * torch.randn(400, generator=generator, dtype=torch.float64)
 
     for step in range(1, 501):
-        best.look(step, evaluation(0), lambda: {"format": CHECKPOINT_FORMAT})
+        best.look(step, evaluation(0), lambda: content)
     assert capsys.readouterr().out == "" and best.step < 501
     lucky, again = best.step, Best(tmp_path / "best.pt", 500, 400, 256)
     assert again.step == lucky and torch.equal(again.bits, best.bits)
@@ -261,7 +261,9 @@ def test_best_says_when_bits_rise(tmp_path, capsys):
         assert capsys.readouterr().out == ""
         again.look(step, evaluation(0.1), None)
     assert f"since step {lucky:,}, whose network is" in capsys.readouterr().out
-    again.look(503, evaluation(-1), lambda: {"format": CHECKPOINT_FORMAT})
+    again.look(503, evaluation(-1) * math.nan, None)
+    assert again.step == lucky
+    again.look(503, evaluation(-1), lambda: content)
     assert again.step == 503 and read_checkpoint(tmp_path / "best.pt", CHECKPOINT_FORMAT)["step"] == 503
     assert Best(tmp_path / "best.pt", 502, 400, 256).bits is None  # of a later step than the run is at
     (tmp_path / "best.pt").write_bytes(b"half")
