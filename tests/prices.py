@@ -100,7 +100,8 @@ def test_price_of_the_tokenizer_is_what_a_cpu_takes(one_thread, update):
         vqvae.tokenizer_step(config, parts, images, None, 1.0, 1e-3, 1e-3)
 
     assert counted.total == pytest.approx(allocated(step) + 4 * size(tokenizer, discriminator), rel=0.15)
-    assert counted.peak["optimizer"] == 2 * size(tokenizer, discriminator)
+    weights = size(tokenizer, discriminator)
+    assert counted.peak["optimizer"] == 2 * weights and counted.peak["weights"] >= weights
 
 
 def test_price_has_the_types_of_a_gpu():
