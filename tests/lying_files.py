@@ -64,8 +64,11 @@ def bounded():
             resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-def refused(kinds, read, tmp_path):
-    """read(path) refuses every kind of `kinds`, {name: write}, in one line that names the file."""
+def refused(kinds, read, tmp_path, says=()):
+    """read(path) refuses every kind of `kinds`, {name: write}, in one line that names the file, before memory runs out.
+
+    says: {name: words of its line}, where another guard would refuse it too, but later.
+    """
     where = tmp_path / f"lies{len(list(tmp_path.iterdir()))}"
     for number, (name, write) in enumerate(kinds.items()):
         folder = where / f"lie{number}"
@@ -81,6 +84,10 @@ def refused(kinds, read, tmp_path):
         assert isinstance(error, UserError), f"{name}: {error!r}"
         assert str(error).isprintable() and 20 < len(str(error)) < 700, (name, str(error))
         assert f"lie{number}" in str(error), f"{name}: which file? {error}"
+        assert name not in says or says[name] in str(error), f"{name}: {error}"
+        while error is not None:
+            assert not isinstance(error, MemoryError), f"{name}: as much was allocated as it announces"
+            error = error.__cause__ or error.__context__
 
 
 def edited(state, entry, value):
@@ -260,8 +267,9 @@ def test_pickles_that_lie(tmp_path, monkeypatch):
         "text": put("a.ckpt", "hello"),
         "nothing": put("a.ckpt"),
         "pipe": pipe("a.ckpt")}
-    refused(kinds, tokens.read_tokenizer, tmp_path)
-    refused(kinds, lambda path: vqgan_losses.read_lpips([path]), tmp_path)
+    says = dict.fromkeys(("lists", "room for 2^31 numbers", "old, lists", "old, room"), "more than 9,999 objects")
+    refused(kinds, tokens.read_tokenizer, tmp_path, says)
+    refused(kinds, lambda path: vqgan_losses.read_lpips([path]), tmp_path, says)
     refused({name: kinds[name] for name in ("text", "nothing", "pipe")}, lambda path: downloads.find_weights(
         "inception", "http://nowhere", "0" * 64, "or not", path, False), tmp_path)
 
