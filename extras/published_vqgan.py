@@ -123,7 +123,7 @@ def read_published(path):
     """State dict {name: float32 tensor} of the first stage in a checkpoint of taming-transformers or latent-diffusion.
 
     Such files hold pickled objects of other libraries beside the weights, of which nothing is imported or executed.
-    Discriminator and LPIPS weights are left out. A single token is encoded and decoded: do the layers fit together?
+    Discriminator and LPIPS weights are left out. Four tokens are encoded and decoded: do the layers fit together?
     CheckpointError if this is no such file.
     """
     state = {name.removeprefix("first_stage_model."): value for name, value in read_state(path).items()}
@@ -137,15 +137,16 @@ def read_published(path):
     for name, value in state.items():
         check_tensor(f"{path}: {name}", value)
     try:
-        f = read_geometry({name: value.shape for name, value in state.items()})[0]
-        model = load_weights(path, lambda: PublishedVQGAN({n: list(v.shape) for n, v in state.items()}, f), state)
-        image = model.decode(model.encode(torch.zeros(1, 3, f, f, dtype=torch.uint8)))  # one token
+        shapes = {name: list(value.shape) for name, value in state.items()}
+        size = 2 * read_geometry(shapes)[0]
+        model = load_weights(path, lambda: PublishedVQGAN(shapes, size), state)
+        image = model.decode(model.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8)))
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:  # a layer that is not there, or of another shape
         raise CheckpointError(f"{path} is refused: its layers do not fit together ({reason_of(error)})") from error
-    if image.shape != (1, 3, f, f):
-        raise CheckpointError(f"{path} is refused: of {f} x {f} pixels it makes {list(image.shape)}")
+    if image.shape != (1, 3, size, size):
+        raise CheckpointError(f"{path} is refused: of {size} x {size} pixels it makes {list(image.shape)}")
     return state
 
 

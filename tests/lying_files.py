@@ -39,11 +39,15 @@ SIZES = dict(tokenizer=dict(size=8, f=4, K=8, code_dim=4, width=16),
 GONE = object()  # in place of a value: the entry is not there
 
 
+class Waited(BaseException):
+    """It took too long. No `except Exception` may take it for a damaged file."""
+
+
 @contextlib.contextmanager
 def bounded():
-    """In this block, MemoryError beyond MEMORY more bytes, and TimeoutError for what waits, or works too long."""
+    """In this block, MemoryError beyond MEMORY more bytes, and Waited for what waits, or works too long."""
     def late(*_):
-        raise TimeoutError(f"it took more than {PATIENCE} s")
+        raise Waited(f"it took more than {PATIENCE} s")
 
     before, limits = signal.signal(signal.SIGALRM, late), None
     with contextlib.suppress(ImportError, OSError):  # Linux alone says what is allocated

@@ -246,7 +246,7 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
          "has K 8, this run 9: leave --K away"),
         ("sample.py", ["nowhere.pt"], "no checkpoint at nowhere.pt: give a file that train.py wrote"),
         ("sample.py", ["text.pt"], "cannot be read as a checkpoint"),
-        ("sample.py", ["pickle.pt"], "cannot be read as a checkpoint"),
+        ("sample.py", ["pickle.pt"], "is 'a file of another program', not 'vq-lcmd checkpoint 1'"),
         ("sample.py", ["other.pt"], "give the ckpt.pt that train.py wrote"),
         ("sample.py", ["run/tokenizer.pt"], "is 'vq-lcmd tokenizer 1', not 'vq-lcmd checkpoint 1'"),
         ("sample.py", ["run/ckpt.pt", "--class", "cow"], "no class 'cow'; there are 2: cat, dog"),
