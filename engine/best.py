@@ -40,7 +40,8 @@ class Best:
         except UserError:  # the next one will be written over it
             state = {}
         bits = state.get("bits")
-        if isinstance(bits, torch.Tensor) and bits.dtype == torch.float64 and bits.ndim == 1 and state["step"] <= last:
+        right = isinstance(bits, torch.Tensor) and bits.dtype == torch.float64 and bits.ndim == 1
+        if right and bits.isfinite().all() and state["step"] <= last:
             self.step, self.bits = state["step"], bits
 
     def look(self, step, bits, content):

@@ -23,6 +23,7 @@ import torch
 import sample
 from embedding_diffusion import EmbeddingDiffusion
 from engine import prepare, read_back, status, tokens
+from engine.best import Best
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, digest, load_optimizer, read_newest, restore
 from engine.run import UserError, lock, report_errors, resumable_array, write_atomically
 from extras import downloads, fid_sources, foreign_checkpoint, run_facts, run_page, vqgan_losses
@@ -334,6 +335,10 @@ def test_states_that_lie(honest, tmp_path):
     refused(edits(honest, kinds), resume, tmp_path)
     refused(edits(honest, [("ema/head.weight", GONE), ("ema/head.weight", "x"),
                            ("ema/head.weight", lambda weight: weight * float("nan"))]), start, tmp_path)
+
+    for bits, good in ((torch.ones(4, dtype=torch.float64), True), (torch.ones(4), False), ("text", False),
+                       (torch.full((4,), float("nan"), dtype=torch.float64), False)):  # such a best.pt is written over
+        assert (Best(saved(honest | {"bits": bits}, "best.pt")(tmp_path), 9, 4, 4).bits is not None) == good
 
     tokenizer = {"format": TOKENIZER_FORMAT, "config": SIZES["tokenizer"], "metrics": {"psnr": 20.0}, "step": 8,
                  "history": [], "used": torch.zeros(8), "tokenizer": honest["tokenizer"]}
