@@ -26,7 +26,8 @@ from extras.archives import read_statistics
 from extras.inception import WEIGHTS_SHA256
 from extras.metrics import inception_score, kernel_distance, precision_recall
 
-MAX_KEPT = 50_000  # features kept for KID, precision and recall, spread evenly over a larger set
+MAX_KEPT = 50_000  # features kept for KID, precision and recall, spread evenly over a larger set: of generated images
+REAL_KEPT = 10_000  # and of real ones, as many as ADM's file for ImageNet has images; in a file they take 82 MB
 MIN_IMAGES = 2048  # width of the features: with fewer images their covariance is singular
 
 
@@ -80,9 +81,13 @@ class Statistics:
         self.features, self.logits = features, logits
 
     def save(self, path):
-        """As pytorch-fid (mu, sigma) and ADM (mu_s, sigma_s for sFID) do, and n, resize, weights beside them."""
+        """As pytorch-fid (mu, sigma) and ADM (mu_s, sigma_s for sFID) do; n, resize, weights and features beside them.
+
+        Features are float32, 8 kB an image, so that KID, precision and recall are those of the images themselves.
+        """
         known = {"mu": self.mean["2048"], "sigma": self.cov["2048"], "mu_s": self.mean.get("spatial"),
                  "sigma_s": self.cov.get("spatial"), "n": self.n, "resize": self.resize,
+                 "features": None if self.features is None else self.features.numpy(),
                  "weights": WEIGHTS_SHA256 if self.resize else None}  # of somebody else's statistics it is not known
 
         def write(partial):
@@ -93,12 +98,13 @@ class Statistics:
 
     @staticmethod
     def load(path):
-        """From a file of save, pytorch-fid, clean-fid or ADM; n and resize are None where it does not hold them."""
+        """From a file of save, pytorch-fid, clean-fid or ADM; what it does not hold is None."""
         known = read_statistics(path)
         mean, cov = ({"2048": known[name]} for name in ("mu", "sigma"))
         if "mu_s" in known:
             mean["spatial"], cov["spatial"] = known["mu_s"], known["sigma_s"]
-        return Statistics(known.get("n"), mean, cov, known.get("resize"))
+        features = torch.from_numpy(known["features"]).float() if "features" in known else None
+        return Statistics(known.get("n"), mean, cov, known.get("resize"), features)
 
 
 def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):

@@ -184,7 +184,7 @@ def make_pipeline(tokenizer, model, schedule, device, **more):
 
 
 def load_checkpoint(path, device):
-    """The pipeline: tokenizer, model (EMA weights), schedule, class_names, sampling, config, step, device."""
+    """The pipeline: tokenizer, model (EMA weights), schedule, class_names, sampling, config, step, ..."""
     checkpoint = read_checkpoint(path, CHECKPOINT_FORMAT)
     config = checkpoint["config"]
     tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), checkpoint["tokenizer"])
@@ -195,6 +195,7 @@ def load_checkpoint(path, device):
         raise CheckpointError(f"{path}: tokenizer, denoiser and class names do not belong together: it is damaged")
     tokenizer.bf16 = model.bf16 = bf16_works(device)
     more = {name: checkpoint[name] for name in ("config", "class_names", "sampling", "step")}
+    more["class_counts"] = checkpoint.get("class_counts")  # of the training set; None in files of earlier versions
     return make_pipeline(tokenizer.to(device).eval(), model.to(device).eval(), schedule, device, **more)
 
 

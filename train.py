@@ -30,7 +30,7 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
 from engine.best import Best
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
-from engine.config import parse_arguments
+from engine.config import parse_arguments, sampling_defaults
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
@@ -38,7 +38,7 @@ from engine.run import main_process_first, on_out_of_memory, release_signals, re
 from engine.status import StatusLog, format_metrics, log_bound
 from engine.tokens import encode_tokens, load_tokenizer, read_tokens
 from extras.datasets import DATASETS
-from extras.fid_sources import evaluate_run
+from extras.fid_sources import evaluate_during, evaluate_run
 from extras.grids import save_grid, save_pairs
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
@@ -186,10 +186,10 @@ def train_diffusion(run):
     schedule = ShiftedCosine(**run.models["schedule"])
     model, ema, optimizer = build_denoiser(run, tokenizer, state)
     loss_of = build_loss(config, model, ema, schedule)
-    pipeline = make_pipeline(tokenizer, ema, schedule, device, sampling={
-        "steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]})
+    pipeline = make_pipeline(tokenizer, ema, schedule, device, sampling=sampling_defaults(config),
+                             class_counts=tokens.labels.bincount().tolist())
     log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state,
-                    also=[run.out / "evaluation.csv"])
+                    also=[run.out / "evaluation.csv", run.out / "fid.csv"])
     begin = 0 if not state else state["step"] if state["metrics"] else state.get("begin", 0)
     if begin:  # a finished run with more --steps
         print(f"from step {begin:,} on the learning rate rises and falls once more")
@@ -216,6 +216,8 @@ def train_diffusion(run):
         if log.due("sample_every"):
             evaluate_now(log.step, DRAWS)
             draw_samples(run, pipeline, log.step)
+        if log.due("fid_every"):
+            evaluate_during(run, pipeline, log.step)
         if log.due("save_every"):
             log.save(path, content())
 
@@ -233,8 +235,8 @@ def drawing_state(run, pipeline):
     """What sample.py needs, which is what best.pt holds."""
     return full_state_dict({
         "format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
-        "tokenizer": pipeline.tokenizer.state_dict(), "ema": pipeline.model.state_dict(),
-        "class_names": run.source.class_names, "sampling": pipeline.sampling})
+        "tokenizer": pipeline.tokenizer.state_dict(), "ema": pipeline.model.state_dict(), "sampling": pipeline.sampling,
+        "class_names": run.source.class_names, "class_counts": pipeline.class_counts})
 
 
 def denoiser_state(run, pipeline, model, optimizer, begin, metrics=None):

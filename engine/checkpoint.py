@@ -101,7 +101,12 @@ def check_contents(path, state):
     expect(f"{path}: begin", state.get("begin", 0), int, 0, state["step"])
     for part in WEIGHTS:
         for name, value in expect(f"{path}: {part}", state.get(part, {}), dict).items():
-            expect(f"{path}: {part}: {shown(name)}", value, torch.Tensor)
+            entry = f"{path}: {part}: {shown(name)}"
+            if expect(entry, value, torch.Tensor).dtype == torch.float16:  # of --export
+                check_tensor(entry, value)
+                state[part][name] = value.float()
+    for count in expect(f"{path}: class_counts", state.get("class_counts") or [], list):
+        expect(f"{path}: class_counts", count, int, 0, 1 << 62)
     history = expect(f"{path}: history", state.get("history", []), list)
     old = isinstance(history, tuple)  # (rows, codes in use) of an earlier version
     for row in [*(history[1:] if old else history), *([state["used"]] if "used" in state else [])]:
@@ -123,6 +128,8 @@ def check_contents(path, state):
         if name not in state["sampling"]:
             raise ReadError(f"{path}: sampling lacks {name}")
     check_option(f"{path}: sampling", "sampler", state["sampling"]["sampler"])
+    if len(state.get("class_counts") or []) > max(1, len(state["class_names"])):
+        raise ReadError(f"{path}: class_counts are {len(state['class_counts'])}, more than there are classes")
     return state | {"class_names": read_names(f"{path}: class_names", state["class_names"])}
 
 
@@ -161,7 +168,11 @@ def read_newest(path, expected):
     """The newest checkpoint of a run: the one before, if the last cannot be read; None if there is none yet."""
     older = previous(path)
     try:
-        return read_checkpoint(path, expected) | {"path": path} if path.exists() or older.exists() else None
+        state = read_checkpoint(path, expected) | {"path": path} if path.exists() or older.exists() else None
+        if state and expected == CHECKPOINT_FORMAT and "optimizer" not in state:
+            raise UserError(f"{path} was made by --export and cannot be trained further as it is: give it to --init, "
+                            "with another --out")
+        return state
     except UserError as error:
         if getattr(error, "found", None) or not older.exists():
             raise

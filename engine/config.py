@@ -8,6 +8,7 @@ import argparse
 import math
 import sys
 
+from engine.distributed import choose_device
 from engine.read_back import UserError, expect, read_names, shown
 
 OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
@@ -32,7 +33,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "tokenizer_lr": (float, 4e-4, "its peak learning rate"),
     # embeddings and denoiser
     "D": (int, 16, "width of the learned token embeddings"),
-    "norm": (("rms", "layer", "none"), "rms", "of the embedding table: mean square 1, that and mean 0, or none"),
+    "norm": (("rms", "layer", "none"), "rms", "keeps embeddings at one length: mean square 1, that and mean 0, or not"),
     "embedding_init": (("random", "codebook"), "random", "start of the table: normal, or the tokenizer's codebook"),
     "width": (int, 384, "width of the transformer"),
     "depth": (int, 8, "its blocks"),
@@ -41,29 +42,29 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "posterior_input": (bool, True, "show the network E[e(x_i) | z_ti] beside z_ti, in closed form (ours)"),
     # schedule and losses
     "shift": (float, 0.7, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
-    "log_snr_min": (float, -10.0, "log SNR at t = 1, all noise, before the shift"),
-    "log_snr_max": (float, 7.0, "log SNR at t = 0, nearly clean, before the shift"),
+    "log_snr_min": (float, -10.0, "log(alpha^2 / sigma^2) at t = 1: lower is purer noise to start from"),
+    "log_snr_max": (float, 7.0, "the same at t = 0: higher is cleaner at the end; both before the shift"),
     "w_rec": (float, 1.0, "weight of L_rec"),
     "w_diff": (float, 1.0, "weight of L_diff"),
     "w_cm": (float, 1.0, "weight of L_CM; 0 switches it off"),
     "weight_clip": (float, 5.0, "largest e^lambda in the weight of the trained L_diff; inf is the exact bound"),
-    "rec_fraction": (float, 0.0625, "share of the batch that sits at t = 0 and trains L_rec alone"),
-    "cm_pairs": (("markov", "shared"), "markov", "z_s of L_CM: from the posterior q(z_s | z_t, x), or the same noise"),
-    "max_gap": (float, 1.0, "L_CM compares times t and s at most so far apart"),
+    "rec_fraction": (float, 0.0625, "share of the batch that is hardly noised (t = 0) and trains L_rec alone"),
+    "cm_pairs": (("markov", "shared"), "markov", "L_CM's cleaner image: a step back from the other, or the same noise"),
+    "max_gap": (float, 1.0, "how far apart in time L_CM's two noisy images may be"),
     "teacher": (("current", "ema"), "ema", "weights of the CM teacher"),
     "max_drop_rate": (float, 0.1, "embeddings are dropped at a rate that is drawn per image from [0, this]"),
     "label_drop": (float, 0.1, "rate of dropped labels, for classifier-free guidance"),
     # optimisation of the denoiser
     "steps": (int, 50000, "training steps of the denoiser; may be raised later"),
-    "batch": (int, 256, "images per step, of all passes and processes together; it changes the result"),
+    "batch": (int, 256, "images per step, all GPUs and passes together; it changes the result"),
     "lr": (float, 5e-4, "peak learning rate, reached after warmup, then cosine to zero"),
     "warmup": (int, 200, "warm-up steps, both stages"),
     "weight_decay": (float, 0.0, "AdamW's, denoiser"),
     "clip": (float, 1.0, "largest gradient norm, both stages"),
     "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
     # speed and memory: none of these changes what is computed, beyond rounding
-    "micro_batch": (int, 0, "images per pass of one process, which is what takes memory; 0: its share of the batch, "
-                    "or as many as fit the memory"),
+    "micro_batch": (int, 0, "images at once on one GPU, which is what takes memory; 0: its share of --batch, or as "
+                    "many as fit"),
     "eval_batch": (int, 256, "images at a time where nothing is trained, or as many as fit the memory; changes the "
                    "noise of the held-out bound"),
     "activation_checkpointing": (bool, False, "compute the blocks again in the backward pass instead of keeping them"),
@@ -71,12 +72,13 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "fsdp": (bool, False, "under torchrun, split weights, EMA and optimizer among the processes (FSDP2)"),
     # sampling defaults, stored in the checkpoint
     "sample_steps": (int, 50, "calls of the network per image"),
-    "guidance": (float, 1.0, "omega of classifier-free guidance, the cfg scale - 1; 0 is off"),
-    "sampler": (("ancestral", "ddim"), "ancestral", "sampler"),
+    "guidance": (float, 1.0, "omega of classifier-free guidance; DiT's cfg-scale is 1 + omega; 0 is off"),
+    "sampler": (("ancestral", "ddim"), "ancestral", "with new noise at every step, or only at the start"),
     # bookkeeping
     "log_every": (int, 100, "steps between status lines"),
     "sample_every": (int, 1000, "steps between pictures and evaluations"),
     "save_every": (int, 500, "steps between checkpoints"),
+    "fid_every": (int, 0, "steps between FID-2k, of 2,048 samples (minutes on a CPU), in fid.csv; 0: none"),
 }
 RENAMED = {  # old name of an option, an argument or an entry: its name today
     "p_drop": "max_drop_rate", "max_snr": "weight_clip", "coupling": "cm_pairs", "likelihood": "output_prior",
@@ -85,10 +87,12 @@ DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SHARES = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap", "ema_decay", "gan_start")
 LIMITS = {  # where not 0 ... inf, or 1 ... inf for whole numbers; tokens are stored in 16 bits
     "K": (2, 65536), "batch": (2, math.inf), "warmup": (0, math.inf), "micro_batch": (0, math.inf),
-    "log_snr_min": (-math.inf, math.inf), "log_snr_max": (-math.inf, math.inf)} | {name: (0, 1) for name in SHARES}
+    "fid_every": (0, math.inf), "log_snr_min": (-math.inf, math.inf),
+    "log_snr_max": (-math.inf, math.inf)} | {name: (0, 1) for name in SHARES}
 CHANGEABLE = {  # when a run goes on: how long, how fast, how often, and what helps after a loss that is not finite
-    "steps", "log_every", "sample_every", "save_every", "sample_steps", "guidance", "sampler", "micro_batch",
-    "eval_batch", "activation_checkpointing", "compile", "fsdp", "lr", "tokenizer_lr", "gan_lr", "clip", "seed"}
+    "steps", "log_every", "sample_every", "save_every", "fid_every", "sample_steps", "guidance", "sampler",
+    "micro_batch", "eval_batch", "activation_checkpointing", "compile", "fsdp", "lr", "tokenizer_lr", "gan_lr", "clip",
+    "seed"}
 
 SHARP = dict(pixel_loss="l1", perceptual=1.0, gan=0.5)  # as in VQGAN; for fewer pixels the squared error does
 LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000,
@@ -144,10 +148,16 @@ def flag(name):
 
 def parse_arguments(names, words=None):
     """The command line of train.py. names: of the published sets, for the help text."""
-    parser = argparse.ArgumentParser(description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again "
-                                     "continues. Defaults are those without a preset; a preset may set others.",
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for word in sys.argv[1:] if words is None else words:
+    words = sys.argv[1:] if words is None else words
+    preset = preset_for_help(words, names)
+    defaults = DEFAULTS | PRESETS.get(preset, {})
+    parser = argparse.ArgumentParser(
+        description="Train VQ-LCMD: tokenizer, tokens, diffusion. The same command again continues. Defaults from "
+        "--size on are " + (f"those of preset {preset}, which this command would take" if preset else "those without "
+                            "a preset: which one is taken depends on the size of the images") + "; see those of "
+        "another by --preset NAME --help, and all that is taken by --dry-run.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for word in words:
         if (answer := ELSEWHERE.get(word.split("=")[0])) is not None:
             parser.error(f"{word.split('=')[0]}: {answer}")
     parser.add_argument("--data", default="toy", help=f"toy (built in), {', '.join(names)}, or a path: a "
@@ -177,13 +187,37 @@ def parse_arguments(names, words=None):
     parser.add_argument("--for", dest="chip", choices=["a100-80", "h100", "h200", "3090", "4090", "cpu"],
                         help="with --dry-run: the cost on this, not on the machine at hand")
     group = parser
-    for name, (kind, default, text) in OPTIONS.items():
+    for name, (kind, _, text) in OPTIONS.items():
         group = parser.add_argument_group(GROUPS[name]) if name in GROUPS else group
-        add_option(group, flag(name), name, kind, f"{text} (default: {default})")
+        add_option(group, flag(name), name, kind, f"{text} (default: {defaults[name]})")
     for old, name in RENAMED.items():  # still understood, but not shown
         if name in OPTIONS:
             add_option(parser, flag(old), name, OPTIONS[name][0], argparse.SUPPRESS)
     return parser.parse_args(words)
+
+
+def choose_preset(dataset, median, on_cpu):
+    """The preset that is taken unless one is asked for, and the one that a GPU would get.
+
+    dataset: name of a published set or None. median: shorter side of the images in pixels.
+    """
+    on_gpu = dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
+    return (on_gpu if dataset and dataset not in SMALL_SETS or not on_cpu else "32-cpu"), on_gpu
+
+
+def preset_for_help(words, names):
+    """The preset whose values --help shows: the one that would be taken; None if that depends on the images."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--data", "--preset", "--device"):
+        parser.add_argument(name)
+    try:
+        args, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:  # one without its value, which the real parser is going to say
+        return None
+    dataset = (args.data or "toy") if (args.data or "toy") in ("toy", *names) else None
+    on_cpu = args.device == "cpu" or args.device in (None, "auto") and choose_device().type == "cpu"
+    chosen = choose_preset(dataset, 0, on_cpu)[0] if dataset or on_cpu else None
+    return args.preset if args.preset in PRESETS else chosen
 
 
 def add_option(parser, word, name, kind, text):
@@ -221,9 +255,7 @@ def resolve(args, source, device, fixed, by_number=True):
     preset, by_size = args.preset, args.preset is None and not source.dataset
     if preset is None:
         median = fixed.get("size") or source.sizes()[1]
-        on_gpu = source.dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
-        own = source.dataset and source.dataset not in SMALL_SETS
-        preset = on_gpu if own or device.type != "cpu" else "32-cpu"
+        preset, on_gpu = choose_preset(source.dataset, median, device.type == "cpu")
         hint = f"; on a GPU it would be {on_gpu}" if preset == "32-cpu" else ""
         print(f"preset {preset}: chosen for {source.dataset or 'images'} of {median} pixels on {device.type}{hint} "
               "(--preset)")
@@ -265,6 +297,11 @@ def check_stored(path, stored):
     for side in stored.get("sides", ()):
         expect(f"{path}: sides", side, int, 1, 1 << 30)
     return stored | ({"classes": read_names(f"{path}: classes", stored["classes"])} if "classes" in stored else {})
+
+
+def sampling_defaults(config):
+    """What sample.py does unless it is told otherwise, as the checkpoint stores it."""
+    return {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
 
 
 def require_same_run(out, stored, asked):

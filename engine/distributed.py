@@ -62,6 +62,11 @@ def bf16_works(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def precision(device):
+    """The networks' precision there, in a word; losses, softmaxes and sums are float32 or float64 everywhere."""
+    return "bfloat16" if bf16_works(device) else "float32"
+
+
 # ----------------------------------------------------------------------------
 # Sums and agreements.
 

@@ -21,7 +21,7 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.config import check_stored, describe_models, flag, require_same_run, resolve
-from engine.distributed import all_reduce_max, choose_device, rank_and_world
+from engine.distributed import all_reduce_max, choose_device, precision, rank_and_world
 from engine.read_back import UserError, printable, read_bytes, read_json, shown
 from engine.run import (
     catch_signals,
@@ -35,12 +35,14 @@ from engine.run import (
 from engine.tokens import options_of, read_tokenizer
 from extras.data_arrays import TokenFile
 from extras.datasets import find
+from extras.fid_sources import FEW
 from extras.grids import contact_sheet
 from extras.inception import find_inception
 from extras.meta_count import chip_of
 from extras.price import advice, estimate, report, summary
 from extras.published_vqgan import make_tokenizer
 from extras.run_page import page_of_a_run
+from extras.sampling_options import WNID
 from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
 from schedule import ShiftedCosine
 
@@ -85,6 +87,9 @@ def prepare_one(args, held):
     stored = read_config(out)
     if "sides" in stored:  # known since the first start: no image is opened for it again
         source.sides = tuple(stored["sides"])
+    wnids, names = ([name.split(" ")[0] for name in names] for names in (stored.get("classes", []), source.class_names))
+    if wnids == names and all(WNID.match(name + " ") for name in names):  # with the words of the first start, or none
+        source.class_names = stored.get("classes", source.class_names)
     print(source.describe())
     init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
     config, models, tokenizer = check_options(args, source, out, device, init, not stored or "by_number" in stored)
@@ -167,6 +172,8 @@ def check_options(args, source, out, device, init, by_number):
                             f"processes, {world}{', and at least twice as many' * (least - 1)}")
     if config["fsdp"] and world == 1:
         raise UserError("--fsdp splits the weights among processes: start them by torchrun --nproc-per-node")
+    if config["fsdp"] and config["fid_every"] and FEW % world:
+        raise UserError(f"--fid-every with --fsdp: {world} processes must have equal shares of {FEW:,} samples")
     models = describe_models(config, len(source.class_names), tokenizer and tokenizer["config"].get("published"))
     with torch.device("meta"), user_error():  # every size is checked here, before any work
         parts = make_tokenizer(models["tokenizer"]), EmbeddingDiffusion(**models["denoiser"])
@@ -178,7 +185,7 @@ def check_options(args, source, out, device, init, by_number):
         raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
     print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
-          f"denoiser {sizes[1]:.2f} M, on {device}")
+          f"denoiser {sizes[1]:.2f} M, on {device} in {precision(device)}")
     return config, models, tokenizer
 
 
@@ -198,9 +205,9 @@ def find_price(args, source, config, models, tokenizer, out, device):
 def gather_weights(args, source, out, config, tokenizer, stored, device):
     """(LPIPS or None, file of Inception's weights or None, all that makes this run this run)."""
     counts, has_images = source.counts(), not isinstance(source, TokenFile)
-    if args.eval_fid and not has_images:
-        raise UserError("--eval-fid needs the images: give them instead of their tokens")
-    inception = find_inception() if args.eval_fid else None
+    if (args.eval_fid or config["fid_every"]) and not has_images:
+        raise UserError("--eval-fid and --fid-every need the images: give them instead of their tokens")
+    inception = find_inception() if args.eval_fid or config["fid_every"] else None
     asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
              "classes": source.class_names, "lpips": stored.get("lpips", "none"),
              "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own", "init": args.init or "none",

@@ -115,11 +115,12 @@ class StatusLog:
         self.bar.update()
 
     def due(self, name):
-        """Is it time for what is done every config[name] steps? (After the last step: only for the status line.)
+        """Is it time for what is done every config[name] steps, 0 never? (After the last: only for the status line.)
 
         If so, nothing is looked at, drawn or saved before all losses and gradients so far are known to be finite.
         """
-        due = self.step % self.config[name] == 0 and self.step < self.steps or (
+        every = self.config[name]
+        due = every and self.step % every == 0 and self.step < self.steps or (
             name == "log_every" and self.step == self.steps)
         if due:
             self.check()

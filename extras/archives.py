@@ -95,10 +95,10 @@ def read_npz_array(npz, name):
 
 
 def read_statistics(path):
-    """{"mu", "sigma", perhaps "mu_s", "sigma_s", "n", "resize"} of an .npz of a set's statistics, checked."""
+    """{"mu", "sigma", perhaps "mu_s", "sigma_s", "n", "resize", "features"} of an .npz of statistics, checked."""
     found = {}
     with open_npz(path) as file:
-        for name in ("mu", "sigma", "mu_s", "sigma_s", "n", "resize"):
+        for name in ("mu", "sigma", "mu_s", "sigma_s", "n", "resize", "features"):
             if name in file or name in ("mu", "sigma"):
                 found[name] = read_npz_array(file, name)
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
@@ -109,6 +109,10 @@ def read_statistics(path):
                                 f"features, is {shown(value)}")
             if not np.isfinite(value).all():
                 raise ReadError(f"{path}: {name} is not finite; a covariance needs at least two images")
+    features = found.get("features", np.zeros((1, len(found["mu"]))))
+    if features.dtype.kind != "f" or features.shape[1:] != found["mu"].shape or not np.isfinite(features).all():
+        raise ReadError(f"{path}: features must be finite numbers of shape (images, {len(found['mu'])}), is "
+                        f"{shown(features)}")
     for name, kind, bounds in (("n", int, (2, 1 << 40)), ("resize", ("tf", "pytorch-fid", "clean"), ())):
         if name in found:
             value = found[name].item() if found[name].size == 1 else found[name]

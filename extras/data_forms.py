@@ -64,6 +64,23 @@ def arrange(names, where):
     return [printable(c) for c in class_names], [numbers.get(top(name), 0) for name in names], train, test, note
 
 
+def add_words(class_names, path):
+    """ImageNet's folders with the first word of each from the data's own file: "n01440764 tench".
+
+    LOC_synset_mapping.txt or words.txt, beside the folders or up to four levels above; other names stay as they are.
+    """
+    if not class_names or not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
+        return class_names
+    folders = [path.resolve(), *path.resolve().parents][:5]
+    for file in [folder / name for name in ("LOC_synset_mapping.txt", "words.txt") for folder in folders]:
+        if file.is_file():
+            text = read_bytes(file, "VQLCMD_MAX_INDEX_BYTES").decode("utf-8", "replace")
+            lines = [line.split(maxsplit=1) for line in text.splitlines()]
+            words = {line[0]: printable(line[1].split(",")[0].strip()) for line in lines if len(line) == 2}
+            return [f"{name} {words[name]}" if words.get(name) else name for name in class_names]
+    return class_names
+
+
 def stylegan_labels(text, names, where):
     """dataset.json of StyleGAN's dataset_tool -> class names and labels (n,); no classes where its labels are null."""
     try:
@@ -116,6 +133,7 @@ class Folder(Source):
             raise no_images(path, others)
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, self.note = arrange(self.names, path)
+        class_names = add_words(class_names, path)
         pictures = {ending: n for ending, n in endings.items() if ending in NOT_READ}
         if pictures:
             left = ", ".join(f"{n:,} {ending}" for ending, n in sorted(pictures.items()))
@@ -160,6 +178,7 @@ class Zip(Source):
         self.places = np.array([(m.header_offset, m.compress_size, m.file_size, m.compress_type, m.CRC)
                                 for m in images], np.int64)
         class_names, labels, train, test, self.note = arrange(self.names, path)
+        class_names = add_words(class_names, path)
         if labelled is not None:
             class_names, labels = stylegan_labels(labelled, self.names, path)
         super().__init__(path, class_names, labels, train, test)

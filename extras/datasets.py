@@ -83,6 +83,11 @@ DATASETS = {
                "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
 }
 
+EXAMPLES = """examples:
+  python data.py toy                               the built-in set: what is there, and a page of it, data.png
+  python data.py photos/ --size 64 --out page.png  your own folder
+  python data.py ffhq --root /datasets             a published set, or how to get it"""
+
 
 def download(name):
     """Fetches the files of a set into $VQLCMD_DATA/NAME or data/NAME, those that are not there. -> the folder."""
@@ -185,7 +190,8 @@ def detect_format(path, outer=()):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what --data would train on.")
+    parser = argparse.ArgumentParser(description="Show what --data would train on.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=f"toy, {', '.join(DATASETS)}, or a path: folder, zip, LMDB, arrays")
     parser.add_argument("--root", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")

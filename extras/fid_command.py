@@ -3,12 +3,20 @@
 import argparse
 from pathlib import Path
 
-from engine.distributed import choose_device, init_distributed
+from engine.distributed import choose_device, init_distributed, precision, rank_and_world
 from engine.run import main_process_first, report_errors, user_error, write_json
-from extras.fid_sources import Samples, open_side
+from extras.fid_sources import Decoded, Samples, cached_statistics, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
-from fid import FIDError, Statistics, compute_scores, measure, print_scores
-from sample import load_checkpoint
+from extras.sampling_options import OPTIONAL, add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
+from fid import MAX_KEPT, REAL_KEPT, FIDError, Statistics, compute_scores, measure, print_scores
+
+FLAGS = {"classes": "class", "interval": "guidance-interval"}  # where a flag is not called as its value
+EXAMPLES = """examples:
+  python fid.py toy runs/toy/ckpt.pt --n 10000                 the training images against samples drawn on the way
+  python fid.py toy runs/toy/ckpt.pt --n 5000 --steps 16 --guidance 0.5 --class heart,star
+  python fid.py photos/ samples.npz                            two sets of images, as they are
+  python fid.py photos/ --size 64 --save-stats photos.npz      once; then photos.npz in place of photos/
+  torchrun --nproc-per-node 8 -- fid.py ffhq runs/ffhq/ckpt.pt --root /datasets"""
 
 
 def run(args, rank):
@@ -21,21 +29,22 @@ def run(args, rank):
         raise FIDError("give REAL and FAKE, or one of them and --save-stats FILE")
     if len(checkpoints) > 1 or args.real in checkpoints:
         raise FIDError("a checkpoint can only stand at FAKE: first the real images, then the generated ones")
-    if not checkpoints and (args.n or args.steps or args.guidance is not None):
-        raise FIDError("--n, --steps and --guidance are for a checkpoint at FAKE")
+    if not checkpoints and (given := [name for name in ("n", "classes", "class_counts", *OPTIONAL)
+                                      if getattr(args, name) is not None] + ["compile"] * args.compile):
+        raise FIDError(f"--{FLAGS.get(given[0], given[0]).replace('_', '-')} is for a checkpoint at FAKE")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise FIDError(f"--save-stats {args.save_stats}: the name must end in .npz")
     for file in (args.save_stats, args.json):  # before any long work
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-    pipeline = load_checkpoint(args.fake, device) if checkpoints else None
+    pipeline, settings, chosen = open_checkpoint(args.fake, args, device) if checkpoints else (None, None, None)
     size = args.size or (pipeline.tokenizer.size if pipeline else None)
     sides = [open_side(word, args.root, size, bool(pipeline)) for word in words if word not in checkpoints]
     if pipeline:
-        settings = {key: getattr(args, key) for key in ("steps", "guidance") if getattr(args, key) is not None}
-        source = Samples(pipeline, args.n or 50_000, getattr(sides[0][1], "labels", None), args.seed, **settings)
-        sides.append((None, source, f"{source.n:,} samples of step {pipeline.step:,}, seed {args.seed}, " + ", ".join(
-            f"{key} {value}" for key, value in source.settings.items())))
+        labels, classes = labels_to_draw(args.n or 50_000, args, pipeline, chosen, getattr(sides[0][1], "labels", None))
+        source = Samples(pipeline, labels, args.seed, args.batch or 256, **settings)
+        sides.append((None, source, f"{source.n:,} samples of step {pipeline.step:,}, seed {args.seed}, {classes}, "
+                      + ", ".join(f"{key} {value}" for key, value in settings.items()) + f", {precision(device)}"))
     for word, (statistics, source, what) in zip(words, sides, strict=True):
         if rank == 0:
             print(f"{word}: {what}")
@@ -50,13 +59,8 @@ def run(args, rank):
     if any(source for _, source, _ in sides):
         path = main_process_first(lambda: find_inception(args.weights))  # downloads, if need be
         network = load_inception(path or find_inception(args.weights), device, args.resize)
-    measured = []
-    for word, (statistics, source, _) in zip(words, sides, strict=True):
-        result = measure(source, network, args.batch, name=word) if source else statistics
-        if source and statistics:  # ADM's reference file: statistics of the whole set, and some of its images
-            result = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, result.features,
-                                result.logits)
-        measured.append(result)
+    measured = [measure_side(word, side, network, args, is_real=i == 0)
+                for i, (word, side) in enumerate(zip(words, sides, strict=True))]
     if rank != 0:
         return
     if args.save_stats:
@@ -67,19 +71,35 @@ def run(args, rank):
         n_real, n_fake = (m.n for m in measured)
         print_scores(scores, n_real, n_fake)
         if args.json:
-            facts = {"real": args.real, "fake": args.fake, "n_real": n_real, "n_fake": n_fake, "resize": args.resize}
+            facts = {"real": args.real, "fake": args.fake, "n_real": n_real, "n_fake": n_fake, "resize": args.resize,
+                     **{f"features_{side}": 0 if m.features is None else len(m.features)
+                        for side, m in zip(("real", "fake"), measured, strict=True)}}
             write_json(Path(args.json), scores | facts)
 
 
+def measure_side(word, side, network, args, is_real):
+    """The Statistics of a side: read, measured, or found in the cache if it is a training set at REAL."""
+    statistics, source, _ = side
+    if source is None:
+        return statistics
+    keep = args.features if is_real else MAX_KEPT
+    if is_real and isinstance(source, Decoded):
+        result, path = cached_statistics(source.dataset, network, args.batch, keep)
+        if rank_and_world()[0] == 0:
+            print(f"{word}: statistics in {path}")
+    else:
+        result = measure(source, network, args.batch, keep, name=word)
+    if statistics:  # ADM's reference file: statistics of the whole set, and some of its images
+        result = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, result.features, result.logits)
+    return result
+
+
 def main():
-    parser = argparse.ArgumentParser(description="FID, sFID, KID, Inception Score, precision and recall.")
+    parser = argparse.ArgumentParser(description="FID, sFID, KID, Inception Score, precision and recall.",
+                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("real", metavar="REAL", help="a folder, zip, ... of images, whatever train.py takes as --data "
                         "(of a named set, its training images); or an .npz with arr_0 (images), or mu and sigma")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
-    parser.add_argument("--n", type=int, help="samples to draw from a checkpoint (default: 50000)")
-    parser.add_argument("--steps", type=int, help="calls of its network per image (default: in the checkpoint)")
-    parser.add_argument("--guidance", type=float, help="omega (default: in the checkpoint)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--size", type=int, help="centre-crop and resize files to so many pixels, as for training "
                         "(default: the checkpoint's, if there is one; else files are taken as they are)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
@@ -89,14 +109,16 @@ def main():
                         "a download)")
     parser.add_argument("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     parser.add_argument("--json", metavar="FILE", help="write the scores")
-    parser.add_argument("--batch", type=int, help="images at a time (default: 16 on a CPU, else 128)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--features", type=int, default=REAL_KEPT, metavar="M", help="features of REAL that are kept "
+                        "for KID, precision and recall, and saved by --save-stats, 8 kB an image (float32); 0: none "
+                        f"(default: {REAL_KEPT}; of FAKE {MAX_KEPT} are used)")
+    add_sampling_flags(parser.add_argument_group("samples of a checkpoint at FAKE, as for sample.py"),
+                       n="how many to draw (default: 50000)", batch="images at a time, drawn (default: 256) and "
+                       "measured (default: 16 on a CPU, else 128); the score stays the same")
     args = parser.parse_args()
     with report_errors("fid.py", memory_advice="lower --batch, and the score stays the same"):
         rank, _ = init_distributed()
-        for name in ("n", "steps", "size", "batch"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise FIDError(f"--{name} must be at least 1")
-        if args.seed < 0:
-            raise FIDError("--seed must not be negative")
+        check_flags(args)
+        if args.features < 0 or args.size is not None and args.size < 1:
+            raise FIDError("--size must be at least 1, and --features not negative")
         run(args, rank)

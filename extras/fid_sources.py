@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 from engine.distributed import barrier, rank_and_world
 from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
 from engine.run import write_json
-from engine.status import format_metrics
+from engine.status import append_row, format_metrics
 from extras.archives import open_npz
 from extras.datasets import DATASETS, find
 from extras.inception import WEIGHTS_SHA256, load_inception
-from fid import FIDError, Statistics, compute_scores, measure, print_scores
+from extras.sampling_options import class_labels
+from fid import MIN_IMAGES, REAL_KEPT, FIDError, Statistics, compute_scores, measure, print_scores
 from sample import load_checkpoint, sample_images
+
+FEW = MIN_IMAGES  # samples of an evaluation during training
 
 
 class Pictures:
@@ -83,46 +87,56 @@ class Decoded:
 
 
 class Samples:
-    """n images that a pipeline (sample.load_checkpoint) draws: image i has the noise of sample.py's image i.
+    """Images of labels (n,) that a pipeline (sample.load_checkpoint) draws: image i is sample.py's image i.
 
-    labels: of the real images, if there are any. The classes are then drawn as often as there, in their order, while
-    sample.py goes through them row by row. settings: steps, ... chunk: images at a time.
+    chunk: images at a time. settings: of sample_images.
     """
 
-    def __init__(self, pipeline, n, labels=None, seed=0, chunk=256, **settings):
-        self.pipeline, self.n, self.seed, self.chunk = pipeline, n, seed, chunk
-        self.settings = pipeline.sampling | settings
-        classes = max(len(pipeline.class_names), 1)
-        if labels is None or len(labels) == 0:
-            self.labels = torch.arange(n) % classes
-        else:
-            self.labels = labels.sort().values[np.linspace(0, len(labels) - 1, n).astype(int)]
+    def __init__(self, pipeline, labels, seed=0, chunk=256, **settings):
+        self.pipeline, self.n, self.labels, self.seed = pipeline, len(labels), labels, seed
+        self.chunk, self.settings = chunk, settings
 
     def read(self, i, j):
         return sample_images(self.pipeline, self.labels[i:j], seed=self.seed, first=i, batch=self.chunk,
                              show_progress=False, **self.settings)
 
 
-def cached_statistics(dataset, network):
-    """Statistics of a data.ImageSet without features; measured once, then found again in torch's cache.
+def cached_statistics(dataset, network, batch=None, keep=REAL_KEPT):
+    """Statistics of a data.ImageSet, measured once and then found again in torch's cache; and in which file, a Path.
 
     What they are of is recognised by the pixels of all images, or of 4,096 where the set is decoded as it is read.
+    keep: so many features are kept, for KID, precision and recall.
     """
     some = range(len(dataset)) if dataset.pixels is not None else np.linspace(0, len(dataset) - 1, 4096).astype(int)
-    digest = hashlib.sha256(f"{WEIGHTS_SHA256} {network.resize} {len(dataset)}".encode())
+    digest = hashlib.sha256(f"{WEIGHTS_SHA256} {network.resize} {len(dataset)} {keep}".encode())
     for i in range(0, len(some), 256):
         digest.update(dataset.batch(some[i:i + 256]).numpy().tobytes())
     path = Path(torch.hub.get_dir()).parent / "vq-lcmd" / f"fid-{digest.hexdigest()[:16]}.npz"
     if path.exists():
-        return Statistics.load(path)
-    found = measure(Decoded(dataset), network, keep=0, name="FID, training images")
+        return Statistics.load(path), path
+    found = measure(Decoded(dataset), network, batch, keep, name="FID, training images")
     if rank_and_world()[0] == 0:
         found.save(path)
-    return found
+    return found, path
+
+
+def score_samples(run, pipeline, n):
+    """Scores of n samples against the training images of a run, at the run's sampling settings; None but on process 0.
+
+    The classes are those of `fid.py DATA CKPT --n N`.
+    """
+    network = load_inception(run.inception, run.device)
+    train, _ = run.load_images()
+    real, _ = cached_statistics(train, network)
+    labels = class_labels(n, list(range(len(run.source.class_names))) or [0])
+    samples = Samples(pipeline, labels, chunk=run.eval_batch, **pipeline.sampling)
+    fake = measure(samples, network, name=f"FID, {n:,} samples")
+    return compute_scores(real, fake, "cpu" if run.device.type == "mps" else run.device) if rank_and_world()[0] == 0 \
+        else None
 
 
 def evaluate_run(run, n):
-    """FID of n samples of a run's ckpt.pt, at its defaults, against its training images; joins metrics.json."""
+    """--eval-fid: scores of n samples of a run's ckpt.pt, at its defaults; they join metrics.json."""
     barrier()  # it is written
     path = run.out / "metrics.json"
     metrics = read_json(path)
@@ -130,15 +144,23 @@ def evaluate_run(run, n):
         expect(f"{path}: fid: {shown(name)}", value, float)
     if metrics.get("fid", {}).get("n") == n:
         return print(f"fid: complete ({n:,} samples), {format_metrics(metrics['fid'])}")
-    network = load_inception(run.inception, run.device)
-    train, _ = run.load_images()
-    real = cached_statistics(train, network)
-    pipeline = load_checkpoint(run.out / "ckpt.pt", run.device)
-    samples = Samples(pipeline, n, train.labels, chunk=run.eval_batch)
-    scores = compute_scores(real, measure(samples, network, name="FID, samples"), run.device)
-    if rank_and_world()[0] == 0:
-        print_scores(scores, real.n, n)
+    scores = score_samples(run, load_checkpoint(run.out / "ckpt.pt", run.device), n)
+    if scores:
+        print_scores(scores, run.source.counts()[0], n)
         write_json(path, metrics | {"fid": scores | {"n": n}})
+
+
+def evaluate_during(run, pipeline, step):
+    """--fid-every: FID and its relatives of 2,048 samples of the averaged weights, a row of fid.csv.
+
+    So few samples give a number that is too high, and not one to publish: it is called FID-2k, and shows the course.
+    """
+    pipeline.model.eval()
+    with run.eval_memory():
+        scores = score_samples(run, pipeline, FEW)
+    if scores:
+        append_row(run.out / "fid.csv", {"step": step} | {f"{name}_2k": value for name, value in scores.items()})
+        tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")
 
 
 def open_side(word, root, size, trained_on):

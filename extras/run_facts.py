@@ -63,7 +63,7 @@ def read_run(out):
     if not config:
         raise UserError(f"{out} is no run of train.py: it has no config.json")
     run = {"out": out, "config": config, "metrics": read_object(out / "metrics.json"), **{
-        name: read_columns(out / f"{name}.csv") for name in ("tokenizer", "diffusion", "evaluation")}}
+        name: read_columns(out / f"{name}.csv") for name in ("tokenizer", "diffusion", "evaluation", "fid")}}
     run["pictures"] = {kind: sorted((path.name for path in out.glob(f"{kind}_*.png") if re.fullmatch(
         kind + r"_\d+\.png", path.name)), key=lambda name: int(re.search(r"\d+", name)[0]))
         for kind in ("samples", "reconstructions")}

@@ -121,9 +121,11 @@ def curves(run):
     for title, figures in (("Held out, and the embeddings", held_out), *(
             (f"Training: {words}", [
                 chart(TITLES.get(name, (name, ""))[0], {name: curve}, TITLES.get(name, ("", ""))[1],
-                      log=name not in ("codes", "img/s", "GB", "lr")) for name, curve in columns.items()
+                      log=name not in ("codes", "img/s", "GB", "lr") and "_2k" not in name)
+                for name, curve in columns.items()
                 if columns is not diffusion or name not in both])
-            for words, columns in (("embeddings and denoiser", diffusion), ("the tokenizer", run["tokenizer"])))):
+            for words, columns in (("FID-2k and its relatives", run["fid"]), ("embeddings and denoiser", diffusion),
+                                   ("the tokenizer", run["tokenizer"])))):
         if any(figures):
             yield from (tag("h2", title), tag("div", *figures, class_="row"))
 
@@ -153,8 +155,8 @@ def page(run):
     rows = [tag("tr", tag("th", name, scope="row"), tag("td", json.dumps(value) if value in (True, False, None)
             else value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list)
             else str(value))) for name, value in settings.items()]
-    files = [name for name in ("config.json", "tokenizer.csv", "diffusion.csv", "evaluation.csv", "metrics.json",
-                               "skipped.txt") if (out / name).exists()]
+    files = [name for name in ("config.json", "tokenizer.csv", "diffusion.csv", "evaluation.csv", "fid.csv",
+                               "metrics.json", "skipped.txt") if (out / name).exists()]
     late = 1e9 if not run["per_step"] or run["step"] >= run["steps"] else max(
         600, 10 * config.get("log_every", 0) * run["per_step"])
     body = [

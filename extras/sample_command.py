@@ -7,55 +7,39 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import choose_device, init_distributed, rank_and_world
+from engine.distributed import choose_device, init_distributed, precision, rank_and_world
 from engine.run import UserError, report_errors, user_error
+from extras.export import export
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
 from extras.price import fitting_batch
 from extras.sample_files import sample_files
+from extras.sampling_options import add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
 from extras.serve import serve
-from sample import COLUMNS, SAMPLERS, check_settings, default_labels, load_checkpoint, sample_together
+from sample import COLUMNS, default_labels, sample_together
 
 INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
-
-
-def parse_classes(text, class_names):
-    """ "heart,3" -> [id of heart, 3]; UserError names the classes there are."""
-    if not class_names:
-        raise UserError("--class: this model was trained without classes")
-    ids = []
-    for item in text.split(","):
-        item = item.strip()
-        if item in class_names:
-            ids.append(class_names.index(item))
-        elif item.isdigit() and int(item) < len(class_names):
-            ids.append(int(item))
-        else:
-            some = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
-            raise UserError(f"--class: no class {item!r}; there are {len(class_names)}: {some}")
-    return ids
+EXAMPLES = """examples:
+  python sample.py runs/toy/ckpt.pt                                        a grid, samples.png
+  python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2 --steps 16
+  python sample.py runs/toy/ckpt.pt --n 1200 --out samples.npz             one by one, a hundred of each class
+  python sample.py runs/toy/ckpt.pt --class star --n 8 --grid-of guidance=0,1,2,4
+  python sample.py runs/toy/ckpt.pt --export toy.pt                        a small file to share
+  python sample.py runs/toy/ckpt.pt --serve                                a page in the browser, to play with"""
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.")
-    parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
-    parser.add_argument("--n", type=int, help="how many images (default: 64, or 8 of each class up to 16 classes; for "
-                        "the special pictures below: 8, in each row)")
-    parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
-    parser.add_argument("--guidance", type=float, help="omega; 0 is the plain model (default: in the checkpoint)")
-    parser.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
-    parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    parser.add_argument("--end", type=float, help="the time t at which the tokens are drawn (default: 0, or "
-                        "0.8 / steps^2 for 2 to 15 steps, where it makes them better)")
-    parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: in the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
-    parser.add_argument("--batch", type=int, help="images at a time (default: 256, or fewer if memory is short)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
+    parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
+    add_sampling_flags(parser, batch="images at a time (default: 256, or fewer if memory is short); nothing else changes",
+                       n="how many images (default: 64, or 8 of each class up to 16 classes; for the special pictures "
+                       "below: 8, in each row)")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
-                        "images one by one (default: samples.png)")
+                        "images one by one, which are resumable (default: samples.png)")
+    parser.add_argument("--list-classes", action="store_true", help="print the numbers and names of the classes")
+    parser.add_argument("--export", metavar="FILE.pt", help="draw nothing, but write a checkpoint to share: half as "
+                        "precise and without what only training needs, so about five times smaller")
     group = parser.add_argument_group("special pictures, one at a time")
     special = group.add_mutually_exclusive_group()
     special.add_argument("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, "
@@ -78,11 +62,7 @@ def parse_arguments():
 
 def check_arguments(args, special):
     """UserError for what is wrong whatever the checkpoint. special: a name in INSTEAD, or None."""
-    for name in ("n", "steps", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
+    check_flags(args)
     out = Path(args.out)
     if out.suffix not in (".png", ".npz", ".zip", ""):
         raise UserError(f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending")
@@ -92,6 +72,9 @@ def check_arguments(args, special):
     if flag and out.suffix != ".png":
         raise UserError(f"--out {out}: " + ("--serve writes no files" if special == "serve" else
                                             f"{flag} draws one picture, give a name that ends in .png"))
+    if args.class_counts and out.suffix == ".png":
+        raise UserError("--class-counts is for images one by one (--out FOLDER, .zip or .npz); a grid has rows of one "
+                        "class")
     if special == "serve" and (args.compile or not 0 <= args.serve < 1 << 16):
         raise UserError(f"--serve {args.serve}: give a port from 0 to 65535, and no --compile, which would compile "
                         "anew for every number of images")
@@ -108,27 +91,25 @@ def draw(args):
     check_arguments(args, special)
     with user_error():
         device = choose_device(args.device)
-    pipeline = load_checkpoint(args.checkpoint, device)
+    if args.export:
+        return print(export(args.checkpoint, Path(args.export)))
+    pipeline, settings, chosen = open_checkpoint(args.checkpoint, args, device)
     if args.batch is None:  # 256 sets of logits, twice each with guidance: most machines have that to spare
         logits = 256 * pipeline.model.N * pipeline.model.K * 4
         args.batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
     names, out = pipeline.class_names, Path(args.out)
-    settings = {key: getattr(args, key) if getattr(args, key) is not None else default
-                for key, default in pipeline.sampling.items()}
-    settings |= {key: getattr(args, key) for key in ("temperature", "interval", "end")
-                 if getattr(args, key) is not None}
-    with user_error():
-        check_settings(**settings)
-    chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
-    n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
+    if args.list_classes:
+        return print("\n".join(f"{i:>4}  {name}" for i, name in enumerate(names)) or "trained without classes")
+    n, how = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64), ""
     labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
-    if args.compile:
-        pipeline.model.guided = torch.compile(pipeline.model.guided, mode="reduce-overhead", dynamic=False)
+    if out.suffix != ".png":
+        labels, words_on_classes = labels_to_draw(n, args, pipeline, chosen)
+        how = words_on_classes + ", "
     if special == "serve":
-        print(f"{args.checkpoint}: step {pipeline.step:,}")
+        print(f"{args.checkpoint}: step {pipeline.step:,}, {precision(device)}")
     elif rank == 0:
-        print(f"{args.checkpoint}: step {pipeline.step:,}, {n} images, seed {args.interpolate or args.seed}, "
-              + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        print(f"{args.checkpoint}: step {pipeline.step:,}, {n:,} images, seed {args.interpolate or args.seed}, "
+              + how + ", ".join(f"{key} {value}" for key, value in settings.items()) + f", {precision(device)}")
     if special:
         INSTEAD[special](args, pipeline, chosen, labels, settings)
     elif out.suffix == ".png":

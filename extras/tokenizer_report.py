@@ -15,6 +15,10 @@ from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
 from fid import FIDError, compute_scores, measure
 
+EXAMPLES = """examples:
+  python vqvae.py report runs/toy/tokenizer.pt --data toy
+  python vqvae.py report vqgan.ckpt --data photos/ --size 256 --out photos.png"""
+
 
 def report(args):
     """Measures a tokenizer on held-out images, and draws some of them above their reconstructions."""
@@ -67,7 +71,8 @@ class Reconstructions:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How good is a tokenizer?")
+    parser = argparse.ArgumentParser(description="How good is a tokenizer?", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["report"], help="measure it on held-out images")
     parser.add_argument("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")

@@ -1,6 +1,7 @@
 """FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
 
 import contextlib
+import csv
 import hashlib
 import http.server
 import json
@@ -24,8 +25,9 @@ from PIL import Image
 import data
 import fid
 import sample
+from engine.config import DEFAULTS
 from engine.run import UserError
-from extras import fid_sources, inception
+from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
 from extras.downloads import DownloadError
 from extras.metrics import inception_score, kernel_distance, precision_recall
@@ -33,6 +35,7 @@ from tests.common import (
     TINY,
     call,
     close,
+    contents,
     f64,
     flags,
     join_processes,
@@ -216,6 +219,8 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     # statistics: written once, of one side or of two; FID and sFID need no more
     capsys.readouterr()
     assert call("fid.py", tmp_path / "real", "--save-stats", tmp_path / "stats.npz") == 0
+    assert score("stats.npz", "fake") == near  # with the features for KID, precision and recall
+    assert call("fid.py", tmp_path / "real", "--save-stats", tmp_path / "stats.npz", "--features", 0) == 0
     by_file = score("stats.npz", "fake")
     assert by_file == pytest.approx({key: baseline[key] for key in by_file}, rel=1e-9)
     assert set(baseline) - set(by_file) == {"kid", "kid_std", "precision", "recall"}
@@ -231,8 +236,8 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     assert score("real", "fake", "--size", 6) != near
     # a checkpoint: samples like those of sample.py, the real side read as for training
     pipeline = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
-    drawn = sample.sample_images(pipeline, torch.arange(6) // 3, seed=5, steps=2, guidance=2.0, sampler="ancestral")
-    later = sample.sample_images(pipeline, torch.ones(2, dtype=torch.int64), seed=5, first=4, **pipeline.sampling | {
+    drawn = sample.sample_images(pipeline, torch.arange(6) % 2, seed=5, steps=2, guidance=2.0, sampler="ancestral")
+    later = sample.sample_images(pipeline, torch.arange(2), seed=5, first=4, **pipeline.sampling | {
         "steps": 2, "guidance": 2.0})
     assert torch.equal(later, drawn[4:])
     np.savez(tmp_path / "fake.npz", drawn.permute(0, 2, 3, 1).numpy())
@@ -242,8 +247,38 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "38 training images, cropped and resized to 8 px" in printed and "6 samples of step 8" in printed
     assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
-    assert parser_flags("fid.py") == sorted(["n", "steps", "guidance", "seed", "size", "root", "resize", "weights",
-                                             "save_stats", "json", "batch", "device"])
+    assert score(folder, run / "ckpt.pt", "--n", 6, "--steps", 2, "--guidance", 2, "--seed", 5) == drawn  # cached
+
+
+def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatch):
+    """fid.py and sample.py --out draw the same images of the same classes, whatever flags are given."""
+    shared = {"n", "steps", "guidance", "interval", "temperature", "end", "sampler", "classes", "class_counts", "seed",
+              "batch", "device", "compile"}
+    assert shared < set(parser_flags("sample.py"))
+    assert set(parser_flags("fid.py")) - shared == {"size", "root", "resize", "weights", "save_stats", "json",
+                                                    "features"}
+    counts = torch.load(run / "ckpt.pt", weights_only=True)["class_counts"]
+    assert counts == [19, 19] == torch.bincount(find(str(folder)).load(8)[0].labels).tolist()
+    words, seen = ["--n", 5, "--seed", 3, "--batch", 2, "--steps", 2, "--guidance", 3, "--guidance-interval", 0.1, 0.9,
+                   "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"], []
+
+    def record(pipeline, labels, *places, **settings):
+        seen.append((labels.tolist(), *places[-2:], settings))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(fid_command, "Samples", record)
+    monkeypatch.setattr(sample_command, "sample_files", lambda p, labels, out, batch, seed, **settings:
+                        record(p, labels, seed, batch, **settings))
+    for more, labels in (([], [1, 0, 1, 1, 0]), (["--class-counts", "training"], [1, 1, 0, 1, 1])):
+        assert call("fid.py", folder, run / "ckpt.pt", *words, *more) == 2
+        assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.npz", *words, *more) == 2
+        assert seen[-1] == seen[-2] == (labels, 3, 2, dict(
+            steps=2, guidance=3.0, interval=[0.1, 0.9], temperature=0.7, end=0.2, sampler="ddim"))
+    assert call("fid.py", folder, run / "ckpt.pt") == 2 and len(seen[-1][0]) == 50000
+    for flag in ("--temperature", "--end", "--class", "--guidance-interval"):
+        capsys.readouterr()
+        assert call("fid.py", folder, folder, flag, 1, *[1] * (flag == "--guidance-interval")) == 2
+        assert f"{flag} is for a checkpoint at FAKE" in capsys.readouterr().err
 
 
 def fid_of_two(rank, port, digest, words, output):
@@ -280,14 +315,31 @@ def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monke
     assert json.loads((run / "metrics.json").read_text()).items() <= found.items() and found["fid"]["n"] == 5
     assert call("fid.py", folder, tmp_path / "run" / "ckpt.pt", "--n", 5, "--json", tmp_path / "scores.json") == 0
     expected = scores_of(tmp_path / "scores.json")
-    assert found["fid"] == pytest.approx({key: expected[key] for key in ("fid", "sfid", "is", "is_std")} | {"n": 5})
+    assert found["fid"] == pytest.approx(expected | {"n": 5}) and {"kid", "recall"} < set(expected)
     assert len(list((weights.parent / "hub" / "vq-lcmd").glob("fid-*.npz"))) == 1
     measured = []
     monkeypatch.setattr(fid_sources, "measure", lambda *a, f=fid.measure, **k: measured.append(k["name"]) or f(*a, **k))
-    assert call("train.py", *words, 6) == 0 and measured == ["FID, samples"]
+    assert call("train.py", *words, 6) == 0 and measured == ["FID, 6 samples"]
     capsys.readouterr()
     assert call("train.py", *words, 6) == 0 and "fid: complete (6 samples)" in capsys.readouterr().out
+    # --fid-every: the same scores, of the weights as they are then, and nothing that is trained changes
+    monkeypatch.setattr(fid_sources, "FEW", 6)
+    source = find(str(folder))
+    during = SimpleNamespace(inception=weights, device=torch.device("cpu"), load_images=lambda: source.load(8),
+                             source=source, config=DEFAULTS | TINY, out=tmp_path, eval_memory=contextlib.nullcontext)
+    fid_sources.evaluate_during(during, sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu")), 8)
+    [row] = csv.DictReader((tmp_path / "fid.csv").open())
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["fid"]
+    assert {name.removesuffix("_2k"): float(value) for name, value in row.items()} == pytest.approx(
+        {name: value for name, value in found.items() if name != "n"} | {"step": 8})
+    assert call("train.py", *words[:2], "--out", tmp_path / "every", *words[4:-1], "--fid-every", 3) == 0
+    with (tmp_path / "every" / "fid.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+    assert "fid_2k" in (tmp_path / "every" / "index.html").read_text()
+    assert contents(tmp_path / "every")["ckpt.pt"] == contents(run)["ckpt.pt"]
     monkeypatch.delenv("FID_WEIGHTS")
+    assert call("train.py", "--data", folder, "--out", tmp_path / "new", "--fid-every", 5) == 2
+    assert "no network" in capsys.readouterr().err and not (tmp_path / "new").exists()
     assert call("train.py", "--data", folder, "--out", tmp_path / "new", "--eval-fid", 5) == 2
     error = capsys.readouterr().err
     assert "no network" in error and inception.WEIGHTS_URL in error and error.count("\n") == 1
@@ -324,7 +376,7 @@ def test_bad_input_of_fid(fast, weights, folder, run, tmp_path, capsys, monkeypa
         ([folder, "--save-stats", "stats"], "--save-stats stats: the name must end in .npz"),
         ([run / "ckpt.pt", folder], "a checkpoint can only stand at FAKE"),
         ([folder, run / "tokenizer.pt"], "not 'vq-lcmd checkpoint 1'"),
-        ([folder, folder, "--n", 5], "--n, --steps and --guidance are for a checkpoint"),
+        ([folder, folder, "--n", 5], "--n is for a checkpoint at FAKE"),
         ([folder, folder, "--batch", 0], "--batch must be at least 1"),
         ([folder, folder, "--device", "cuda:99"], "is not available here"),
     ]:

@@ -17,8 +17,8 @@ engine/best.py extras/archives.py extras/downloads.py extras/grids.py extras/loc
 data.py extras/data_forms.py extras/data_lmdb.py extras/data_arrays.py extras/toy.py extras/datasets.py
 schedule.py extras/schedule_plot.py embedding_diffusion.py losses.py extras/two_tokens.py
 extras/vqgan_losses.py vqvae.py extras/published_vqgan.py extras/tokenizer_metrics.py
-sample.py extras/meta_count.py extras/price.py
-extras/pictures.py extras/sample_files.py extras/serve.py extras/sample_command.py
+sample.py extras/meta_count.py extras/price.py extras/sampling_options.py
+extras/pictures.py extras/sample_files.py extras/serve.py extras/export.py extras/sample_command.py
 extras/inception.py extras/metrics.py fid.py extras/fid_sources.py extras/fid_command.py
 engine/batches.py engine/tokens.py extras/tokenizer_report.py engine/prepare.py train.py
 """.split()
@@ -86,7 +86,7 @@ def test_the_table_of_lines():
 
 def test_links_lead_somewhere():
     """Every relative link and every file in backquotes of the READMEs is there."""
-    for readme in ["README.md", *files("*/README.md")]:
+    for readme in ["README.md", *files("*/*.md")]:
         text, folder = (HERE / readme).read_text(), (HERE / readme).parent
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
             if "://" not in target:

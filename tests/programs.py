@@ -249,6 +249,28 @@ def test_names_of_other_programs(capsys):
     assert {word for answer in ELSEWHERE.values() for word in re.findall(r"--[a-z-]+", answer)} <= known
 
 
+def test_help_of_every_program(capsys, monkeypatch):
+    """Each ends in examples, whose flags are there; train.py's shows the defaults of the preset that would be taken."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for program in ("train.py", "sample.py", "fid.py", "data.py", "vqvae.py"):
+        assert call(program, "--help") == 0
+        text = capsys.readouterr().out
+        examples = text.split("examples:\n")[1].splitlines()
+        assert len(examples) >= 2 and all(line.startswith("  ") for line in examples), program
+        for line in (line for line in examples if f" {program} " in line):
+            for flag in re.findall(r" (--[a-z-]+)", line.split(program)[1]):
+                assert f"  {flag}" in text or f", {flag}" in text, line
+    for words, preset in (([], "toy"), (["--preset", "64"], "64"), (["--data", "ffhq", "--device", "cpu"], "ffhq"),
+                          (["--data", "x", "--device", "cpu"], "32-cpu"),
+                          (["--data", "mnist", "--device", "cuda"], "mnist"),
+                          (["--data", "x", "--device", "cuda"], None)):
+        assert call("train.py", *words, "--help") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert (f"those of preset {preset}," if preset else "those without a preset:") in text
+        steps = (DEFAULTS | PRESETS.get(preset, {}))["steps"]
+        assert f"training steps of the denoiser; may be raised later (default: {steps})" in text
+
+
 def test_what_may_change_when_a_run_goes_on(folder, run, tmp_path, capsys):
     """Learning rates, the largest gradient and the seed: it goes on, says so, and computes something else."""
     changed = {"lr": 2e-2, "tokenizer_lr": 1e-3, "gan_lr": 1e-3, "clip": 0.5, "seed": 3, "eval_batch": 5}
@@ -302,6 +324,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
     others = ["activation_checkpointing", "compile", "fsdp", "micro_batch",  # see engine_room.py
               "eval_batch",  # see test_eval_batch
+              "fid_every",  # see test_train_evaluates_fid
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
               "stage", "tokenizer", "init", "no_classes"]
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones

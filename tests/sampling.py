@@ -1,6 +1,7 @@
 """sample.py as users run it: every flag, special pictures, files of samples."""
 
 import io
+import shutil
 import socket
 import zipfile
 from unittest import mock
@@ -12,9 +13,13 @@ from PIL import Image
 
 from data import load_image
 from engine.randomness import image_generators
+from engine.run import UserError
+from extras import export as export_module
 from extras import sample_command, sample_files
-from sample import default_labels, load_checkpoint, sample_images
-from tests.common import call, flags, parser_flags, seeded
+from extras.datasets import find
+from extras.sampling_options import class_labels, parse_classes
+from sample import load_checkpoint, sample_images
+from tests.common import HERE, TINY, call, flags, noise, parser_flags, seeded, write_images
 
 
 def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
@@ -31,6 +36,7 @@ def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
                "end": 0.9}
     assert parser_flags("sample.py") == sorted(["classes" if f == "class" else f for f in changed] + [
         "batch", "compile", "device", "out", "interval",
+        "class_counts", "list_classes", "export",  # below
         "grid_of", "trajectory", "inpaint", "mask", "vary", "strength", "interpolate",  # test_special_pictures
         "serve"])  # tests/serving.py
     for name, value in changed.items():
@@ -140,7 +146,7 @@ def test_sample_files(run, tmp_path, capsys):
     """Folder, zip and npz hold the same pixels, those of one batch, interrupted and continued; wrong use is said."""
     words = ["--n", 21, "--batch", 8, "--seed", 3]
     pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
-    labels = default_labels(21, 2)
+    labels = torch.arange(21) % 2
     expected = sample_images(pipeline, labels, seed=3, **pipeline.sampling).permute(0, 2, 3, 1).numpy()
     for name in ("a", "a.zip", "a.npz"):
         real, seen = sample_images, []
@@ -173,3 +179,78 @@ def test_sample_files(run, tmp_path, capsys):
         assert "is there already" in capsys.readouterr().err
     assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.jpg") == 2
     assert "must end in .png, .npz or .zip" in capsys.readouterr().err
+    assert call("sample.py", run / "ckpt.pt", "--class-counts", "even") == 2
+    assert "a grid has rows of one class" in capsys.readouterr().err
+
+
+def test_classes_are_spread_evenly():
+    """For any n no class comes twice more often than another, and more images follow; or as often as in training."""
+    assert np.bincount(class_labels(5000, list(range(1000)))).tolist() == [5] * 1000
+    for n, C in ((1, 3), (7, 12), (500, 1000), (2048, 1000), (50000, 7)):
+        labels = class_labels(n, list(range(C)))
+        counts = np.bincount(labels, minlength=C)
+        assert counts.max() - counts.min() <= 1 and torch.equal(class_labels(n + 5, list(range(C)))[:n], labels)
+    assert class_labels(5, [4, 1]).tolist() == [4, 1, 4, 1, 4]
+    counts = [30, 0, 5, 65]
+    for n in (1, 20, 99, 100, 1000):  # each count is met but for one image
+        found = np.bincount(class_labels(n, [0, 1, 2, 3], counts), minlength=4)
+        assert (abs(found - n * np.array(counts) / 100) < 1).all() and found.sum() == n
+    assert class_labels(4, [3, 0], [10, 99, 99, 30]).tolist() == [3, 3, 3, 0]
+    with pytest.raises(UserError, match="no training image of these classes"):
+        class_labels(4, [1], counts)
+
+
+def test_names_of_classes(run, tmp_path, capsys):
+    """--list-classes; of ImageNet's names either word will do, if it is one class's."""
+    assert call("sample.py", run / "ckpt.pt", "--list-classes") == 0
+    assert capsys.readouterr().out == "   0  cat\n   1  dog\n"
+    names = ["n02012849 crane", "n01440764 tench", "n03126707 crane", "a tench"]
+    assert parse_classes("tench,n01440764, n01440764 tench,a tench,2", names) == [1, 1, 1, 3, 2]
+    for wrong, says in (("crane", r"ambiguous: 0 \(n02012849 crane\), 2"), ("a", "no class 'a'"), ("", "no class ''")):
+        with pytest.raises(UserError, match=says):
+            parse_classes(wrong, names)
+    write_images(tmp_path / "d" / "train", [f"{name[:9]}/{i}.png" for name in names[:2] for i in range(3)], noise(6))
+    assert find(str(tmp_path / "d")).class_names == ["n01440764", "n02012849"]
+    for file, text in (("words.txt", "n01440764\ttench, Tinca tinca\nn02012849\tcrane\nn9\tx\n"),
+                       ("LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\nn02012849 a crane\n")):
+        (tmp_path / file).write_text(text)
+        expected = ["n01440764 tench", "n02012849 crane" if file == "words.txt" else "n02012849 a crane"]
+        assert find(str(tmp_path / "d")).class_names == find(str(tmp_path / "d" / "train")).class_names == expected
+    words = ["--data", tmp_path / "d", "--out", tmp_path / "run", "--stage", "tokenizer", *flags(TINY)]
+    assert call("train.py", *words) == 0 and "tench" in (tmp_path / "run" / "config.json").read_text()
+    for file in ("words.txt", "LOC_synset_mapping.txt"):  # a run goes on with the names that it was begun with
+        (tmp_path / file).unlink()
+    assert call("train.py", *words) == 0 and "tench" in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_export(run, folder, tmp_path, capsys):
+    """A small file that draws the same but for float16's rounding, starts other runs, and is refused as a ckpt.pt."""
+    assert call("sample.py", run / "ckpt.pt", "--export", tmp_path / "a.pt") == 0
+    size = (tmp_path / "a.pt").stat().st_size
+    said = capsys.readouterr().out
+    assert f"{size / 1e6:.2f} MB" in said and size < 0.5 * (run / "ckpt.pt").stat().st_size
+    whole, small = (load_checkpoint(path, torch.device("cpu")) for path in (run / "ckpt.pt", tmp_path / "a.pt"))
+    for part in ("model", "tokenizer"):
+        before, after = (getattr(pipeline, part).state_dict() for pipeline in (whole, small))
+        assert all(after[name].dtype == value.dtype for name, value in before.items())
+        assert all(torch.equal(after[name], value.half().float() if value.is_floating_point() else value)
+                   for name, value in before.items())
+    assert whole.class_names == small.class_names and whole.class_counts == small.class_counts == [19, 19]
+    assert whole.sampling == small.sampling and whole.step == small.step and whole.config == small.config
+    large = export_module.to_half({"a": torch.tensor([1e6]), "b": torch.tensor([1.0]), "n": torch.tensor(3)})
+    assert [value.dtype for value in large.values()] == [torch.float32, torch.float16, torch.int64]
+    assert call("sample.py", tmp_path / "a.pt", "--out", tmp_path / "a.png", "--n", 8) == 0
+    words = ["--data", folder, "--stage", "tokenizer", *flags(TINY)]
+    assert call("train.py", *words, "--out", tmp_path / "b", "--init", tmp_path / "a.pt") == 0
+    assert call("train.py", *words, "--out", tmp_path / "c", "--tokenizer", tmp_path / "a.pt") == 0
+    shutil.copytree(run, tmp_path / "pets")
+    shutil.copy(tmp_path / "a.pt", tmp_path / "pets" / "ckpt.pt")
+    capsys.readouterr()
+    for words, says in ((["train.py", "--data", folder, "--out", tmp_path / "pets", *flags(TINY | {"steps": 10})],
+                         "made by --export and cannot be trained further"),
+                        (["sample.py", run / "ckpt.pt", "--export", tmp_path / "a.pt"], "is there already"),
+                        (["sample.py", run / "tokenizer.pt", "--export", tmp_path / "d.pt"], "give the ckpt.pt"),
+                        (["sample.py", run / "ckpt.pt", "--export", tmp_path / "d.zip"], "must end in .pt")):
+        assert call(*words) == 2 and says in capsys.readouterr().err
+    assert call("sample.py", HERE / "examples" / "toy.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "t.png") == 0
+    assert (HERE / "examples" / "toy.pt").stat().st_size < 3e6
