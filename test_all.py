@@ -390,6 +390,7 @@ from tests.lying_data import *  # noqa: E402, F403
 from tests.lying_files import *  # noqa: E402, F403
 from tests.mishaps import *  # noqa: E402, F403
 from tests.pages import *  # noqa: E402, F403
+from tests.photos import *  # noqa: E402, F403
 from tests.prices import *  # noqa: E402, F403
 from tests.programs import *  # noqa: E402, F403
 from tests.sampling import *  # noqa: E402, F403

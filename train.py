@@ -29,6 +29,7 @@ import torch
 from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
 from engine.best import Best
+from engine.budget import DRAWS, FINAL_DRAWS, choose_steps
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
 from engine.config import parse_arguments, sampling_defaults
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
@@ -49,7 +50,6 @@ from schedule import ShiftedCosine
 from vqvae import tokenizer_step
 
 RESTART_EVERY = 50  # steps of the tokenizer, after which codes that are no longer used restart
-DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, now and then and at the end
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -276,7 +276,7 @@ def main():
         run = prepare(args, held)
         if run is None:
             return
-        config, all_of = run.config, args.stage == "all"
+        config, all_of = choose_steps(run, build_tokenizer, build_denoiser, build_loss, update), args.stage == "all"
         if all_of or args.stage == "tokenizer":
             with on_out_of_memory("choose another --out and lower --tokenizer-batch"):
                 train_tokenizer(run)

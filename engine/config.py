@@ -9,7 +9,8 @@ import math
 import sys
 
 from engine.distributed import choose_device
-from engine.read_back import UserError, expect, read_names, shown
+from engine.presets import PRESETS, choose_preset, suit_number
+from engine.read_back import UserError, expect, shown
 
 OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "size": (int, 32, "pixels a side; images are centre-cropped and resized"),
@@ -94,31 +95,6 @@ CHANGEABLE = {  # when a run goes on: how long, how fast, how often, and what he
     "micro_batch", "eval_batch", "activation_checkpointing", "compile", "fsdp", "lr", "tokenizer_lr", "gan_lr", "clip",
     "seed"}
 
-SHARP = dict(pixel_loss="l1", perceptual=1.0, gan=0.5)  # as in VQGAN; for fewer pixels the squared error does
-LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000,
-             tokenizer_batch=32, D=32, width=768, depth=12, heads=12, steps=400000, batch=96, lr=2e-4, ema_decay=0.9999)
-GREY = dict(size=28, K=256, tokenizer_steps=10000, width=256, depth=6, heads=4, steps=30000)  # 7 x 7 tokens
-PRESETS = {
-    "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
-                embedding_init="codebook", width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
-    "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=32, tokenizer_lr=3e-3,
-                   embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
-    "32": dict(size=32),
-    "64": dict(**SHARP, size=64, f=8, K=1024, tokenizer_width=96),
-    "256": LARGE,
-    "cifar10": dict(size=32, flip=True, steps=100000),
-    "mnist": GREY,
-    "fashion-mnist": GREY,
-    # For one GPU of 24 GB or more (engine/README.md has the price of each). With eight of them: eight times the batch,
-    # twice the learning rate, a quarter of the steps. The smaller sets get a smaller network.
-    "ffhq": LARGE | dict(flip=True, width=512, heads=8, batch=128, steps=300000),
-    "lsun-churches": LARGE | dict(width=512, heads=8, batch=128, steps=300000),
-    "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
-    "imagenet": LARGE | dict(flip=True, K=4096, tokenizer_steps=300000, steps=1000000),
-}
-WIDTHS = ((300000, 768), (50000, 512), (10000, 384), (0, 256))  # training images from which on: width at most
-MOST_PASSES = 500  # over the training images; ffhq takes 549, cifar10 512, the other named sets fewer
-SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
 GROUPS = {  # first option of a group: its title in --help
     "size": "images", "f": "tokenizer", "D": "embeddings and denoiser", "shift": "noise schedule and losses",
     "steps": "optimisation of the denoiser", "micro_batch": "speed and memory; nothing that is trained changes",
@@ -164,6 +140,8 @@ def parse_arguments(names, words=None):
                         "folder of images, a zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--no-classes", action="store_true", help="sub-folders (albums, say) are not classes")
+    parser.add_argument("--no-cache", action="store_true", help="do not keep decoded images in the run directory "
+                        "while the tokenizer trains")
     parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
     parser.add_argument("--preset", choices=list(PRESETS), help="default: by name, or by image size, device and number "
                         "of images. Those of 256 pixels are for one GPU of 24 GB or more; with eight: 8 times --batch, "
@@ -178,6 +156,8 @@ def parse_arguments(names, words=None):
                         "or tokenizer.pt); the sizes must be the same, all else may differ")
     parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth "
                         "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
+    parser.add_argument("--minutes", type=float, metavar="X", help="choose --steps and --tokenizer-steps so that all "
+                        "is done in this time, from the speed that a few steps have here")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
                         "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")
@@ -194,15 +174,6 @@ def parse_arguments(names, words=None):
         if name in OPTIONS:
             add_option(parser, flag(old), name, OPTIONS[name][0], argparse.SUPPRESS)
     return parser.parse_args(words)
-
-
-def choose_preset(dataset, median, on_cpu):
-    """The preset that is taken unless one is asked for, and the one that a GPU would get.
-
-    dataset: name of a published set or None. median: shorter side of the images in pixels.
-    """
-    on_gpu = dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
-    return (on_gpu if dataset and dataset not in SMALL_SETS or not on_cpu else "32-cpu"), on_gpu
 
 
 def preset_for_help(words, names):
@@ -227,22 +198,6 @@ def add_option(parser, word, name, kind, text):
         parser.add_argument(word, dest=name, choices=kind, help=text)
     else:
         parser.add_argument(word, dest=name, type=kind, help=text, metavar="N" if kind is int else "X")
-
-
-def suit_number(config, given, n):
-    """Changes to a preset that was chosen by the size of n training images, so that it suits their number too (ours).
-
-    Few images need no large network, which would learn them by heart, and no thousand passes. Not narrower than 256,
-    not less than a tenth of the preset's steps, nothing that is in given. {option: value}.
-    """
-    width, changes = next(width for least, width in WIDTHS if n >= least), {}
-    if width < config["width"] and not {"width", "heads"} & given.keys():
-        changes = {"width": width, "heads": width // 64}
-    for steps, batch in (("tokenizer_steps", "tokenizer_batch"), ("steps", "batch")):
-        most = max(MOST_PASSES * n // config[batch], config[steps] // 10) // 100 * 100
-        if steps not in given and most < config[steps]:
-            changes[steps] = most
-    return changes
 
 
 def resolve(args, source, device, fixed, by_number=True):
@@ -283,35 +238,9 @@ def check_option(where, name, value):
                                               else ()))
 
 
-def check_stored(path, stored):
-    """The dict of a config.json, if its entries are what train.py writes there; else ReadError."""
-    for name, value in stored.items():
-        if name in OPTIONS:
-            check_option(path, name, value)
-        elif name in ("seed", "train_images", "held_out_images"):
-            expect(f"{path}: {name}", value, int, 0, 1 << 62)
-        elif name in ("data", "lpips", "tokenizer", "init"):
-            expect(f"{path}: {name}", value, str)
-    if "sides" in stored and len(expect(f"{path}: sides", stored["sides"], list)) != 3:
-        raise UserError(f"{path}: sides must be 3 numbers of pixels, are {len(stored['sides'])}")
-    for side in stored.get("sides", ()):
-        expect(f"{path}: sides", side, int, 1, 1 << 30)
-    return stored | ({"classes": read_names(f"{path}: classes", stored["classes"])} if "classes" in stored else {})
-
-
 def sampling_defaults(config):
     """What sample.py does unless it is told otherwise, as the checkpoint stores it."""
     return {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
-
-
-def require_same_run(out, stored, asked):
-    """An existing run is continued as it was begun, but for what is CHANGEABLE; such changes are printed."""
-    for name, value in asked.items():
-        if name in stored and stored[name] != value:
-            if name not in CHANGEABLE:
-                raise UserError(f"{out} was made with {name} {stored[name]}, now {name} is {value}: give another "
-                                "--out, or the old setting to continue it")
-            print(f"{name} was {stored[name]}, from here on it is {value}")
 
 
 def describe_models(config, num_classes, published=None):

@@ -5,6 +5,7 @@ others are fetched, and the run directory is made or recognised. Called by train
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,12 @@ from engine.checkpoint import (
     TOKENIZER_FORMAT,
     digest,
     read_checkpoint,
-    rename,
     restore,
     save_checkpoint,
 )
-from engine.config import check_stored, describe_models, flag, require_same_run, resolve
+from engine.config import describe_models, flag, resolve
 from engine.distributed import all_reduce_max, choose_device, precision, rank_and_world
-from engine.read_back import UserError, printable, read_bytes, read_json, shown
+from engine.read_back import UserError
 from engine.run import (
     catch_signals,
     lock,
@@ -32,11 +32,13 @@ from engine.run import (
     write_atomically,
     write_json,
 )
+from engine.stored import CACHE, keep_promises, read_config, read_skipped, require_same_run, write_skipped
 from engine.tokens import options_of, read_tokenizer
 from extras.data_arrays import TokenFile
 from extras.datasets import find
 from extras.fid_sources import FEW
 from extras.grids import contact_sheet
+from extras.image_cache import load_through_cache, plan_cache
 from extras.inception import find_inception
 from extras.meta_count import chip_of
 from extras.price import advice, estimate, report, summary
@@ -52,7 +54,8 @@ def prepare(args, held):
 
     held: a contextlib.ExitStack that keeps the run directory's lock and page. The run is a namespace with config,
     models, source, load_images() -> (train, held-out) ImageSets, out, seed, device, lpips, inception, init (weights to
-    start from), tokenizer_is_published; micro_batch and eval_batch, which are the config's or what fits the memory; and
+    start from), minutes (None: the steps are known), began (when, by time.monotonic()), tokenizer_is_published;
+    micro_batch and eval_batch, which are the config's or what fits the memory; and
     eval_memory(), a context in which too little memory is a matter of --eval-batch.
     """
     rank, _ = rank_and_world()
@@ -78,7 +81,7 @@ def prepare_one(args, held):
         device = choose_device(args.device)
     if args.chip:  # its presets, too
         device = torch.device("cpu" if args.chip == "cpu" else "cuda")
-    source = find(args.data, args.root)
+    began, source = time.monotonic(), find(args.data, args.root)
     if args.no_classes:
         if isinstance(source, TokenFile):
             raise UserError("--no-classes is for images; these tokens were made with or without classes")
@@ -91,67 +94,44 @@ def prepare_one(args, held):
     if wnids == names and all(WNID.match(name + " ") for name in names):  # with the words of the first start, or none
         source.class_names = stored.get("classes", source.class_names)
     print(source.describe())
-    init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
+    keep_promises(args, stored, out)
+    init = read_init(args.init, stored and out) if args.init and not (out / "ckpt.pt").exists() else {}
     config, models, tokenizer = check_options(args, source, out, device, init, not stored or "by_number" in stored)
+    cached, cache_plan = plan_cache(source, config["size"], out)
     if args.dry_run:
-        print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
+        print("\n".join([*(f"  {flag(name)} {value}" for name, value in config.items()),
+                         *[cache_plan] * bool(cache_plan and not args.no_cache)]))
     price = find_price(args, source, config, models, tokenizer, out, device)
     if args.dry_run:
         return
     lpips, inception, asked = gather_weights(args, source, out, config, tokenizer, stored, device)
     require_same_run(out, stored, asked)
     skipped = read_skipped(out / "skipped.txt") if stored else None
-    load_images = functools.lru_cache(lambda: load(source, config["size"], skipped))  # if a stage needs images at all
+    cached = cached and not stored and not args.no_cache  # made by the first start, when each image is opened anyway
+    load_images = functools.lru_cache(  # if a stage needs images at all
+        lambda: load(source, config["size"], skipped, out / CACHE, cached))
+    if not stored and not args.no_cache and cache_plan:
+        print(cache_plan)
     if rank_and_world()[0] == 0:
         make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held)
     return SimpleNamespace(
         config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed, device=device,
-        lpips=lpips, inception=inception, init=init, tokenizer_is_published="published" in models["tokenizer"],
+        lpips=lpips, inception=inception, init=init, began=began, minutes=None if "minutes" in stored else args.minutes,
+        tokenizer_is_published="published" in models["tokenizer"],
         micro_batch=price.micro_batch, eval_batch=price.eval_batch,
         eval_memory=lambda: on_out_of_memory(f"lower --eval-batch {price.eval_batch}, and the run goes on"))
 
 
-def load(source, size, skipped):
-    """source.load, without labels where --no-classes took the class names away."""
-    sets = source.load(size, skipped)
+def load(source, size, skipped, cache, make):
+    """source.load or its cache, without labels where --no-classes took the class names away."""
+    sets = load_through_cache(source, size, skipped, cache, make)
     for images in sets if not source.class_names else ():
         images.class_names, images.labels = [], torch.zeros_like(images.labels)
     return sets
 
 
 # ----------------------------------------------------------------------------
-# 1. What an earlier start left.
-
-def read_config(out):
-    """What an earlier start of this run was asked for; {} if there was none."""
-    path = out / "config.json"
-    if path.exists():
-        return check_stored(path, rename(read_json(path)))
-    early = ("skipped.txt", "data.png", "config.json", ".lock")  # .part: of a run that was killed
-    if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):
-        raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
-    return {}
-
-
-def read_skipped(path):
-    """skipped.txt -> {title: why not}; None if there is none, that is, if the images were not checked yet."""
-    if path.exists():
-        lines = read_bytes(path, "VQLCMD_MAX_INDEX_BYTES").decode("utf-8", "backslashreplace").splitlines()
-        for number, line in enumerate(lines, 1):
-            if line.count("\t") != 1:
-                raise UserError(f"{path}: line {number} must be a name, a tab and a reason, is "
-                                f"{shown(line)}: take the file away, and give another --out")
-        return dict(line.split("\t") for line in lines)
-
-
-def write_skipped(path, skipped):
-    """One line per image that cannot be used: where it lies, a tab, why not. Empty if all are sound."""
-    path.write_text("".join(f"{printable(title)}\t{printable(reason)}\n" for title, reason in skipped.items()),
-                    encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------
-# 2. Options and sizes.
+# 1. Options and sizes.
 
 def check_options(args, source, out, device, init, by_number):
     """(config, models, content of --tokenizer or None); UserError for what does not fit, before any work."""
@@ -200,7 +180,7 @@ def find_price(args, source, config, models, tokenizer, out, device):
 
 
 # ----------------------------------------------------------------------------
-# 3. Weights of others.
+# 2. Weights of others.
 
 def gather_weights(args, source, out, config, tokenizer, stored, device):
     """(LPIPS or None, file of Inception's weights or None, all that makes this run this run)."""
@@ -211,6 +191,7 @@ def gather_weights(args, source, out, config, tokenizer, stored, device):
     asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
              "classes": source.class_names, "lpips": stored.get("lpips", "none"),
              "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own", "init": args.init or "none",
+             **({"minutes": stored["minutes"]} if "minutes" in stored else {}),
              **({"sides": list(source.sizes())} if has_images else {}), **config}
     if not stored or "by_number" in stored:  # runs of earlier versions keep their size
         asked["by_number"] = True
@@ -235,9 +216,15 @@ def load_lpips(files, device):
     return LPIPS(state).to(device), digest(state)
 
 
-def read_init(name):
-    """{part: state dict} of --init: a run directory, a ckpt.pt (its averaged weights), or a tokenizer.pt."""
+def read_init(name, continued=None):
+    """{part: state dict} of --init: a run directory, a ckpt.pt (its averaged weights), or a tokenizer.pt.
+
+    continued: the directory of a run that was begun with it, whose denoiser has no checkpoint yet.
+    """
     path = Path(name)
+    if continued and not path.exists():
+        raise UserError(f"{continued} was begun with --init {name}, whose weights it needs until its own ckpt.pt is "
+                        "there, and they are gone: put them back, or begin anew in another --out")
     files = [path / "tokenizer.pt", path / "ckpt.pt"] if path.is_dir() else [path]
     states = [read_checkpoint(file, TOKENIZER_FORMAT, CHECKPOINT_FORMAT) for file in files if file.exists() or len(
         files) == 1]
@@ -251,7 +238,7 @@ def read_init(name):
 
 
 # ----------------------------------------------------------------------------
-# 4. The run directory.
+# 3. The run directory.
 
 def make_run_directory(args, source, load_images, models, tokenizer, asked, out, stored, held):
     """Locks it, looks at the images at the first start; writes config.json, the page, a tokenizer that was given."""

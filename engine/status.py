@@ -14,7 +14,10 @@ from engine.checkpoint import save_checkpoint
 from engine.distributed import all_reduce_max, all_reduce_sum, barrier, rank_and_world
 from engine.read_back import UserError, read_bytes, shown
 from engine.run import RunError, leave, stop_asked, write_atomically
+from extras.run_facts import read_columns, seconds_per_step
 from extras.run_page import update_page
+
+TIMES = ("img/s", "seconds")  # columns that differ from run to run; seconds since the stage began, pauses left out
 
 
 def format_metrics(metrics):
@@ -90,6 +93,10 @@ class StatusLog:
         self.since, self.clock, rank = self.step, time.time(), rank_and_world()[0]
         for path in [self.path, *also] if rank == 0 else []:
             trim_rows(path, self.step or -1)
+        # For the time that is left: (step, value) of all rows so far. Seconds go on from those of earlier starts.
+        columns = read_columns(self.path) if rank == 0 else {}
+        self.past = {name: list(columns.get(name, ())) for name in TIMES}
+        self.begun = self.clock - (self.past["seconds"][-1][1] if self.past["seconds"] else 0)
         if self.step:
             print(f"{stage}: continuing at step {self.step:,}")
         self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", leave=False,
@@ -157,14 +164,20 @@ class StatusLog:
         if self.used is not None:
             row["codes"] = int(self.used.sum())
             self.used.zero_()
-        row["img/s"] = round((self.step - self.since) * self.batch / (time.time() - self.clock))
+        now = time.time()
+        row["img/s"] = round((self.step - self.since) * self.batch / (now - self.clock))
+        seconds = {"seconds": f"{now - self.begun:.2f}"}
+        for name in TIMES:
+            self.past[name].append((self.step, float((row | seconds)[name])))
         if self.device.type == "cuda":
             row["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
         if rank_and_world()[0] == 0:
-            append_row(self.path, {"step": self.step} | row)
+            append_row(self.path, {"step": self.step} | row | seconds)
+        left = (self.steps - self.step) * (seconds_per_step(self.past, self.batch) or 0)  # as the page says it
         tqdm.write(f"{self.stage} {self.step:>6,}/{self.steps:,}  "
-                   + "  ".join(f"{name} {value}" for name, value in row.items()))
-        self.checked, self.since, self.clock = [], self.step, time.time()
+                   + "  ".join(f"{name} {value}" for name, value in row.items())
+                   + f"  {tqdm.format_interval(now - self.begun)} gone, {tqdm.format_interval(left)} left")
+        self.checked, self.since, self.clock = [], self.step, now
 
     def save(self, path, content):
         """Writes a checkpoint, if all is finite: content, the step, and what the next status line needs. By all."""

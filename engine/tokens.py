@@ -24,6 +24,7 @@ from engine.distributed import bf16_works
 from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
 from engine.run import leave_if_asked, look_ahead, resumable_array, write_atomically
 from extras.data_arrays import TokenFile, check_rows
+from extras.image_cache import remove_cache
 from extras.published_vqgan import make_tokenizer, read_geometry, read_published
 
 
@@ -142,15 +143,23 @@ def encode_sets(model, train, test, path, device, batch, flip=False):
 
 
 def encode_tokens(run):
-    """Writes tokens.npy of a run, unless it is there: every image encoded, or the tokens that an earlier run made."""
+    """Writes tokens.npy of a run, unless it is there: every image encoded, or the tokens that an earlier run made.
+
+    After that no image is opened again, but for --eval-fid: the cache of decoded images is deleted.
+    """
     path = run.out / "tokens.npy"
     if path.exists():
+        remove_cache(run.out)
         return print(f"tokens: complete ({len(open_tokens(path)):,} images)")
     tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
     if isinstance(run.source, TokenFile):
         copy_tokens(run.source, tokenizer, path)
     else:
-        encode_sets(tokenizer, *run.load_images(), path, run.device, run.eval_batch, run.config["flip"])
+        sets = run.load_images()
+        encode_sets(tokenizer, *sets, path, run.device, run.eval_batch, run.config["flip"])
+        if sets[0].pixels is None:
+            run.load_images.cache_clear()  # a file's space is free once nobody has it open
+    remove_cache(run.out)
     rows = open_tokens(path)
     print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
 

@@ -53,7 +53,8 @@ def contents(out):
     for path in out.iterdir():
         if path.suffix == ".csv":
             with path.open(newline="") as file:
-                found[path.name] = [{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)]
+                found[path.name] = [{k: v for k, v in row.items() if k not in ("img/s", "seconds")}
+                                    for row in csv.DictReader(file)]
         elif path.suffix == ".pt":
             found[path.name] = tensors(torch.load(path, map_location="cpu", weights_only=True))
         elif path.name not in ("index.html", "state.json"):  # how the run was started, and when

@@ -2,11 +2,15 @@
 
     python experiments/loader.py                          speed, about two minutes
     python experiments/loader.py --memory 60000           peak memory of reading 1,000 and 60,000 images
+    python experiments/loader.py --photos 2000            steps/s of a tokenizer on JPEG files of 12 megapixels, with
+                                                          and without the cache of decoded images
 
 Speed: JPEG files of 256 x 256 pixels, made here, are read in four ways, in turn, several times over; the best time of
 each counts. The plain loop is what one writes without thinking about speed: open, convert to RGB, crop, resize with
 LANCZOS, numpy array, in one process. The end of a line says how many cores data.py really had. Memory:
-each count in a process of its own, by the largest resident set.
+each count in a process of its own, by the largest resident set. Photos: 20 files, linked as often as it takes; both
+ways in turn, on a set that is kept out of memory, as one of more than 2 GB of pixels is. "batches alone" has no
+network: what a GPU, whose step is short, would wait for. Processor time does not mind what else the machine does.
 """
 
 import argparse
@@ -22,19 +26,26 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from engine.batches import image_batches
+from engine.config import DEFAULTS, PRESETS, describe_models
+from engine.randomness import generator_for
 from extras.datasets import find
+from extras.image_cache import load_through_cache
+from extras.published_vqgan import make_tokenizer
+from vqvae import tokenizer_step
 
 
-def make_jpegs(n, side=256, seed=0):
-    """Bytes of n JPEG files: smooth noise with some grain, 34 kB each, about as a photograph of that size."""
+def make_jpegs(n, sides=(256, 256), seed=0):
+    """Bytes of n JPEG files: smooth noise with some grain; 34 kB each, about as a photograph of 256 x 256 pixels."""
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        coarse = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).resize((side, side))
-        grain = np.asarray(coarse) + rng.normal(0, 8, (side, side, 3))
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).resize(sides)
+        grain = np.asarray(coarse) + rng.normal(0, 8, (sides[1], sides[0], 3))
         file = io.BytesIO()
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=90)
         yield file.getvalue()
@@ -112,16 +123,69 @@ def read(path):
     print(f"{len(images):6} images in a {'zip   ' if path.endswith('.zip') else 'folder'}: peak {peak:.0f} MB")
 
 
+def photos(args):
+    size, batch, device = args.sizes[0], args.batch, torch.device("cpu")
+    config = DEFAULTS | PRESETS["32-cpu"] | {"size": size, "tokenizer_batch": batch}
+    data.IN_MEMORY_BYTES = 0
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        root = Path(folder, "photos")
+        root.mkdir()
+        for i, content in enumerate(make_jpegs(20, (4000, 3000))):
+            (root / f"{i:06d}.jpg").write_bytes(content)
+        for i in range(20, args.photos):
+            os.link(root / f"{i % 20:06d}.jpg", root / f"{i:06d}.jpg")
+        source, path = find(root), Path(folder, "images.npy")
+        start = time.perf_counter()
+        cached, _ = load_through_cache(source, size, None, path, make=True)
+        seconds = time.perf_counter() - start
+        print(f"{args.photos} JPEG files of 4000 x 3000 pixels to {size}: the cache takes {seconds:.1f} s to make and "
+              f"{path.stat().st_size / 1e9:.2f} GB", flush=True)
+        plain, _ = source.load(size, {})
+        some = np.arange(0, len(plain), max(1, len(plain) // 40))
+        assert torch.equal(plain.batch(some), cached.batch(some))
+        torch.manual_seed(0)
+        model = make_tokenizer(describe_models(config, 0)["tokenizer"])
+        parts = {"tokenizer": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+        def seconds_per_step(images, train, step):
+            batches, times = image_batches(images, config, 0, step, step + args.steps + 1, device), []
+            for i, pixels in enumerate(batches):
+                if train:
+                    tokenizer_step(config, parts, pixels, generator_for(0, "tokenizer", i), 0.5, 1e-4, 1e-4)
+                times.append((time.perf_counter(), time.process_time()))
+            return (np.array(times[-1]) - times[0]) / args.steps
+
+        found = {}
+        for turn in range(args.repeat):
+            for train in (False, True):
+                for name, images in (("decoded", plain), ("cache", cached)):
+                    found.setdefault((train, name), []).append(
+                        seconds_per_step(images, train, turn * (args.steps + 1)))
+        for train, words in ((False, "batches alone"), (True, "with a tokenizer")):
+            (before, used), (after, used_after) = (np.median(found[train, name], 0) for name in ("decoded", "cache"))
+            print(f"  {words}: {1 / before:.2f} steps/s of {batch} images decoded each time, {1 / after:.2f} from the "
+                  f"cache ({before / after:.1f}x); processor time of a step {1e3 * used:.1f} ms and "
+                  f"{1e3 * used_after:.1f} ms ({used / used_after:.1f}x); medians of {args.repeat} turns of "
+                  f"{args.steps} steps")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Speed and memory of reading images.")
     parser.add_argument("--n", type=int, default=1000, help="JPEG files (default: 1000)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256], help="default: 32 64 128 256")
     parser.add_argument("--repeat", type=int, default=5, help="times each way is timed (default: 5)")
     parser.add_argument("--memory", type=int, metavar="N", help="measure memory instead, with 1,000 and N images")
+    parser.add_argument("--photos", type=int, metavar="N", help="measure the cache, with N photographs, at the first "
+                        "of --sizes")
+    parser.add_argument("--batch", type=int, default=32, help="of --photos: images a step (default: 32)")
+    parser.add_argument("--steps", type=int, default=10, help="of --photos: steps a turn (default: 10)")
+    parser.add_argument("--dir", help="of --photos: where the files are made (default: the system's place)")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
         read(args.read)
+    elif args.photos:
+        photos(args)
     elif args.memory:
         memory(args)
     else:

@@ -23,6 +23,7 @@ from engine.read_back import (
 )
 from extras.archives import open_npz, read_idx_array, read_npz_array, read_tar
 from extras.foreign_checkpoint import check_pickle
+from extras.image_cache import FIELDS, SavedImages
 
 
 class Arrays(Source):
@@ -81,6 +82,8 @@ def read_arrays(path):
     try:
         if path.suffix == ".npy":
             loaded = open_npy(path)
+            if loaded.dtype.names == FIELDS:
+                return SavedImages(path, loaded)
             return TokenFile(path, loaded) if loaded.dtype.names else Arrays(path, [(as_images(loaded, path), None)])
         with open_npz(path) as loaded:
             arrays = {name: read_npz_array(loaded, name) for name in loaded.files}

@@ -101,8 +101,16 @@ def stylegan_labels(text, names, where):
 def no_images(where, others):
     endings = sorted({os.path.splitext(name)[1].lower() or os.path.basename(name) for name in others})
     held = f"only files like {printable(', '.join(endings[:4]))}" if endings else "no files"
+    hint = left_out(Counter(os.path.splitext(name)[1].lower() for name in others))
     return DataError(f"no images in {where}: it holds {held}; expected files that end in "
-                     f"{', '.join(sorted(EXTENSIONS))}")
+                     f"{', '.join(sorted(EXTENSIONS))}{'; ' * bool(hint)}{hint}")
+
+
+def left_out(endings):
+    """Counter of endings -> which pictures and films of other kinds are left out, and what to do; or nothing."""
+    found = ", ".join(f"{n:,} {ending}" for ending, n in sorted(endings.items()) if ending in NOT_READ)
+    return found and (f"left out: {found} (convert them to .jpg or .png to train on them, e.g. with ImageMagick: "
+                      "magick mogrify -format jpg FILES)")
 
 
 class Folder(Source):
@@ -133,11 +141,8 @@ class Folder(Source):
             raise no_images(path, others)
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, self.note = arrange(self.names, path)
-        class_names = add_words(class_names, path)
-        pictures = {ending: n for ending, n in endings.items() if ending in NOT_READ}
-        if pictures:
-            left = ", ".join(f"{n:,} {ending}" for ending, n in sorted(pictures.items()))
-            self.note += f"{'; ' * bool(self.note)}left out: {left} (convert them to .jpg or .png to train on them)"
+        class_names, hint = add_words(class_names, path), left_out(endings)
+        self.note += "; " * bool(self.note and hint) + hint
         if os.path.exists(os.path.join(path, "dataset.json")):
             text = read_bytes(Path(path, "dataset.json"), "VQLCMD_MAX_INDEX_BYTES")
             class_names, labels = stylegan_labels(text, self.names, path)
@@ -179,6 +184,8 @@ class Zip(Source):
                                 for m in images], np.int64)
         class_names, labels, train, test, self.note = arrange(self.names, path)
         class_names = add_words(class_names, path)
+        hint = left_out(Counter(os.path.splitext(m.filename)[1].lower() for m in members))
+        self.note += "; " * bool(self.note and hint) + hint
         if labelled is not None:
             class_names, labels = stylegan_labels(labelled, self.names, path)
         super().__init__(path, class_names, labels, train, test)

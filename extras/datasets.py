@@ -17,6 +17,7 @@ from extras.data_forms import Folder, Zip
 from extras.data_lmdb import Lmdb
 from extras.downloads import fetch
 from extras.grids import contact_sheet
+from extras.image_cache import save_for_runs
 from extras.toy import TOY_SIZE, Toy
 
 LSUN = dict(
@@ -196,11 +197,14 @@ def main():
     parser.add_argument("--root", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")
     parser.add_argument("--out", default="data.png", help="the page of images to write")
+    parser.add_argument("--save", type=Path, metavar="FILE.npy", help="decode all images once, at --size, into this "
+                        "file, for train.py --data FILE.npy; the same command again continues")
     args = parser.parse_args()
     with report_errors("data.py", memory_advice="choose a smaller --size"):
         source = find(args.data, args.root)
         print(source.describe())
-        images, _ = source.load(args.size or (TOY_SIZE if source.name == "toy" else 64))
+        size = args.size or (TOY_SIZE if source.name == "toy" else 64)
+        images, _ = save_for_runs(source, args.size, args.save).load(size, {}) if args.save else source.load(size)
         contact_sheet(images, args.out)
         for title, reason in source.skipped.items():
             print(f"cannot be used: {title}: {reason}")

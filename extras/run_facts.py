@@ -7,9 +7,9 @@ import numpy as np
 
 from engine import run as engine_run
 from engine.checkpoint import rename
-from engine.config import check_stored
 from engine.read_back import ReadError, UserError, check_nesting, no_file, read_json
 from engine.run import lock
+from engine.stored import check_stored
 
 LARGEST = 1 << 28  # bytes of a CSV file
 OLD_COLUMNS = {"rank": "effective_rank", "min_dist": "smallest_distance"}  # of earlier versions: their names today
@@ -57,6 +57,19 @@ def last(columns, name):
     return float(curve[-1][1]) if len(curve) else None
 
 
+def seconds_per_step(columns, batch):
+    """Of the last few status lines, with all that happens between them; None before the first.
+
+    columns: "seconds" and "img/s", each rows (step, value). Earlier versions wrote no seconds.
+    """
+    seconds, speeds = columns.get("seconds", ()), columns.get("img/s", ())
+    rows = [*([(0, 0.0)] if len(seconds) == len(speeds) < 6 else []), *seconds[-6:]]
+    if len(rows) > 1:
+        return float(rows[-1][1] - rows[0][1]) / float(rows[-1][0] - rows[0][0])
+    speeds = [float(value) for _, value in speeds[-5:] if value]
+    return batch * sum(1 / speed for speed in speeds) / len(speeds) if speeds and batch else None
+
+
 def read_run(out):
     """What the page shows, as a dict; UserError if this is no run."""
     config = check_stored(out / "config.json", rename(read_object(out / "config.json")))
@@ -72,11 +85,9 @@ def read_run(out):
     encoded = (out / "tokens.npy").exists()
     own = config.get("tokenizer", "own") == "own"
     stage = "diffusion" if encoded else "tokens" if not own or done["tokenizer"] >= steps["tokenizer"] else "tokenizer"
-    speeds = [float(value) for _, value in run.get(stage, {}).get("img/s", [])[-5:] if value]
     batch = config.get({"tokenizer": "tokenizer_batch", "diffusion": "batch"}.get(stage), 0)
-    run |= {"stage": stage, "step": done.get(stage, 0), "steps": steps.get(stage, 0), "per_step": None}
-    if speeds and batch:
-        run["per_step"] = batch * sum(1 / speed for speed in speeds) / len(speeds)  # seconds
+    run |= {"stage": stage, "step": done.get(stage, 0), "steps": steps.get(stage, 0),
+            "per_step": seconds_per_step(run.get(stage, {}), batch)}
     run["complete"] = stage == "diffusion" and bool(run["metrics"]) and done[stage] >= steps[stage]
     told = read_object(out / "state.json")  # of earlier versions there is none
     run["state"] = told["state"] if told.get("state") in ("running", "stopped", "failed") else "ended"

@@ -123,7 +123,7 @@ def curves(run):
                 chart(TITLES.get(name, (name, ""))[0], {name: curve}, TITLES.get(name, ("", ""))[1],
                       log=name not in ("codes", "img/s", "GB", "lr") and "_2k" not in name)
                 for name, curve in columns.items()
-                if columns is not diffusion or name not in both])
+                if name != "seconds" and (columns is not diffusion or name not in both)])
             for words, columns in (("FID-2k and its relatives", run["fid"]), ("embeddings and denoiser", diffusion),
                                    ("the tokenizer", run["tokenizer"])))):
         if any(figures):

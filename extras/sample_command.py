@@ -32,7 +32,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
-    add_sampling_flags(parser, batch="images at a time (default: 256, or fewer if memory is short); images stay the same",
+    add_sampling_flags(parser, batch="images at a time (default: 256, or fewer if memory is short); same images",
                        n="how many images (default: 64, or 8 of each class up to 16 classes; for the special pictures "
                        "below: 8, in each row)")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "

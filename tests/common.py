@@ -31,6 +31,7 @@ import extras.two_tokens
 import train
 from engine import prepare
 from engine import run as engine_run
+from engine.status import TIMES
 
 close = torch.testing.assert_close
 PROGRAMS = {"train.py": train, "sample.py": extras.sample_command, "fid.py": extras.fid_command,
@@ -160,7 +161,7 @@ def contents(out):
     for path in sorted(out.iterdir()):
         if path.suffix == ".csv":
             with path.open(newline="") as file:
-                found[path.name] = [{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)]
+                found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
         elif path.suffix == ".pt":
             found[path.name] = tensors(torch.load(path, weights_only=False))  # our own; and faster
         elif path.name not in ("config.json", "index.html", "state.json"):

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import data
-from engine.prepare import read_skipped
 from engine.run import UserError
+from engine.stored import read_skipped
 from extras.data_forms import Folder
 from extras.datasets import DATASETS, find
 from extras.downloads import DownloadError
@@ -264,7 +264,7 @@ def test_bad_files(memory, tmp_path, capsys, monkeypatch):
     expected = spoil(root, images[0])
     words = ["--data", root, "--out", tmp_path / "out", *flags(TINY)]
     with mock.patch.object(data, "load_image", side_effect=data.load_image) as opened:
-        assert call("train.py", *words) == 0
+        assert call("train.py", *words, "--no-cache") == 0
     text = capsys.readouterr().out
     assert f"15 of 2,000 images (0.75%) cannot be used and are left out: {tmp_path / 'out' / 'skipped.txt'}" in text
     skipped = read_skipped(tmp_path / "out" / "skipped.txt")
@@ -307,7 +307,7 @@ def test_too_many_bad_files(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "1 of 40 images cannot be used, more than 1 %" in error and error.count("\n") == 1
     assert (out / "skipped.txt").read_text() == "cat/00.png\tPermission denied\n"
-    assert {path.name for path in out.iterdir()} == {"skipped.txt", ".lock"}
+    assert {path.name for path in out.iterdir()} == {"skipped.txt", ".lock", "images.npy"}
     assert call("train.py", *words, "--allow-bad") == 0
     assert len(np.load(out / "tokens.npy")) == 39
     monkeypatch.undo()

@@ -26,6 +26,7 @@ from engine.config import TOKENIZER_OPTIONS
 from engine.distributed import init_distributed
 from engine.randomness import batch_indices
 from engine.run import RunError, UserError, lock, look_ahead, on_signal, resumable_array, write_atomically
+from engine.status import TIMES
 from extras.vqgan_losses import PatchDiscriminator
 from tests.common import TINY, call, close, contents, flags, join_processes, piped, start_processes, weights_of
 
@@ -315,7 +316,7 @@ def test_status_lines_of_two_processes(tmp_path):
     rows = []
     for name in ("whole", "stopped"):
         with (tmp_path / name / "tokenizer.csv").open(newline="") as file:
-            rows.append([{k: v for k, v in row.items() if k != "img/s"} for row in csv.DictReader(file)])
+            rows.append([{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)])
     steps = [range(5), range(5, 7)]
     assert rows[0] == rows[1] == [
         {"step": str(s[-1] + 1), "loss": f"{5 + 1 / 3 + np.mean([i ** 2 for i in s]):.5f}",

@@ -10,17 +10,18 @@ from tests.common import HERE
 # All files in order: each imports only what stands before it. What a file runs as a program, under
 # `if __name__ == "__main__"`, may come later.
 ORDER = """
-engine/distributed.py engine/read_back.py engine/run.py engine/randomness.py engine/config.py
-extras/foreign_checkpoint.py engine/checkpoint.py
+engine/distributed.py engine/read_back.py engine/run.py engine/randomness.py engine/presets.py engine/config.py
+extras/foreign_checkpoint.py engine/checkpoint.py engine/stored.py
 extras/page_style.py extras/svg_curves.py extras/run_facts.py extras/run_page.py engine/status.py
 engine/best.py extras/archives.py extras/downloads.py extras/grids.py extras/local_server.py
-data.py extras/data_forms.py extras/data_lmdb.py extras/data_arrays.py extras/toy.py extras/datasets.py
+data.py extras/image_cache.py extras/data_forms.py extras/data_lmdb.py extras/data_arrays.py extras/toy.py
+extras/datasets.py
 schedule.py extras/schedule_plot.py embedding_diffusion.py losses.py extras/two_tokens.py
 extras/vqgan_losses.py vqvae.py extras/published_vqgan.py extras/tokenizer_metrics.py
 sample.py extras/meta_count.py extras/price.py extras/sampling_options.py
 extras/pictures.py extras/sample_files.py extras/serve.py extras/export.py extras/sample_command.py
 extras/inception.py extras/metrics.py fid.py extras/fid_sources.py extras/fid_command.py
-engine/batches.py engine/tokens.py extras/tokenizer_report.py engine/prepare.py train.py
+engine/batches.py engine/tokens.py extras/tokenizer_report.py engine/prepare.py engine/budget.py train.py
 """.split()
 OPTIONAL = {"matplotlib",  # packages that may be imported where they are needed, and what some builds lack
             "torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.distributed.tensor"}

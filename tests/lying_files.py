@@ -22,7 +22,7 @@ import torch
 
 import sample
 from embedding_diffusion import EmbeddingDiffusion
-from engine import prepare, read_back, status, tokens
+from engine import prepare, read_back, status, stored, tokens
 from engine.best import Best
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, digest, load_optimizer, read_newest, restore
 from engine.run import UserError, lock, report_errors, resumable_array, write_atomically
@@ -366,12 +366,12 @@ def test_run_directories_that_lie(tmp_path):
         "steps": entry(steps="8"), "K": entry(K=-1), "norm": entry(norm="x"), "flip": entry(flip=3),
         "classes": entry(classes=3), "class": entry(classes=[["x"]]), "sides": entry(sides=[1]),
         "side": entry(sides=[1, 2, "3"]), "seed": entry(seed=1.5), "data": entry(data=[1]),
-        "images": entry(train_images=-1)}, lambda path: prepare.read_config(path if path.is_dir() else path.parent),
+        "images": entry(train_images=-1)}, lambda path: stored.read_config(path if path.is_dir() else path.parent),
         tmp_path)
     refused({"steps": entry(steps="8"), "classes": entry(classes={"a": 1}), "pipe": pipe("config.json")},
             lambda path: run_facts.read_run(path.parent), tmp_path)
     refused({"no tab": put("skipped.txt", "a.png\n"), "two": put("skipped.txt", "a.png\tb\tc\n"),
-             "escape": put("skipped.txt", NASTY), "pipe": pipe("skipped.txt")}, prepare.read_skipped, tmp_path)
+             "escape": put("skipped.txt", NASTY), "pipe": pipe("skipped.txt")}, stored.read_skipped, tmp_path)
     refused({"no step": put("d.csv", "step,rec\nx,1\n"), "bytes": put("d.csv", b"step,\xff\n"), "pipe": pipe("d.csv"),
              "escape": put("d.csv", "step,rec\n\x1b[31m,1\n"),
              "field": put("d.csv", "step,rec\n1," + "x" * 200_000 + "\n")},
@@ -498,9 +498,9 @@ def test_names_of_others(honest, tmp_path, capsys, monkeypatch):
     assert harmless(said) and "a\\x1b[31m\\u202eb\\n\\t\\x07<i>" in said and "cannot be used: " in said
     source = find(str(folder))
     source.load(8)
-    prepare.write_skipped(tmp_path / "skipped.txt", source.skipped | {NASTY: NASTY})
+    stored.write_skipped(tmp_path / "skipped.txt", source.skipped | {NASTY: NASTY})
     text = (tmp_path / "skipped.txt").read_text().replace("\t", "")
-    assert harmless(text) and len(text.splitlines()) == 2 == len(prepare.read_skipped(tmp_path / "skipped.txt"))
+    assert harmless(text) and len(text.splitlines()) == 2 == len(stored.read_skipped(tmp_path / "skipped.txt"))
     state = edited(honest, "class_names", ["cat", NASTY])
     names = sample.load_checkpoint(saved(state)(tmp_path), CPU).class_names
     assert names == ["cat", read_back.printable(NASTY)]

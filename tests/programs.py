@@ -326,7 +326,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
               "eval_batch",  # see test_eval_batch
               "fid_every",  # see test_train_evaluates_fid
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
-              "stage", "tokenizer", "init", "no_classes"]
+              "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes"]
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
     baseline, names = contents(run), list(CHANGED)
     early, late = names[:names.index("D")], names[names.index("D"):-1]  # only one stage needs them; flip needs both
