@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.distributed import all_reduce_sum, rank_and_world
+from engine.distributed import all_reduce_sum, gather, rank_and_world
 from engine.run import UserError, look_ahead, write_atomically
 from extras.archives import read_statistics
 from extras.inception import WEIGHTS_SHA256
@@ -110,9 +109,9 @@ class Statistics:
 def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
     """One pass of images (a source of extras/fid_sources.py) through the network -> Statistics.
 
-    Each process takes a contiguous share; sums are float64 and meet in one all-reduce, so means and covariances are the
-    same on every process. The next images are read while the network works. keep: at most so many features and logits,
-    spread evenly, are kept, of all processes on process 0; 0 for none.
+    Each process takes a contiguous share (images.share, if the source has one); sums are float64 and meet in one
+    all-reduce, so means and covariances are the same on every process. The next images are read while the network
+    works. keep: at most so many features and logits, spread evenly, are kept, of all processes on process 0; 0: none.
     """
     rank, world = rank_and_world()
     if images.n < 2:
@@ -127,7 +126,7 @@ def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
     widths = {"2048": 2048, "spatial": 17 * 17 * 7}
     sums = {tap: torch.zeros(d + 1, d, dtype=torch.float64, device=exact) for tap, d in widths.items()}
     rows = {"2048": [], "logits_unbiased": []}
-    first, last = images.n * rank // world, images.n * (rank + 1) // world
+    first, last = getattr(images, "share", (images.n * rank // world, images.n * (rank + 1) // world))
     step = max(images.chunk, batch)
     starts = range(first, last, step)
     parts = look_ahead(lambda i: images.read(i, min(i + step, last)), starts)
@@ -142,12 +141,11 @@ def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
             for tap, kept_rows in rows.items():
                 kept_rows.append(torch.cat([t[tap] for t in taps])[chosen].cpu())
             bar.update(len(part))
-    rows = {tap: torch.cat(kept_rows) for tap, kept_rows in rows.items()}
     all_reduce_sum(list(sums.values()))
-    if world > 1:
-        gathered = [None] * world if rank == 0 else None
-        dist.gather_object(rows, gathered)
-        rows = {tap: torch.cat([r[tap] for r in gathered]) for tap in rows} if rank == 0 else rows
+    rows = {tap: torch.cat(kept_rows) for tap, kept_rows in rows.items()}
+    gathered = gather(rows)
+    if rank == 0:
+        rows = {tap: torch.cat([r[tap] for r in gathered]) for tap in rows}
     mean = {tap: total[0] / images.n for tap, total in sums.items()}
     cov = {tap: (total[1:] - images.n * torch.outer(mean[tap], mean[tap])) / (images.n - 1)
            for tap, total in sums.items()}

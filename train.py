@@ -35,7 +35,7 @@ from engine.config import parse_arguments, sampling_defaults
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
-from engine.run import main_process_first, on_out_of_memory, release_signals, report_errors, write_json
+from engine.run import on_out_of_memory, release_signals, report_errors, write_json
 from engine.status import StatusLog, format_metrics, log_bound
 from engine.tokens import encode_tokens, load_tokenizer, read_tokens
 from extras.datasets import DATASETS
@@ -113,9 +113,9 @@ def train_tokenizer(run):
     log.leave_if_stopped()
     draw_reconstructions(run, model, shown, steps)
     with run.eval_memory():
-        metrics = main_process_first(lambda: evaluate_tokenizer(model, test, device, run.lpips, run.eval_batch))
+        metrics = evaluate_tokenizer(model, test, device, run.lpips, run.eval_batch)
     log.save(path, tokenizer_state(run, parts, metrics))
-    if metrics:
+    if rank_and_world()[0] == 0:
         previous(path).unlink(missing_ok=True)
         print(f"tokenizer: {format_metrics(metrics)} on {len(test):,} held-out images; pictures in {run.out}")
 
@@ -282,7 +282,7 @@ def main():
                 train_tokenizer(run)
         if all_of or args.stage == "tokens":
             with run.eval_memory():
-                main_process_first(lambda: encode_tokens(run))
+                encode_tokens(run)
         if all_of or args.stage == "diffusion":
             images = run.micro_batch or config["batch"] // world
             with on_out_of_memory(f"{images} images at once are too many for {run.device}: add --micro-batch "

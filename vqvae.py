@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import all_gather_cat, all_reduce_sum, optimizer_step
+from engine.distributed import all_gather_cat, all_reduce_sum, data_parallel, optimizer_step
 from extras.vqgan_losses import adaptive_weight, hinge_loss
 
 
@@ -266,7 +266,7 @@ def tokenizer_step(config, parts, images, generator, done, lr, gan_lr, lpips=Non
     done: share of the training that is over. lpips: the network of the perceptual loss.
     """
     model, discriminator = parts["tokenizer"].train(), parts.get("discriminator")
-    outputs = model(images, generator)
+    outputs = data_parallel(model)(images, generator)
     x, x_hat = outputs["x"], outputs["x_hat"]
     losses = {"reconstruction": pixel_loss(x, x_hat, config["pixel_loss"])}
     loss = losses["reconstruction"]
@@ -286,7 +286,8 @@ def tokenizer_step(config, parts, images, generator, done, lr, gan_lr, lpips=Non
     losses["norm"] = optimizer_step(loss, model, parts["optimizer"], lr, config["clip"])
     if discriminator is not None and done >= config["gan_start"]:
         discriminator.requires_grad_(True)
-        losses["discriminator"] = hinge_loss(discriminator(x), discriminator(x_hat.detach()))
+        judged = data_parallel(discriminator)
+        losses["discriminator"] = hinge_loss(judged(x), judged(x_hat.detach()))
         losses["discriminator_norm"] = optimizer_step(losses["discriminator"], discriminator,
                                                       parts["discriminator_optimizer"], gan_lr, config["clip"])
     return outputs, losses

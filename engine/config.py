@@ -1,4 +1,5 @@
-"""Options: each has its type, default, range and help in one table; a preset fills what the command line leaves open.
+"""Options: each has its type, default, range and help in one table; a preset (engine/presets.py) fills what the command
+line leaves open.
 
 The one place where a default of the method stands. Called by engine/prepare.py; extras and experiments read DEFAULTS.
 All sizes and step counts are ours, not the paper's.
@@ -8,8 +9,8 @@ import argparse
 import math
 import sys
 
-from engine.distributed import choose_device
-from engine.presets import PRESETS, choose_preset, suit_number
+from engine.distributed import choose_device, rank_and_world
+from engine.presets import GROW, PRESETS, choose_preset, for_gpus, suit_number
 from engine.read_back import UserError, expect, shown
 
 OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
@@ -112,7 +113,7 @@ EXAMPLES = """examples:
   python train.py --data photos --no-classes               your own images, of one kind
   python train.py --data photos --out runs/b --init runs/a       from another run's weights
   python train.py --data ffhq --root /datasets --dry-run   what would be done
-  torchrun --nproc-per-node 8 train.py --data ffhq --root /datasets --batch 1024 --lr 4e-4 --steps 75000"""
+  torchrun --nproc-per-node 8 train.py --data ffhq --root /datasets --gpus-like 8"""
 TOKENIZER_OPTIONS = {"size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
                      "blocks": "tokenizer_blocks", "update": "codebook_update",
                      "distance": "codebook_distance"}  # argument of VQVAE: option
@@ -144,8 +145,10 @@ def parse_arguments(names, words=None):
                         "while the tokenizer trains")
     parser.add_argument("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
     parser.add_argument("--preset", choices=list(PRESETS), help="default: by name, or by image size, device and number "
-                        "of images. Those of 256 pixels are for one GPU of 24 GB or more; with eight: 8 times --batch, "
-                        "twice --lr, 1/4 of --steps")
+                        "of images. Those of 256 pixels are for one GPU of 24 GB or more; with eight: --gpus-like 8")
+    parser.add_argument("--gpus-like", type=int, default=1, metavar="S", help="train as suits S GPUs, on however "
+                        "many: the preset's batches times S, rates times S^(1/3), steps divided by S^(2/3) (8: batch "
+                        "times 8, rate times 2, a quarter of the steps; default: 1)")
     parser.add_argument("--out", help="run directory (default: runs/NAME_OF_DATA)")
     parser.add_argument("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all",
                         help="run only this stage (default: all)")
@@ -215,11 +218,21 @@ def resolve(args, source, device, fixed, by_number=True):
         print(f"preset {preset}: chosen for {source.dataset or 'images'} of {median} pixels on {device.type}{hint} "
               "(--preset)")
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    config = DEFAULTS | PRESETS[preset] | fixed | given
-    if by_size and by_number and (changes := suit_number(config, given, source.counts()[0])):
+
+    def settings(S):
+        config = for_gpus(DEFAULTS | PRESETS[preset] | fixed, S) | given
+        return config, suit_number(config, given, source.counts()[0]) if by_size and by_number else {}
+
+    (config, changes), (_, world) = settings(args.gpus_like), rank_and_world()
+    if changes:
         print(f"  for {source.counts()[0]:,} training images: " + ", ".join(
             f"{flag(name)} {value} instead of {config[name]}" for name, value in changes.items()))
         config |= changes
+    if world > 1 and args.gpus_like == 1 and not given.keys() & GROW.keys():
+        larger, changes = settings(world)
+        print(f"{world} processes share the batch of one GPU and compute what it would; --gpus-like {world} makes more "
+              "use of them, in another training: "
+              + " ".join(f"{flag(name)} {value:g}" for name, value in (larger | changes).items() if name in GROW))
     for name, value in config.items():
         kind = OPTIONS[name][0]
         if kind in (int, float):

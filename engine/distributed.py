@@ -1,5 +1,5 @@
 """One process or many, CPU or GPU: the same program. Plain `python` is one process; under torchrun all of them draw
-the same random numbers, each computes its share of a batch, and gradients are added up.
+the same random numbers, each computes its share of a batch, and gradients are added up while the backward pass runs.
 
 Called by vqvae.py, sample.py, fid.py and train.py. With one process the sums and gathers here do nothing. Two functions
 matter to a reader of the method: optimizer_step and compute_gradient, where the backward passes are.
@@ -12,6 +12,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+PATIENCE = datetime.timedelta(hours=1)  # for the other processes, in a step or between two
+WORK_ALONE = datetime.timedelta(days=1)  # for one that works while the others wait: a look at millions of images
+waiting = {}  # "group": the process group in which they wait so long
 
 ALONE = []  # see as_one_process
 
@@ -19,14 +24,15 @@ ALONE = []  # see as_one_process
 def init_distributed():
     """(rank, number of processes): (0, 1) for plain python; under torchrun the first call joins the others.
 
-    Tensors on GPUs travel by NCCL, those on the CPU by gloo. The others may have to wait for the main process for as
-    long as it encodes the images; if one of them dies, torchrun ends all.
+    Tensors on GPUs travel by NCCL, those on the CPU by gloo. If a process dies, torchrun ends all; if it is stuck, the
+    others give up after PATIENCE.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=datetime.timedelta(days=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
+        waiting["group"] = dist.new_group(backend="gloo", timeout=WORK_ALONE)
     return rank_and_world()
 
 
@@ -80,15 +86,15 @@ def all_reduce_sum(tensors):
         tensor.copy_(total.view_as(tensor))
 
 
-def all_reduce_max(value):
+def all_reduce_max(value, patient=False):
     """The largest value of all processes: of a tensor, in place; or of a whole number, by gloo, so that no GPU waits.
 
-    No process goes on before all have come here.
+    No process goes on before all have come here. patient: one of them may work for hours before it does.
     """
     if rank_and_world()[1] == 1:
         return value
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, waiting["group"] if patient else None)
     return value if isinstance(value, torch.Tensor) else int(tensor)
 
 
@@ -105,15 +111,65 @@ def all_gather_cat(x):
     return torch.cat(parts)
 
 
+def broadcast(value):
+    """What process 0 has, whatever it is, for all."""
+    box = [value]
+    if rank_and_world()[1] > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def gather(value):
+    """A list of what every process has, whatever it is, in their order: for process 0; None for the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values = [None] * world if rank == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 # ----------------------------------------------------------------------------
 # Gradients: all passes, all processes.
 
+class Objective(nn.Module):
+    """The parameters of a module, and a function of them in place of its forward."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def data_parallel(module, function=None):
+    """What to call in place of the module, or of a function of its parameters: with one process, that itself.
+
+    Under torchrun it is DistributedDataParallel around it: in the backward pass each gradient becomes its mean over all
+    processes, and travels, in buckets of 25 MB, while the pass goes on. Made at the first call, and kept at the module
+    (not as a part of it, which its state dict would list).
+    """
+    if rank_and_world()[1] == 1:
+        return function or module
+    made_of, parallel = module.__dict__.get("data_parallel", (None, None))
+    if parallel is None or made_of is not function:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # what follows it, PyTorch 2.6 lacks
+        parallel = nn.parallel.DistributedDataParallel(Objective(module, function) if function else module,
+                                                       broadcast_buffers=False,  # the codebook is equal everywhere
+                                                       gradient_as_bucket_view=True)  # so gradients are stored once
+        module.__dict__["data_parallel"] = function, parallel
+    return parallel
+
+
 def optimizer_step(loss, module, optimizer, lr, clip):
-    """One step of a module down the gradient of a loss, the mean over all processes. Returns the gradient's norm."""
+    """One step of a module down the gradient of a loss, which data_parallel(module) had a part in.
+
+    Over all processes that is the mean of their losses. Returns the gradient's norm.
+    """
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    (loss / rank_and_world()[1]).backward()
-    all_reduce_sum([p.grad for p in module.parameters()])
+    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
     optimizer.step()
     return norm
@@ -128,19 +184,21 @@ def compute_gradient(model, loss_of, noisy_batch, micro_batch, fsdp=False):
     """The gradient of a whole batch, added to the parameters' by as many passes as needed. Returns its terms, (3,).
 
     noisy_batch: of losses.sample_noise. Process r of W takes rows r, r + W, ... of it, micro_batch of them at a time
-    (0: all). The gradients of all processes meet in one all-reduce, after the last pass: for P parameters and a link
-    of b bytes/s that is 8 P / b seconds of waiting per step.
+    (0: all). The gradients of all processes meet during the last pass, while it runs; with fsdp in every pass, because
+    to wait for the last one would take the memory that fsdp is there to save.
     """
     (rank, world), (rows, n_rec, _) = rank_and_world(), noisy_batch
     B = len(rows["x"])
     passes = -(-B // (world * micro_batch)) if micro_batch else 1
     passes = max(1, min(passes, (B - n_rec) // world))  # rows at t > 0 in every one
-    terms = 0
+    loss_of, terms = loss_of if fsdp else data_parallel(model, loss_of), 0
     for i in range(passes):
-        loss, some = loss_of(*shard(*noisy_batch, rank + i * world, passes * world))
-        (loss * world if fsdp else loss).backward()  # FSDP2 takes the mean over processes; we want the sum
+        alone = world > 1 and not fsdp and i + 1 < passes
+        with loss_of.no_sync() if alone else contextlib.nullcontext():
+            loss, some = loss_of(*shard(*noisy_batch, rank + i * world, passes * world))
+            (loss * world if world > 1 else loss).backward()  # the mean over processes is taken; we want the sum
         terms = terms + some
-    all_reduce_sum([terms, *([] if fsdp else (p.grad for p in model.parameters()))])
+    all_reduce_sum([terms])
     return terms
 
 
@@ -164,7 +222,20 @@ def place(model, device, fsdp):
 
 
 def full_state_dict(value):
-    """A tensor, or a dict of dicts of them, whose split tensors are put together, by all processes."""
+    """A tensor of which each process has a part, as a whole, in all of them. A dict of dicts of such tensors, for a
+    checkpoint: whole in process 0 alone, on the CPU, put together one after the other. All processes call this.
+
+    (PyTorch's get_optimizer_state_dict does the same, but files the moments under names; ckpt.pt has numbers, as
+    optimizer.state_dict() gives them, so that one process and many read each other's.)
+    """
     if isinstance(value, dict):
-        return {name: full_state_dict(v) for name, v in value.items()}
+        return {name: full_state_dict(part) if isinstance(part, dict) else whole(part) for name, part in value.items()}
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def whole(value):
+    """An entry of a checkpoint: on the CPU of process 0, if it is split; the others take part and keep nothing."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if rank_and_world()[0] == 0 else None

@@ -21,13 +21,15 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.config import describe_models, flag, resolve
-from engine.distributed import all_reduce_max, choose_device, precision, rank_and_world
+from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
 from engine.read_back import UserError
 from engine.run import (
     catch_signals,
+    in_turns,
     lock,
     main_process_first,
     on_out_of_memory,
+    require_shared,
     user_error,
     write_atomically,
     write_json,
@@ -62,11 +64,15 @@ def prepare(args, held):
     if rank:  # process 0 speaks for all
         sys.stdout = open(os.devnull, "w")
     run = main_process_first(lambda: prepare_one(args, held))
-    run = prepare_one(args, held) if rank else run
-    if run:  # all take as many images at a time as the one with the least memory
-        share = run.config["batch"] // rank_and_world()[1]
-        run.micro_batch, run.eval_batch = (-all_reduce_max(-n) for n in (run.micro_batch or share, run.eval_batch))
-        catch_signals()
+    out = broadcast(run and str(run.out))
+    if out is None:
+        return None
+    require_shared(Path(out))
+    run = in_turns(lambda: run or prepare_one(args, held))
+    share = run.config["batch"] // rank_and_world()[1]
+    # All take as many images at a time as the one with the least memory.
+    run.micro_batch, run.eval_batch = (-all_reduce_max(-n) for n in (run.micro_batch or share, run.eval_batch))
+    catch_signals()
     return run
 
 

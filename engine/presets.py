@@ -1,7 +1,9 @@
-"""Presets: options that belong together, chosen by the images' name or size and cut down to their number.
+"""Presets: options that belong together, chosen by the images' name or size, cut down to their number, grown for GPUs.
 
 All sizes and step counts are ours, not the paper's. Called by engine/config.py, which has the defaults of all options.
 """
+
+from engine.read_back import UserError
 
 SHARP = dict(pixel_loss="l1", perceptual=1.0, gan=0.5)  # as in VQGAN; for fewer pixels the squared error does
 LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, tokenizer_steps=200000,
@@ -18,8 +20,8 @@ PRESETS = {
     "cifar10": dict(size=32, flip=True, steps=100000),
     "mnist": GREY,
     "fashion-mnist": GREY,
-    # For one GPU of 24 GB or more (engine/README.md has the price of each). With eight of them: eight times the batch,
-    # twice the learning rate, a quarter of the steps. The smaller sets get a smaller network.
+    # For one GPU of 24 GB or more (engine/README.md has the price of each); with eight of them, --gpus-like 8. The
+    # smaller sets get a smaller network.
     "ffhq": LARGE | dict(flip=True, width=512, heads=8, batch=128, steps=300000),
     "lsun-churches": LARGE | dict(width=512, heads=8, batch=128, steps=300000),
     "lsun-bedrooms": LARGE | dict(tokenizer_steps=300000, steps=600000),
@@ -27,6 +29,8 @@ PRESETS = {
 }
 WIDTHS = ((300000, 768), (50000, 512), (10000, 384), (0, 256))  # training images from which on: width at most
 MOST_PASSES = 500  # over the training images; ffhq takes 549, cifar10 512, the other named sets fewer
+GROW = {"tokenizer_steps": -2 / 3, "tokenizer_batch": 1, "tokenizer_lr": 1 / 3, "gan_lr": 1 / 3, "steps": -2 / 3,
+        "batch": 1, "lr": 1 / 3}  # --gpus-like S: option: power of S
 SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, which they get on a CPU
 
 
@@ -53,3 +57,16 @@ def suit_number(config, given, n):
         if steps not in given and most < config[steps]:
             changes[steps] = most
     return changes
+
+
+def for_gpus(config, S):
+    """The settings of one GPU as they suit S of them (ours; a guess, not measured).
+
+    The number of processes changes no result, so this is not done by itself where there are S of them: it is asked for,
+    and the run can go on with any number.
+    """
+    if S < 1:
+        raise UserError(f"--gpus-like {S}: must be at least 1")
+    grown = {name: config[name] * S ** power for name, power in GROW.items() if S > 1}
+    return config | {name: float(f"{value:.3g}") if name.endswith("lr") else round(value)
+                     for name, value in grown.items()}

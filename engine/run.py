@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.distributed import all_reduce_max, rank_and_world
+from engine.distributed import all_reduce_max, barrier, broadcast, gather, rank_and_world
 from engine.read_back import UserError, open_npy, printable, regular_file
 
 try:
@@ -75,16 +78,29 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
     except KeyboardInterrupt:
         print(f"{program}: {stopped}", file=sys.stderr)
         message, status = "", 130
+    except dist.DistError as error:
+        message, status = lost(error), 1
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         message, status = f"torch.compile does not work here ({reason}): leave --compile away and go on", 1
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        message, status = lost(error), 1
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     if status:
         if message:
             print(f"{program}: error: {message if status == 2 else printable(message)}", file=sys.stderr)
         sys.exit(status)
+
+
+def lost(error):
+    """The line of a process whose peers are gone: under torchrun one that failed ends them all."""
+    reason = str(error).strip().splitlines()[-1]
+    return (f"process {rank_and_world()[0]} waits for another in vain ({reason}): that one ended, and says why, or was "
+            "stuck; what was saved is kept, and the same command goes on")
 
 
 # ----------------------------------------------------------------------------
@@ -170,7 +186,7 @@ def lock(out):
 
 
 # ----------------------------------------------------------------------------
-# Signals, and work for one process.
+# Signals.
 
 def catch_signals():
     """From now on Ctrl-C and kill end the run after the current step, see stop_asked."""
@@ -197,27 +213,73 @@ def stop_asked():
     return all_reduce_max(max(SIGNALS, default=0))
 
 
-def leave(together=True):
-    """Ends the run after its checkpoint is written, with the shell's status for the signal: 130 or 143."""
-    asked = stop_asked() if together else max(SIGNALS)
+def leave():
+    """Ends the run after its checkpoint is written, with the shell's status for the signal: 130 or 143. By all."""
+    asked = stop_asked()
     tqdm.write("stopped; the same command continues from here")
     sys.exit(128 + asked)
 
 
-def main_process_first(work):
-    """work() by process 0 while the others wait -> its result, None for them. If it fails, it fails for all."""
-    rank, _ = rank_and_world()
-    done, result = 0, None
+# ----------------------------------------------------------------------------
+# Work for some processes, or for all of them in turn.
+
+def all_succeed(work):
+    """work() in every process -> its result. If it fails in one, that one says why, and all end."""
+    failed, result = 1, None
     try:
-        if rank == 0:
-            result, done = work(), 1
+        result, failed = work(), 0
     finally:
-        if not all_reduce_max(done) and rank:
-            sys.exit(1)  # process 0 says why
+        if all_reduce_max(failed, patient=True) and not failed:
+            sys.exit(1)
     return result
 
 
-def leave_if_asked():
-    """Where the main process works alone."""
-    if SIGNALS:
-        leave(together=False)
+def main_process_first(work):
+    """work() by process 0 while the others wait -> its result, None for them. If it fails, it fails for all."""
+    return all_succeed(lambda: work() if rank_and_world()[0] == 0 else None)
+
+
+def in_turns(work):
+    """work() by process 0, then by the first one of every other machine, then by the rest -> its result.
+
+    So each finds what was fetched or written before, whether or not the machines share a home directory.
+    """
+    rank, _ = rank_and_world()
+    turn = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    return [all_succeed(lambda now=now: work() if now == turn else None) for now in range(3)][turn]
+
+
+def require_shared(folder, seconds=60):
+    """Do all processes see the same folder? UserError otherwise. Called by all of them.
+
+    Process 0 writes a new word into its file .lock, and the others must find it there; some file systems take a while.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    word, path, until = broadcast(os.urandom(8).hex()), folder / ".lock", time.monotonic() + seconds
+    if rank == 0:
+        path.write_text(word)
+    barrier()
+    while not (found := path.is_file() and path.read_text() == word) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = gather(socket.gethostname() if not found else None)
+    if all_reduce_max(int(not found)):
+        if rank:  # process 0 says why
+            sys.exit(2)
+        raise UserError(f"{folder} is another directory on {', '.join(sorted(set(filter(None, blind))))}: several "
+                        "machines need a disk in common; give an --out on it, and --data that all can read")
+
+
+def shared_work(items, work):
+    """All processes work on a list that is the same in each; process 0 gets (item, result) of all, in order.
+
+    work: an iterator over some of the items -> an iterator over their results. Process r of W gets items r, r + W, ...
+    Nothing but process 0's files need be seen by all. After Ctrl-C or kill all end at the same item.
+    """
+    rank, world = rank_and_world()
+    results = work(items[rank::world])
+    for start in range(0, len(items), world):
+        if stop_asked():
+            leave()
+        yield from zip(items[start:start + world], gather(next(results, None)) or [], strict=False)

@@ -20,9 +20,9 @@ from engine.checkpoint import (
     read_newest,
 )
 from engine.config import OPTIONS, TOKENIZER_OPTIONS
-from engine.distributed import bf16_works
+from engine.distributed import barrier, bf16_works, broadcast
 from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
-from engine.run import leave_if_asked, look_ahead, resumable_array, write_atomically
+from engine.run import look_ahead, main_process_first, resumable_array, shared_work, write_atomically
 from extras.data_arrays import TokenFile, check_rows
 from extras.image_cache import remove_cache
 from extras.published_vqgan import make_tokenizer, read_geometry, read_published
@@ -110,56 +110,63 @@ def encode_sets(model, train, test, path, device, batch, flip=False):
 
     With flip, all training images follow once more, mirrored. The file appears when all is done; till then a
     .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first stopped. The next images
-    are read while these are encoded.
+    are read while these are encoded. Processes share out the batches, and process 0 writes what all of them found.
     """
     model.eval()
     partial, starts = path.with_suffix(".part.npy"), [0, len(train)][:1 + flip]
     total = len(starts) * len(train) + len(test)
     maker = f"tokenizer {digest(model.state_dict())}"
     dtype = [((maker, "x"), np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
-    rows, todo = resumable_array(partial, dtype, total, lambda rows: rows["label"].fill(-1)), []
+    rows = main_process_first(lambda: resumable_array(partial, dtype, total, lambda rows: rows["label"].fill(-1)))
+    missing, todo = broadcast(None if rows is None else rows["label"] < 0), []
     for dataset, offsets in ((train, starts), (test, [total - len(test)])):
         for first in range(0, len(dataset), batch):
             indices = range(first, min(first + batch, len(dataset)))
             places = [slice(offset + first, offset + indices.stop) for offset in offsets]
-            if any((rows["label"][here] < 0).any() for here in places):
+            if any(missing[here].any() for here in places):
                 todo.append((dataset, indices, places))
     remaining = sum(len(indices) * len(places) for _, indices, places in todo)
-    with tqdm(total=total, initial=total - remaining, desc="tokens", unit="img", disable=None, leave=False) as bar:
-        images_of = look_ahead(lambda item: item[0].batch(item[1]), todo)
-        for (dataset, indices, places), images in zip(todo, images_of, strict=True):
-            leave_if_asked()
+
+    def encode(items):
+        for images in look_ahead(lambda item: item[0].batch(item[1]), items):
             images = images.to(device)
-            for here, oriented in zip(places, (images, images.flip(3)), strict=False):
-                rows["x"][here] = model.encode(oriented).cpu().numpy()
-                rows["test"][here] = dataset is test
-                bar.update(len(images))
+            yield [model.encode(oriented).cpu().numpy().astype(np.uint16)
+                   for oriented in (images, images.flip(3))[:len(starts)]]
+
+    with tqdm(total=total, initial=total - remaining, desc="tokens", unit="img", leave=False,
+              disable=None if rows is not None else True) as bar:
+        for (dataset, indices, places), tokens in shared_work(todo, encode):
+            for here, x in zip(places, tokens, strict=False):
+                rows["x"][here], rows["test"][here] = x, dataset is test
+                bar.update(len(x))
             rows.flush()  # tokens are on the disk before the labels say so, whatever happens in between
             for here in places:
                 rows["label"][here] = dataset.labels[indices.start:indices.stop].numpy()
-    rows.flush()
-    del rows
-    partial.replace(path)
+    if rows is not None:
+        rows.flush()
+        del rows
+        partial.replace(path)
 
 
 def encode_tokens(run):
     """Writes tokens.npy of a run, unless it is there: every image encoded, or the tokens that an earlier run made.
 
-    After that no image is opened again, but for --eval-fid: the cache of decoded images is deleted.
+    All processes call this. After it only --eval-fid opens images: the cache of decoded ones is deleted.
     """
     path = run.out / "tokens.npy"
-    if path.exists():
-        remove_cache(run.out)
+    if broadcast(path.exists()):
+        main_process_first(lambda: remove_cache(run.out))
         return print(f"tokens: complete ({len(open_tokens(path)):,} images)")
     tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
     if isinstance(run.source, TokenFile):
-        copy_tokens(run.source, tokenizer, path)
+        main_process_first(lambda: copy_tokens(run.source, tokenizer, path))
     else:
         sets = run.load_images()
         encode_sets(tokenizer, *sets, path, run.device, run.eval_batch, run.config["flip"])
         if sets[0].pixels is None:
             run.load_images.cache_clear()  # a file's space is free once nobody has it open
-    remove_cache(run.out)
+    barrier()  # it is written
+    main_process_first(lambda: remove_cache(run.out))
     rows = open_tokens(path)
     print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
 

@@ -108,11 +108,11 @@ def there_and_back(network, *inputs, gradient):
 
 
 def training_step(setup, *, fused=True, bf16=None, attention=None, compiled=False, recompute=False, **changed):
-    """What train.py does in a step: random numbers, all losses, gradient, clipping, AdamW, EMA."""
+    """What train.py does in a step: random numbers, all losses, gradient, clipping, AdamW, EMA. compiled: or a mode."""
     model, config = setup.model, setup.config | changed
     loss_of = functools.partial(training_loss, model, model, setup.schedule, **{
         name: config[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")})
-    loss_of = torch.compile(loss_of) if compiled else loss_of
+    loss_of = torch.compile(loss_of, mode=compiled if isinstance(compiled, str) else None) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0, fused=fused,
                                   foreach=False)
     options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from engine.distributed import choose_device, init_distributed, precision, rank_and_world
-from engine.run import main_process_first, report_errors, user_error, write_json
+from engine.run import in_turns, report_errors, user_error, write_json
 from extras.fid_sources import Decoded, Samples, cached_statistics, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
 from extras.sampling_options import OPTIONAL, add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
@@ -57,8 +57,7 @@ def run(args, rank):
             print(f"{word} does not say how images were resized for it; taken as --resize {args.resize}")
     network = None
     if any(source for _, source, _ in sides):
-        path = main_process_first(lambda: find_inception(args.weights))  # downloads, if need be
-        network = load_inception(path or find_inception(args.weights), device, args.resize)
+        network = load_inception(in_turns(lambda: find_inception(args.weights)), device, args.resize)  # may download
     measured = [measure_side(word, side, network, args, is_real=i == 0)
                 for i, (word, side) in enumerate(zip(words, sides, strict=True))]
     if rank != 0:
@@ -83,7 +82,7 @@ def measure_side(word, side, network, args, is_real):
     if source is None:
         return statistics
     keep = args.features if is_real else MAX_KEPT
-    if is_real and isinstance(source, Decoded):
+    if is_real and isinstance(source, Decoded) and rank_and_world()[1] == 1:  # of several, each has a part of the set
         result, path = cached_statistics(source.dataset, network, args.batch, keep)
         if rank_and_world()[0] == 0:
             print(f"{word}: statistics in {path}")

@@ -3,6 +3,7 @@ statistics. A source has n, chunk (images to read at a time) and read(i, j) -> t
 (j - i, 3, H, W) or a list of (3, H, W); it is read forwards only. Called by fid.py's command line and train.py.
 """
 
+import copy
 import hashlib
 import zipfile
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from engine.distributed import barrier, rank_and_world
+from engine.distributed import barrier, broadcast, gather, rank_and_world
 from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
-from engine.run import write_json
+from engine.run import main_process_first, write_json
 from engine.status import append_row, format_metrics
 from extras.archives import open_npz
 from extras.datasets import DATASETS, find
@@ -75,7 +76,7 @@ class Array:
 
 
 class Decoded:
-    """A data.ImageSet."""
+    """A data.ImageSet that all processes have."""
 
     chunk = 256
 
@@ -84,6 +85,24 @@ class Decoded:
 
     def read(self, i, j):
         return self.dataset.batch(range(i, j))
+
+
+class Training(Decoded):
+    """The training images of a source of data.py, as training reads them. Processes share out the decoding: each has a
+    part of them, the images share[0] ... share[1] - 1 of n, and the labels of all."""
+
+    def __init__(self, source, size):
+        rank, world = rank_and_world()
+        if world > 1:  # a part of the source: every image is looked at once
+            source = copy.copy(source)
+            source.train, source.test = np.array_split(source.train, world)[rank], source.test[:64]
+        super().__init__(source.load(size)[0])
+        labels = broadcast(gather(self.labels))
+        ends = np.cumsum([0, *map(len, labels)]).tolist()
+        self.share, self.n, self.labels = (ends[rank], ends[rank + 1]), ends[-1], torch.cat(labels)
+
+    def read(self, i, j):
+        return super().read(i - self.share[0], j - self.share[0])
 
 
 class Samples:
@@ -105,19 +124,25 @@ def cached_statistics(dataset, network, batch=None, keep=REAL_KEPT):
     """Statistics of a data.ImageSet, measured once and then found again in torch's cache; and in which file, a Path.
 
     What they are of is recognised by the pixels of all images, or of 4,096 where the set is decoded as it is read.
-    keep: so many features are kept, for KID, precision and recall.
+    keep: so many features are kept, for KID, precision and recall. Process 0 looks for them, for all: machines may have
+    caches of their own.
     """
+    path = main_process_first(lambda: cache_of(dataset, network, keep))
+    found = broadcast(Statistics.load(path) if path and path.exists() else None)
+    if found is None:
+        found = measure(Decoded(dataset), network, batch, keep, name="FID, training images")
+        if rank_and_world()[0] == 0:
+            found.save(path)
+    return found, path
+
+
+def cache_of(dataset, network, keep):
+    """The file for cached_statistics."""
     some = range(len(dataset)) if dataset.pixels is not None else np.linspace(0, len(dataset) - 1, 4096).astype(int)
     digest = hashlib.sha256(f"{WEIGHTS_SHA256} {network.resize} {len(dataset)} {keep}".encode())
     for i in range(0, len(some), 256):
         digest.update(dataset.batch(some[i:i + 256]).numpy().tobytes())
-    path = Path(torch.hub.get_dir()).parent / "vq-lcmd" / f"fid-{digest.hexdigest()[:16]}.npz"
-    if path.exists():
-        return Statistics.load(path), path
-    found = measure(Decoded(dataset), network, batch, keep, name="FID, training images")
-    if rank_and_world()[0] == 0:
-        found.save(path)
-    return found, path
+    return Path(torch.hub.get_dir()).parent / "vq-lcmd" / f"fid-{digest.hexdigest()[:16]}.npz"
 
 
 def score_samples(run, pipeline, n):
@@ -186,7 +211,7 @@ def open_side(word, root, size, trained_on):
     source = find(word, root)
     if trained_on or word in ("toy", *DATASETS):
         size = size or source.sizes()[1]
-        train, _ = source.load(size)
-        return None, Decoded(train), f"{len(train):,} training images, cropped and resized to {size} px"
+        source = Training(source, size) if hasattr(source, "train") else Decoded(source.load(size)[0])
+        return None, source, f"{source.n:,} training images, cropped and resized to {size} px"
     source = Pictures(source, size)
     return None, source, f"{source.n:,} images, " + (f"cropped and resized to {size} px" if size else "as they are")

@@ -167,7 +167,7 @@ def fitting_batch(pipeline, most):
 
 
 def share_out(result, world, fsdp):
-    """The peak of one process of many: gradients on their way to the others, or its share of what FSDP splits."""
+    """The peak of one process of many: with the buckets where gradients stay, or with its share of what FSDP splits."""
     for kind in KINDS[:4] if fsdp else ():
         result.peak[kind] /= world
     if world > 1 and not fsdp:

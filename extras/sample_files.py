@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine.checkpoint import digest
-from engine.distributed import barrier, rank_and_world
-from engine.run import resumable_array, write_atomically
+from engine.distributed import broadcast
+from engine.run import main_process_first, resumable_array, shared_work, write_atomically
 from sample import sample_images
 
 
@@ -20,32 +20,35 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
     """Image i of labels (n,) as it is, for measuring: a folder or .zip of 000000.png ..., or an .npz as ADM's.
 
     The .npz holds arr_0 (n, H, W, 3) uint8 and arr_1 (n,), the labels. Till all is done the images lie in OUT.part.npy,
-    with a mark for each, so that the same command goes on where it was stopped; processes share out the batches.
+    with a mark for each, so that the same command goes on where it was stopped. Processes share out the batches, and
+    process 0 writes what all of them drew.
     """
-    (rank, world), n, (h, w) = rank_and_world(), len(labels), (pipeline.tokenizer.size,) * 2
+    n, (h, w) = len(labels), (pipeline.tokenizer.size,) * 2
     part = out.with_name(out.name + ".part.npy")
     made = digest(pipeline.model.state_dict() | {"labels": labels}) + f" seed {seed} {settings}"
     dtype = [((made, "image"), np.uint8, (h, w, 3)), ("drawn", bool)]
-    if rank == 0:
+
+    def begin():
         out.parent.mkdir(parents=True, exist_ok=True)
-        resumable_array(part, dtype, n)  # zeros: nothing is drawn yet
-    barrier()
-    rows = resumable_array(part, dtype, n)
-    with tqdm(total=n, initial=int(rows["drawn"].sum()), desc="sampling", unit="img",
-              disable=True if rank else None) as bar:
-        for start in range(rank * batch, n, world * batch):
-            here = slice(start, min(start + batch, n))
-            if rows["drawn"][here].all():
-                continue
-            images = sample_images(pipeline, labels[here], seed=seed, first=start, batch=batch, show_progress=False,
-                                   **settings)
-            rows["image"][here] = images.permute(0, 2, 3, 1).numpy()
+        return resumable_array(part, dtype, n)  # zeros: nothing is drawn yet
+
+    def draw(starts):
+        for start in starts:
+            yield sample_images(pipeline, labels[start:start + batch], seed=seed, first=start, batch=batch,
+                                show_progress=False, **settings).permute(0, 2, 3, 1).numpy()
+
+    rows = main_process_first(begin)
+    drawn = broadcast(None if rows is None else np.array(rows["drawn"]))
+    todo = [start for start in range(0, n, batch) if not drawn[start:start + batch].all()]
+    with tqdm(total=n, initial=int(drawn.sum()), desc="sampling", unit="img", disable=None if rows is not None else
+              True) as bar:
+        for start, images in shared_work(todo, draw):
+            rows["image"][start:start + batch] = images
             rows.flush()  # the images are on the disk before the marks say so
-            rows["drawn"][here] = True
-            bar.update(len(images) * world)
-    rows.flush()
-    barrier()
-    if rank == 0:
+            rows["drawn"][start:start + batch] = True
+            bar.update(len(images))
+    if rows is not None:
+        rows.flush()
         pack(rows["image"], labels.numpy(), out)
         part.unlink()
 

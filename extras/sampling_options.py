@@ -21,7 +21,8 @@ OPTIONAL = ("steps", "guidance", "sampler", "temperature", "interval", "end")  #
 
 def add_sampling_flags(parser, n, batch):
     """--n to --compile, for both programs. n, batch: their help."""
-    parser.add_argument("--n", type=int, help=n)
+    parser.add_argument("--n", "--samples", type=int, metavar="N", help=f"{n}; under torchrun say --samples, for it "
+                        "takes --n to be its own")
     parser.add_argument("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
     parser.add_argument("--guidance", type=float, metavar="OMEGA", help="how strongly images are pushed towards their "
                         "class: 0 not at all; the cfg-scale of DiT is 1 + OMEGA (default: in the checkpoint)")

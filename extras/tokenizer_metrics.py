@@ -6,6 +6,7 @@ Called by train.py at the end of stage 1 and by extras/tokenizer_report.py.
 import torch
 import torch.nn.functional as F
 
+from engine.distributed import all_reduce_sum, rank_and_world
 from vqvae import to_float
 
 
@@ -46,11 +47,12 @@ def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
     """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by a network LPIPS.
 
     PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
-    SSIM, LPIPS: means over the images.
+    SSIM, LPIPS: means over the images. Processes share out the batches, and all return the same.
     """
     model.eval()
+    rank, world = rank_and_world()
     squared_error, similar, perceived, counts = 0.0, 0.0, 0.0, torch.zeros(model.K, dtype=torch.int64)
-    for start in range(0, len(dataset), batch):
+    for start in range(rank * batch, len(dataset), world * batch):
         images = dataset.batch(range(start, min(start + batch, len(dataset)))).to(device)
         tokens = model.encode(images)
         decoded = model.decode(tokens)
@@ -60,6 +62,10 @@ def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
             perceived += sum(float(lpips(to_float(a), to_float(b)).sum())
                              for a, b in zip(images.split(16), decoded.split(16), strict=True))
         counts += torch.bincount(tokens.flatten(), minlength=model.K).cpu()
+    sums = torch.tensor([squared_error, similar, perceived], dtype=torch.float64)
+    all_reduce_sum([sums])
+    all_reduce_sum([counts])
+    squared_error, similar, perceived = sums.tolist()
     mse = squared_error / (len(dataset) * 3 * model.size ** 2)
     psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
     usage, perplexity = usage_and_perplexity(counts)

@@ -6,10 +6,14 @@ import itertools
 import json
 import os
 import re
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import baselines
 import compare
+import first_hour
+import in_parts
 import markov_chain
 import numpy as np
 import pytest
@@ -20,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from embedding_diffusion import EmbeddingDiffusion
+from engine.config import PRESETS
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, parser_flags, seeded
+from vqvae import VQVAE
 
 
 def test_speed_program(capsys, monkeypatch):
@@ -41,6 +47,50 @@ def test_speed_program(capsys, monkeypatch):
     small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
     output_prior = 2 * 16 * (4 + 1) * 8  # an in-place product, which PyTorch does not count
     assert counter.get_total_flops() - small + output_prior == speed.forward_flops(model)
+
+
+PART = """
+import json, sys, time
+out, part = sys.argv[2], sys.argv[6]
+if part == "slow":
+    time.sleep(60)
+rows = [{"what": "error", "found": "0.5", "predicted": "at most 1", "good": part == "fine"}]
+json.dump({"findings": rows}, open(f"{out}/{part}.json", "w"))
+if part == "wrong":
+    sys.exit("first\\nno disk")
+"""
+
+
+def test_in_parts(monkeypatch, tmp_path, capsys):
+    """Each part in a process of its own: one is as predicted, one fails, one takes too long. The same command tries
+    again what was not complete; what was not as predicted stands at the top of the report."""
+    def started(*words):
+        again.reset_mock()
+        program = [tmp_path / "parts.py", "--out", tmp_path, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*map(str, program), *words])
+        in_parts.main("Hours on", dict.fromkeys(("fine", "wrong", "slow")), "")
+        return [call.args[1] for call in again.mock_calls], (tmp_path / "report.md").read_text()
+
+    (tmp_path / "parts.py").write_text(PART)
+    with mock.patch.object(in_parts, "run_part", side_effect=in_parts.run_part) as again:
+        tried, text = started("--skip", "slow")
+        top, parts = text.split("## fine")
+        assert tried == ["fine", "wrong"] and "# Hours on a CPU\n\n**This is a CPU: everything is tiny" in top
+        assert ("## Not as predicted: 2\n\n* wrong: error: **0.5**, predicted at most 1\n* wrong ended early: no disk\n"
+                "\nAs predicted: 1 of 2. Not run: slow.\n") in top and "| error | 0.5 | at most 1 | yes |" in parts
+        tried, text = started("--limit", "0.1", "--only", "fine", "slow")
+        assert tried == ["slow"] and "* slow ended early: it took more than --limit 0.1 seconds" in text
+        assert started("--only", "fine", "--again")[0] == ["fine"]
+
+
+def test_first_hour_part(monkeypatch):
+    """Tokens of a GPU that rounds wrongly are found out."""
+    here = SimpleNamespace(device=torch.device("cpu"), tiny=True)
+    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"] | {"tokenizer_width": 16, "K": 9})
+    assert [row["good"] for row in first_hour.tokens(here)] == [True, True]
+    real = VQVAE.encode
+    monkeypatch.setattr(VQVAE, "encode", lambda model, x: real(model, x) // (1 + model.bf16))
+    assert [row["good"] for row in first_hour.tokens(here)] == [True, False]
 
 
 @pytest.mark.parametrize("kind", baselines.KINDS)

@@ -306,6 +306,27 @@ def test_two_processes_share_the_work(weights, tmp_path):
     assert said == [2, 0]  # FID and sFID, printed once
 
 
+@pytest.mark.parametrize("bad", [[], ["cat/00.png", "dog/deep/03.Bmp"]])
+def test_training_images_in_two_parts(bad, folder, tmp_path, monkeypatch):
+    """Two processes decode a half each, and together have what one has: the images that can be used, in their order."""
+    shutil.copytree(folder, tmp_path / "pets")
+    for name in bad:
+        (tmp_path / "pets" / name).write_bytes(b"no image")
+    expected, _ = find(tmp_path / "pets").load(8)
+    whole = fid_sources.Training(find(tmp_path / "pets"), 8)
+    assert whole.share == (0, len(expected)) and torch.equal(whole.read(3, 9), expected.batch(range(3, 9)))
+    labels, parts = [], []
+    for gather in (lambda value: labels.append(value) or [value] * 2), lambda _: labels:  # first they tell, then hear
+        monkeypatch.setattr(fid_sources, "gather", gather)
+        for rank in range(2):
+            monkeypatch.setattr(fid_sources, "rank_and_world", lambda rank=rank: (rank, 2))
+            parts.append(fid_sources.Training(find(tmp_path / "pets"), 8))
+    one, two = parts[2:]
+    assert one.n == two.n == len(expected) and one.share[1] == two.share[0] and two.share[1] == one.n
+    assert torch.equal(torch.cat([part.read(*part.share) for part in (one, two)]), expected.batch(range(one.n)))
+    assert torch.equal(one.labels, expected.labels) and len(one.dataset) < len(expected)
+
+
 def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
     """--eval-fid: the scores of fid.py join metrics.json; training statistics are measured once; no weights, no run."""
     shutil.copytree(run, tmp_path / "run")

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import train
+from engine import config
 from engine.config import DEFAULTS, ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
 from engine.tokens import load_tokenizer
 from extras import run_page
@@ -172,7 +173,7 @@ def test_presets(preset, tmp_path, monkeypatch, capsys):
     size = side if side < 256 else 64  # 256 pixels take as long as all else together, and no other path
     assert call("train.py", *words, "--size", size) == 0
     assert np.load(tmp_path / "run" / "tokens.npy")["x"].shape[1] == expected * size ** 2 // side ** 2
-    source, args = find(str(name), tmp_path), SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS))
+    source, args = find(str(name), tmp_path), SimpleNamespace(preset=None, gpus_like=1, **dict.fromkeys(OPTIONS))
     for device in ("cpu", "cuda"):
         by_size = "32-cpu" if device == "cpu" else preset
         chosen = by_size if root != tmp_path or preset in SMALL_SETS else preset
@@ -309,6 +310,29 @@ def test_eval_batch(folder, run, tmp_path):
         assert all(a[name] == pytest.approx(b[name], rel=1e-5) for name in ("effective_rank", "smallest_distance"))
 
 
+def test_gpus_like(folder, capsys, monkeypatch):
+    """--gpus-like changes the preset, not what was given; many processes alone change nothing, but say what would."""
+    def resolved(*words):
+        capsys.readouterr()
+        assert call("train.py", "--data", folder, "--preset", "ffhq", "--dry-run", *words) == 0
+        text = capsys.readouterr().out
+        return dict(re.findall(r"^  --(\S+) (.*)$", text, re.M)), text
+
+    one, said = resolved()
+    eight, _ = resolved("--gpus-like", 8, "--gan-lr", 3e-4)
+    assert {name: value for name, value in eight.items() if value != one[name]} == {
+        "tokenizer-steps": "50000", "tokenizer-batch": "256", "tokenizer-lr": "0.0008", "gan-lr": "0.0003",
+        "steps": "75000", "batch": "1024", "lr": "0.0004"}
+    two, _ = resolved("--gpus-like", 2)
+    assert (two["batch"], two["steps"], two["lr"]) == ("256", "188988", "0.000252")
+    assert "processes share" not in said and call("train.py", "--data", folder, "--gpus-like", 0) == 2
+    monkeypatch.setattr(config, "rank_and_world", lambda: (0, 8))
+    same, said = resolved()
+    assert same == one and "8 processes share the batch of one GPU" in said
+    assert "in another training: --gan-lr 0.0004 --tokenizer-steps 50000 --tokenizer-batch 256" in said
+    assert "processes share" not in resolved("--lr", 1e-4)[1] + resolved("--gpus-like", 4)[1]
+
+
 CHANGED = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
     codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
@@ -326,7 +350,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
               "eval_batch",  # see test_eval_batch
               "fid_every",  # see test_train_evaluates_fid
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
-              "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes"]
+              "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes", "gpus_like"]  # see test_gpus_like
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
     baseline, names = contents(run), list(CHANGED)
     early, late = names[:names.index("D")], names[names.index("D"):-1]  # only one stage needs them; flip needs both
