@@ -19,12 +19,13 @@ import losses
 import sample
 import train
 import vqvae
-from data import ImageSet, Source
+from data import DataError, ImageSet, Source
 from embedding_diffusion import Block, EmbeddingDiffusion, sincos_2d
 from engine import distributed
 from engine.batches import image_batches
 from engine.config import DEFAULTS
 from engine.randomness import generator_for, image_generators
+from engine.tokens import TokenDataset
 from extras.datasets import find
 from extras.toy import Toy, draw_toy
 from extras.vqgan_losses import PatchDiscriminator
@@ -213,6 +214,50 @@ def test_noise_of_a_batch():
 
 # ----------------------------------------------------------------------------
 # The denoiser as it is made.
+
+def denoiser_by_hand(model, z, log_snr, labels, mask):
+    """log p (B, N, K), position by position as the formulas say."""
+    def linear(layer, h):
+        return h @ layer.weight.T + layer.bias
+
+    def normed(h):
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    def silu(h):
+        return h * h.sigmoid()
+
+    table, alpha, variance = table_of(model), log_snr.sigmoid().sqrt()[:, None, None], (-log_snr).sigmoid()
+    distance = (z[:, :, None] - (alpha * table)[:, None]).square().sum(-1)                     # (B, N, K)
+    evidence = -distance / 2 / variance[:, None, None]
+    h = linear(model.input, torch.cat([z, evidence.softmax(-1) @ table], -1))
+    h = torch.where(mask[..., None], model.mask_embedding, h) + model.position
+    angles = log_snr[:, None] * torch.linspace(math.log(0.01), math.log(4), 64).exp()
+    c = linear(model.log_snr_mlp[2], silu(linear(model.log_snr_mlp[0], torch.cat([angles.sin(), angles.cos()], 1))))
+    c = silu(c + model.class_embedding.weight[labels])
+    for block in model.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(block.modulation, c)[:, None].chunk(6, -1)
+        parts = linear(block.qkv, normed(h) * (1 + scale1) + shift1).chunk(3, -1)
+        heads = []
+        for q, k, v in zip(*(part.chunk(block.heads, -1) for part in parts), strict=True):
+            q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+                    for x, norm in ((q, block.q_norm), (k, block.k_norm)))
+            heads.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
+        h = h + gate1 * linear(block.proj, torch.cat(heads, -1))
+        hidden = linear(block.mlp[0], normed(h) * (1 + scale2) + shift2)
+        hidden = hidden / 2 * (1 + ((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden ** 3)).tanh())
+        h = h + gate2 * linear(block.mlp[2], hidden)
+    shift, scale = linear(model.final_modulation, c)[:, None].chunk(2, -1)
+    return (linear(model.head, normed(h) * (1 + scale) + shift) + evidence * ~mask[..., None]).log_softmax(-1)
+
+
+def test_the_network_by_hand():
+    """A denoiser with random weights, class, noise level, dropped positions and all, in float64."""
+    model = small_model(num_classes=2, grid=(2, 3), depth=2)
+    z, log_snr = torch.randn(4, 6, 4, dtype=torch.float64, generator=seeded(1)), f64(-6, -1, 0, 4)
+    labels, mask = torch.tensor([0, 1, 2, 1]), torch.rand(4, 6, generator=seeded(2)) < 0.3
+    found = model(z, log_snr, labels, mask=mask).log_softmax(-1)
+    close(found, denoiser_by_hand(model, z, log_snr, labels, mask), rtol=0, atol=1e-9)
+
 
 def test_a_new_denoiser():
     """Every block is the identity, the output uniform, and positions are sines and cosines of row and column."""
@@ -484,7 +529,34 @@ def test_a_step_of_two_processes(monkeypatch):
 
 
 # ----------------------------------------------------------------------------
-# Splits.
+# Data: tokens, replacements, splits.
+
+def test_sixteen_bits():
+    """Tokens are stored without sign: those from 32,768 on come back as they were."""
+    rows = np.array([((0, 32767, 32768, 65535), 3, False), ((40000, 1, 2, 3), 1, False)],
+                    [("x", np.uint16, (4,)), ("label", np.int32), ("test", bool)])
+    x, labels = TokenDataset(rows, torch.device("cpu")).batch(np.array([1, 0, 0]))
+    assert x.tolist() == [[40000, 1, 2, 3], *[[0, 32767, 32768, 65535]] * 2] and labels.tolist() == [1, 3, 3]
+
+
+def test_who_takes_the_place_of_an_image(capsys):
+    """The next one of the same class, and after the last the first of it, that can be read."""
+    pictures = [np.full((4, 4, 3), 40 * i, np.uint8) for i in range(6)]
+
+    class Some(Source):
+        def __init__(self, broken):
+            self.names, self.broken = "abcdefg", broken
+            super().__init__(".", ["x", "y"], [0, 1, 0, 1, 0, 1], range(6), [])
+
+        def read(self, i):
+            return b"no image" if i in self.broken else pictures[i]
+
+    for broken, place, taken in (({0}, 0, 2), ({0, 2}, 0, 4), ({3}, 3, 5), ({4}, 4, 0), ({5, 1}, 5, 3)):
+        images = ImageSet([0, 1, 0, 1, 0, 1], ["x", "y"], 4, source=Some(broken), items=np.arange(6))
+        assert (images.batch([place])[0] == 40 * taken).all() and "sound before" in capsys.readouterr().out
+    with pytest.raises(DataError, match="a and its neighbours can no longer be read"):
+        ImageSet([0, 1, 0, 1, 0, 1], ["x", "y"], 4, source=Some({0, 2, 4}), items=np.arange(6)).batch([0])
+
 
 def test_splits(tmp_path, monkeypatch):
     """Every 20th image is held out, of very many every (n / 2000)th; the toy's held-out images are others."""

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests import faults
 from tests.common import HERE
 
 # All files in order: each imports only what stands before it. What a file runs as a program, under
@@ -94,3 +95,16 @@ def test_links_lead_somewhere():
                 assert (folder / target).exists(), f"{readme} links to {target}, which is not there"
         for name in re.findall(r"`((?:engine|extras|experiments|tests)/\w+\.\w+)`", text):
             assert (HERE / name).exists(), f"{readme} names {name}, which is not there"
+
+
+def test_faults_are_still_faults():
+    """What tests/faults.py would change is still there, exactly once: mend its list with the line that you changed."""
+    assert faults.check() == []
+
+
+def test_no_test_hides_another():
+    """All tests meet in test_all.py's one namespace, where the second of a name takes the place of the first."""
+    names = [node.name for name in ["test_all.py", *files("tests/*.py")]
+             for node in ast.parse((HERE / name).read_text()).body if isinstance(node, ast.FunctionDef)
+             and node.name.startswith("test_")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
