@@ -228,8 +228,11 @@ FAULTS = [Fault(*words) for words in [
     ("engine/tokens.py", "mirrored images are not mirrored", "(images, images.flip(3)), strict=False):", "(images, images), strict=False):", "test_flip"),
     ("engine/tokens.py", "tokens from 32768 on are negative", "self.x[indices].long() & 0xFFFF,", "self.x[indices].long(),", "sixteen_bits"),
     ("engine/tokens.py", "tokens of another tokenizer are taken", 'if maker and maker[0] != f"tokenizer {asked}":', "if False:", "tokens_of_another"),
-    ("engine/read_back.py", "names are printed as they are", "else \"\".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)", "else text", "printable or lying or bad_files"),
-    ("engine/read_back.py", "pipes are opened", "if not stat.S_ISREG(", "if stat.S_ISBLK(", "lying or small_files or pipe"),
+    ("engine/read_back.py", "names are printed as they are", "else \"\".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)", "else text", "names_of_others or bad_files"),
+    ("engine/read_back.py", "weights that are not finite", "if value.is_floating_point() and not value.isfinite().all():", "if False:", "that_lie"),
+    ("engine/read_back.py", "shapes are not compared", "if value.shape != model.shape or value.dtype", "if value.dtype", "that_lie"),
+    ("engine/read_back.py", "what unpacks has no limit", "if unpacked > 8 * packed:", "if False:", "that_lie or that_lies or small_files"),
+    ("extras/foreign_checkpoint.py", "any name in a pickle", "if plain or module.split(\".\")[0] in STUBBED:", "if True:", "hostile_checkpoints"),
     # -- experiments/baselines.py
     ("experiments/baselines.py", "b and c swapped", "return 1 - t, b * t, c * t", "return 1 - t, c * t, b * t", "by_enumeration"),
     ("experiments/baselines.py", "corrupted too seldom", "torch.where(u < a, x, torch.where(u < a + b, other, K))", "torch.where(u < a + b, x, torch.where(u < a, other, K))", "by_enumeration"),
