@@ -19,12 +19,12 @@ import losses
 import train
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
-from engine import config as engine_config
-from engine import prepare
+from engine import prepare, presets
 from engine.best import Best, paired_difference
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
-from engine.config import DEFAULTS, OPTIONS, PRESETS, describe_models, resolve, suit_number
+from engine.config import DEFAULTS, OPTIONS, PRESETS, describe_models, resolve
 from engine.distributed import compute_gradient
+from engine.presets import suit_number
 from extras import price
 from extras.meta_count import CHIPS, Autocast, GiB, chip_of
 from extras.published_vqgan import make_tokenizer
@@ -236,7 +236,7 @@ def test_runs_of_earlier_versions_keep_their_size(folder, run, tmp_path, capsys)
     (tmp_path / "old" / "config.json").write_text(json.dumps(stored))
     for name, steps in (("new", 300), ("old", 3000)):
         with mock.patch.object(train, "train_diffusion") as trained, mock.patch.object(
-                engine_config, "MOST_PASSES", 1):
+                presets, "MOST_PASSES", 1):
             assert call("train.py", "--data", folder, "--out", tmp_path / name, *flags(options)) == 0
         assert trained.call_args.args[0].config["steps"] == steps
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 import train
 from engine import config
-from engine.config import DEFAULTS, ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
+from engine.config import DEFAULTS, ELSEWHERE, OPTIONS, PRESETS, TOKENIZER_OPTIONS, resolve
+from engine.presets import SMALL_SETS
 from engine.tokens import load_tokenizer
 from extras import run_page
 from extras.datasets import find
