@@ -5,8 +5,10 @@ What is taken from the code is a network's forward pass; formulas, optimizer, av
 here.
 """
 
+import contextlib
 import copy
 import csv
+import functools
 import json
 import math
 from unittest import mock
@@ -14,6 +16,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import losses
 import sample
@@ -468,6 +472,30 @@ def test_where_dead_codes_restart():
 # ----------------------------------------------------------------------------
 # Two processes, one after the other.
 
+@contextlib.contextmanager
+def one_of_two(rank):
+    """This process as one of two, the other of which has nothing but zeros: what is summed is this one's part. Yields
+    the list of buckets of gradients that it sent."""
+    def send(_, bucket):  # the mean of two
+        sent.append(bucket)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer() / 2)
+        return future
+
+    def parallel(*args, **options):
+        made = real(*args, **options)
+        made.register_comm_hook(None, send)
+        return made
+
+    sent, real = [], torch.nn.parallel.DistributedDataParallel
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        with mock.patch.object(torch.nn.parallel, "DistributedDataParallel", parallel):
+            yield sent
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_shares_of_two_processes(micro_batch, monkeypatch):
     """Gradient, terms, images and the bound of one process are the sums, or the halves, of those of two."""
@@ -478,29 +506,27 @@ def test_shares_of_two_processes(micro_batch, monkeypatch):
 
     pixels = ImageSet(20 * [0], [], 4, torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=seeded(0)))
 
-    def loss_of(*part):
-        return losses.training_loss(model, model, schedule, *part, w_rec=0.7, w_diff=0.3, w_cm=0.9, weight_clip=3.0,
-                                    cm_pairs="markov")
-
     def seeds(i):
         return seeded(100 + i)
 
     def results(rank, world):
-        for module in (distributed, losses, sample):
+        for module in (losses, sample):
             monkeypatch.setattr(module, "rank_and_world", lambda: (rank, world))
         monkeypatch.setattr("engine.batches.rank_and_world", lambda: (rank, world))
-        sums = []
-        for module in (distributed, losses):
-            monkeypatch.setattr(module, "all_reduce_sum", lambda tensors: sums.append([t.clone() for t in tensors]))
-        model.zero_grad(set_to_none=True)
-        distributed.compute_gradient(model, loss_of, noisy, micro_batch)
+        own, sums = copy.deepcopy(model), []
+        monkeypatch.setattr(losses, "all_reduce_sum", lambda tensors: sums.append([t.clone() for t in tensors]))
+        loss_of = functools.partial(losses.training_loss, own, own, schedule, w_rec=0.7, w_diff=0.3, w_cm=0.9,
+                                    weight_clip=3.0, cm_pairs="markov")
+        with one_of_two(rank) if world > 1 else contextlib.nullcontext([1]) as sent:
+            terms = distributed.compute_gradient(own, loss_of, noisy, micro_batch)
+        assert len(sent) == 1  # one small bucket, whatever the number of passes
         losses.held_out_bound(model, schedule, x, x[:, 0] % 2, seeds, 25, 4)
         images = list(image_batches(pixels, {"tokenizer_batch": 6, "flip": True}, 0, 0, 3, torch.device("cpu")))
         with mock.patch.object(sample, "sample_images", side_effect=lambda _, labels, first, **__: torch.stack(
                 [labels, torch.arange(first, first + len(labels))], 1)), mock.patch.object(
                     sample, "all_gather_cat", lambda x: x):
             drawn = sample.sample_together(None, torch.arange(7) * 10)
-        return sums[0], sums[1][0], images, drawn
+        return [terms, *(p.grad for p in own.parameters())], sums[0][0], images, drawn
 
     whole, one, other = results(0, 1), results(0, 2), results(1, 2)
     for a, b, c in zip(whole[0], one[0], other[0], strict=True):
@@ -512,17 +538,19 @@ def test_shares_of_two_processes(micro_batch, monkeypatch):
     assert torch.equal(torch.cat([one[3], other[3]])[:7, 1], torch.arange(7))
 
 
-def test_a_step_of_two_processes(monkeypatch):
-    """optimizer_step: half of each loss, gradients summed, one clip, one rate."""
+def test_a_step_of_two_processes():
+    """optimizer_step: half of each loss, gradients summed, one clip, one rate. data_parallel: made once, no part."""
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
     halves = []
     for rank in range(2):
         copy_of = copy.deepcopy(layer)
-        monkeypatch.setattr(distributed, "rank_and_world", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensors: halves.append([t.clone() for t in tensors]))
-        distributed.optimizer_step(copy_of(x[2 * rank:2 * rank + 2]).square().mean(), copy_of,
-                                   torch.optim.SGD(copy_of.parameters(), lr=5.0), 0.1, 1e9)
+        with one_of_two(rank):
+            parallel = distributed.data_parallel(copy_of)
+            distributed.optimizer_step(parallel(x[2 * rank:2 * rank + 2]).square().mean(), copy_of,
+                                       torch.optim.SGD(copy_of.parameters(), lr=5.0), 0.1, 1e9)
+            assert distributed.data_parallel(copy_of) is parallel and copy_of.state_dict().keys() == {"weight", "bias"}
+        halves.append([p.grad for p in copy_of.parameters()])
     gradient = torch.autograd.grad(layer(x).square().mean(), list(layer.parameters()))
     for a, b, g in zip(*halves, gradient, strict=True):
         close(a + b, g)

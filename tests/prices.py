@@ -210,7 +210,7 @@ def test_bound_in_chunks(one_thread):
 def test_presets_suit_the_number_of_images(n, width, steps, capsys):
     """At most 500 passes, not less than a tenth of the steps; what is given wins; a name or --preset keeps its own."""
     source = SimpleNamespace(dataset=None, sizes=lambda: (256, 300, 400), counts=lambda: (n, 100))
-    args, gpu = SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS)), torch.device("cuda")
+    args, gpu = SimpleNamespace(preset=None, gpus_like=1, **dict.fromkeys(OPTIONS)), torch.device("cuda")
     config = resolve(args, source, gpu, {})
     assert (config["width"], config["heads"], config["steps"]) == (width, width // 64, steps)
     assert config["steps"] * config["batch"] <= max(500 * n, 0.1 * 400000 * 96)
