@@ -13,9 +13,8 @@ Three stages in one run directory (--out); its page, index.html, follows them (e
     tokens      every image encoded once               tokens.npy, one memory-mapped array
     diffusion   tokens -> embeddings and denoiser      ckpt.pt, best.pt, samples_*.png, diffusion.csv, evaluation.csv
 
-Every random draw comes from (seed, stage, step), so an interrupted run continues exactly where it was, and one on many
-GPUs computes what one on a single GPU would. The options are in engine/config.py; what is found, checked and fetched
-before the first step is in engine/prepare.py; stage 2 is in engine/tokens.py.
+Every random draw comes from (seed, stage, step): an interrupted run continues exactly, and many GPUs compute what one
+would. Options: engine/config.py. Before the first step: engine/prepare.py. Stage 2: engine/tokens.py.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from engine.batches import image_batches
 from engine.best import Best
 from engine.budget import DRAWS, FINAL_DRAWS, choose_steps
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
-from engine.config import parse_arguments, sampling_defaults
+from engine.config import parse_arguments
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
@@ -143,7 +142,7 @@ def build_denoiser(run, tokenizer, state):
                                recompute=config["activation_checkpointing"])
     if config["embedding_init"] == "codebook":
         model.init_from_codebook(tokenizer.codebook)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     restore({"model": model, "ema": ema}, state, run.init)
     for network in (model, ema):
         place(network, device, config["fsdp"])
@@ -186,8 +185,8 @@ def train_diffusion(run):
     schedule = ShiftedCosine(**run.models["schedule"])
     model, ema, optimizer = build_denoiser(run, tokenizer, state)
     loss_of = build_loss(config, model, ema, schedule)
-    pipeline = make_pipeline(tokenizer, ema, schedule, device, sampling=sampling_defaults(config),
-                             class_counts=tokens.labels.bincount().tolist())
+    pipeline = make_pipeline(tokenizer, ema, schedule, device, class_counts=tokens.class_counts, sampling={
+        "steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]})
     log = StatusLog("diffusion", run.out, ["rec", "diff", "cm", "norm"], config, steps, config["batch"], device, state,
                     also=[run.out / "evaluation.csv", run.out / "fid.csv"])
     begin = 0 if not state else state["step"] if state["metrics"] else state.get("begin", 0)
@@ -235,8 +234,8 @@ def drawing_state(run, pipeline):
     """What sample.py needs, which is what best.pt holds."""
     return full_state_dict({
         "format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
-        "tokenizer": pipeline.tokenizer.state_dict(), "ema": pipeline.model.state_dict(), "sampling": pipeline.sampling,
-        "class_names": run.source.class_names, "class_counts": pipeline.class_counts})
+        "tokenizer": pipeline.tokenizer.state_dict(), "ema": pipeline.model.state_dict(),
+        "class_names": run.source.class_names, "class_counts": pipeline.class_counts, "sampling": pipeline.sampling})
 
 
 def denoiser_state(run, pipeline, model, optimizer, begin, metrics=None):
@@ -261,7 +260,6 @@ def draw_samples(run, pipeline, step):
     """The picture that sample.py draws by default."""
     names = run.source.class_names
     labels = default_labels(COLUMNS * min(len(names) or 8, 16), len(names))
-    pipeline.model.eval()
     with run.eval_memory():
         images = sample_together(pipeline, labels, seed=run.seed, batch=run.eval_batch, **pipeline.sampling)
     if rank_and_world()[0] == 0:

@@ -251,11 +251,6 @@ def check_option(where, name, value):
                                               else ()))
 
 
-def sampling_defaults(config):
-    """What sample.py does unless it is told otherwise, as the checkpoint stores it."""
-    return {"steps": config["sample_steps"], "guidance": config["guidance"], "sampler": config["sampler"]}
-
-
 def describe_models(config, num_classes, published=None):
     """Keyword arguments of the three parts, as the checkpoint stores them. published: {name: shape} of a VQGAN."""
     tokenizer = {name: config[option] for name, option in TOKENIZER_OPTIONS.items()}

@@ -178,9 +178,13 @@ def to_device(array, device):
 
 
 class TokenDataset:
-    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,), int64."""
+    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,), int64.
+
+    class_counts: how often each label comes, a list.
+    """
 
     def __init__(self, rows, device):
+        self.class_counts = np.bincount(rows["label"]).tolist()
         self.x = torch.from_numpy(rows["x"].astype(np.int16)).to(device)
         self.labels, self.device = torch.from_numpy(rows["label"].astype(np.int64)).to(device), device
 

@@ -37,12 +37,14 @@ def run(args, rank):
     for file in (args.save_stats, args.json):  # before any long work
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-    pipeline, settings, chosen = open_checkpoint(args.fake, args, device) if checkpoints else (None, None, None)
+    pipeline = None
+    if checkpoints:
+        pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
     size = args.size or (pipeline.tokenizer.size if pipeline else None)
     sides = [open_side(word, args.root, size, bool(pipeline)) for word in words if word not in checkpoints]
     if pipeline:
         labels, classes = labels_to_draw(args.n or 50_000, args, pipeline, chosen, getattr(sides[0][1], "labels", None))
-        source = Samples(pipeline, labels, args.seed, args.batch or 256, **settings)
+        source = Samples(pipeline, labels, args.seed, batch, **settings)
         sides.append((None, source, f"{source.n:,} samples of step {pipeline.step:,}, seed {args.seed}, {classes}, "
                       + ", ".join(f"{key} {value}" for key, value in settings.items()) + f", {precision(device)}"))
     for word, (statistics, source, what) in zip(words, sides, strict=True):
@@ -112,8 +114,8 @@ def main():
                         "for KID, precision and recall, and saved by --save-stats, 8 kB an image (float32); 0: none "
                         f"(default: {REAL_KEPT}; of FAKE {MAX_KEPT} are used)")
     add_sampling_flags(parser.add_argument_group("samples of a checkpoint at FAKE, as for sample.py"),
-                       n="how many to draw (default: 50000)", batch="images at a time, drawn (default: 256) and "
-                       "measured (default: 16 on a CPU, else 128); the score stays the same")
+                       n="how many to draw (default: 50000)", batch="images at a time, drawn (default: 256, or fewer "
+                       "if memory is short) and measured (default: 16 on a CPU, else 128); the score stays the same")
     args = parser.parse_args()
     with report_errors("fid.py", memory_advice="lower --batch, and the score stays the same"):
         rank, _ = init_distributed()

@@ -12,7 +12,6 @@ from engine.run import UserError, report_errors, user_error
 from extras.export import export
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
-from extras.price import fitting_batch
 from extras.sample_files import sample_files
 from extras.sampling_options import add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
 from extras.serve import serve
@@ -32,9 +31,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
-    add_sampling_flags(parser, batch="images at a time (default: 256, or fewer if memory is short); same images",
-                       n="how many images (default: 64, or 8 of each class up to 16 classes; for the special pictures "
-                       "below: 8, in each row)")
+    add_sampling_flags(parser, batch="images at a time (default: 256, or fewer if memory is short); the images stay "
+                       "the same", n="how many images (default: 64, or 8 of each class up to 16 classes; for the "
+                       "special pictures below: 8, in each row)")
     parser.add_argument("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for the "
                         "images one by one, which are resumable (default: samples.png)")
     parser.add_argument("--list-classes", action="store_true", help="print the numbers and names of the classes")
@@ -93,10 +92,7 @@ def draw(args):
         device = choose_device(args.device)
     if args.export:
         return print(export(args.checkpoint, Path(args.export)))
-    pipeline, settings, chosen = open_checkpoint(args.checkpoint, args, device)
-    if args.batch is None:  # 256 sets of logits, twice each with guidance: most machines have that to spare
-        logits = 256 * pipeline.model.N * pipeline.model.K * 4
-        args.batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
+    pipeline, settings, chosen, args.batch = open_checkpoint(args.checkpoint, args, device)
     names, out = pipeline.class_names, Path(args.out)
     if args.list_classes:
         return print("\n".join(f"{i:>4}  {name}" for i, name in enumerate(names)) or "trained without classes")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.run import UserError, user_error
+from extras.price import fitting_batch
 from sample import SAMPLERS, check_settings, load_checkpoint
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
@@ -54,8 +55,11 @@ def check_flags(args):
 
 
 def open_checkpoint(path, args, device):
-    """(pipeline, options of sample_images, numbers of the classes to draw) for a command line; UserError."""
-    pipeline = load_checkpoint(path, device)
+    """(pipeline, options of sample_images, numbers of the classes, images at a time) for a command line; UserError."""
+    pipeline, batch = load_checkpoint(path, device), args.batch
+    if batch is None:  # 256 sets of logits, twice each with guidance: most machines have that to spare
+        logits = 256 * pipeline.model.N * pipeline.model.K * 4
+        batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
     settings = dict(pipeline.sampling) | {name: getattr(args, name) for name in OPTIONAL
                                           if getattr(args, name) is not None}
     with user_error():
@@ -64,7 +68,7 @@ def open_checkpoint(path, args, device):
     chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
     if args.compile:
         pipeline.model.guided = torch.compile(pipeline.model.guided, mode="reduce-overhead", dynamic=False)
-    return pipeline, settings, chosen
+    return pipeline, settings, chosen, batch
 
 
 def parse_classes(text, class_names):

@@ -25,7 +25,6 @@ from PIL import Image
 import data
 import fid
 import sample
-from engine.config import DEFAULTS
 from engine.run import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
@@ -347,7 +346,7 @@ def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monke
     monkeypatch.setattr(fid_sources, "FEW", 6)
     source = find(str(folder))
     during = SimpleNamespace(inception=weights, device=torch.device("cpu"), load_images=lambda: source.load(8),
-                             source=source, config=DEFAULTS | TINY, out=tmp_path, eval_memory=contextlib.nullcontext)
+                             source=source, eval_batch=256, out=tmp_path, eval_memory=contextlib.nullcontext)
     fid_sources.evaluate_during(during, sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu")), 8)
     [row] = csv.DictReader((tmp_path / "fid.csv").open())
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["fid"]
@@ -469,14 +468,12 @@ def test_which_score_is_which(capsys):
     assert capsys.readouterr().out.split() == ["FID", "1.0000"]
 
 
-def test_classes_of_samples():
-    """As often as in the data, in their order; in turn where nothing is known; image i is image i of the seed."""
-    pipeline = SimpleNamespace(sampling={"steps": 3}, class_names=["a", "b", "c"])
-    labels = torch.tensor([2] * 25 + [0] * 60 + [1] * 15)[torch.randperm(100, generator=seeded(0))]
-    some = fid_sources.Samples(pipeline, 20, labels, seed=4, chunk=7, guidance=2.0)
-    assert some.labels.tolist() == [0] * 12 + [1] * 3 + [2] * 5 and some.chunk == 7
-    assert fid_sources.Samples(pipeline, 7).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+def test_samples_of_a_checkpoint():
+    """Image i is image i of the seed, with its label and the settings that are given."""
+    labels = torch.tensor([0, 1, 2]).repeat(7)
+    some = fid_sources.Samples(None, labels, seed=4, chunk=7, steps=3, guidance=2.0)
+    assert some.n == 21 and some.chunk == 7
     with mock.patch.object(fid_sources, "sample_images") as drawn:
         some.read(11, 14)
-    assert drawn.call_args.args[1].tolist() == [0, 1, 1]
+    assert drawn.call_args.args[1].tolist() == [2, 0, 1]
     assert drawn.call_args.kwargs == dict(seed=4, first=11, batch=7, show_progress=False, steps=3, guidance=2.0)

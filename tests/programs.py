@@ -268,7 +268,7 @@ def test_help_of_every_program(capsys, monkeypatch):
                           (["--data", "x", "--device", "cuda"], None)):
         assert call("train.py", *words, "--help") == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert (f"those of preset {preset}," if preset else "those without a preset:") in text
+        assert (f"those of preset {preset}, which" if preset else "those without a preset:") in text
         steps = (DEFAULTS | PRESETS.get(preset, {}))["steps"]
         assert f"training steps of the denoiser; may be raised later (default: {steps})" in text
 
@@ -298,9 +298,9 @@ def test_eval_batch(folder, run, tmp_path):
     assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--eval-batch", 3) == 0
     found, expected = contents(tmp_path / "a"), contents(run)
     assert found.keys() == expected.keys()
-    for name in found.keys() - {"ckpt.pt", "tokenizer.pt", "evaluation.csv", "metrics.json"}:
+    for name in found.keys() - {"ckpt.pt", "tokenizer.pt", "best.pt", "evaluation.csv", "metrics.json"}:
         assert found[name] == expected[name], name
-    for name in ("tokenizer.pt", "ckpt.pt"):
+    for name in ("tokenizer.pt", "ckpt.pt"):  # best.pt is of the step at which the bound was least: the noise decides
         a, b = ({k: v for k, v in content[name].items() if k != "metrics"} for content in (found, expected))
         assert a == b, name
     a, b = (json.loads(content["metrics.json"]) for content in (found, expected))
@@ -351,7 +351,8 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
               "eval_batch",  # see test_eval_batch
               "fid_every",  # see test_train_evaluates_fid
               "allow_bad", "data", "device", "dry_run", "eval_fid", "lpips_weights", "out", "preset", "root", "seed",
-              "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes", "gpus_like"]  # see test_gpus_like
+              "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes", "chip",
+              "gpus_like"]  # see test_gpus_like
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
     baseline, names = contents(run), list(CHANGED)
     early, late = names[:names.index("D")], names[names.index("D"):-1]  # only one stage needs them; flip needs both
