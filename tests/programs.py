@@ -373,8 +373,8 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
         with mock.patch.object(torch, "save", wraps=torch.save) as saves, mock.patch.object(run_page, "write_page"):
             assert call("train.py", "--out", out, *options) == 0
         if name == "save_every":
-            saved_as = [Path(saved.args[1]).name.split(".")[0] for saved in saves.call_args_list]
-            assert len(saved_as) - saved_as.count("best") == 1 + 8 + 1  # the tokenizer; each step; and once more, measured
+            # The tokenizer; each step; and once more, measured. (best.pt comes when it comes.)
+            assert sum("best" not in str(saved.args[1]) for saved in saves.call_args_list) == 1 + 8 + 1
         else:
             found, expected = contents(out), adopted if name in late else baseline
             expected = {file: expected.get(file) for file in found} if name in early else expected
