@@ -290,13 +290,18 @@ def precision(here):
                       f"{ends[name]['standard_error']:.4f}", "finite", all(map(math.isfinite, losses)))
     single, other, half = (end["total"] for end in ends.values())
     yield below("bfloat16 against float32, of the distance of two seeds", abs(half - single) / abs(other - single), 1)
-    done = subprocess.run([sys.executable, HERE / "agreement.py", out / "ckpt.pt", "--n", "240", "--guidance", "1",
-                           "--classifier-steps", "100" if here.tiny else "600", "--device", here.device.type],
-                          capture_output=True, text=True, check=True)
-    found = {line.split()[0]: float(word[:-1]) / 100 for line in done.stdout.splitlines() for word in line.split()
-             if word.endswith("%")}
-    yield at_least("agreement of a classifier with held-out images", found["held-out"], 0.9)
-    yield at_least("agreement with the samples in bfloat16", found["samples"], 0.5)
+    shown = {}
+    for name, bf16 in ("float32", "0"), ("bfloat16", "1"):
+        checkpoint = here.out / f"precision-{bf16}-0" / "ckpt.pt"
+        done = subprocess.run([sys.executable, HERE / "agreement.py", checkpoint, "--n", "240", "--guidance", "1",
+                               "--classifier-steps", "100" if here.tiny else "600", "--device", here.device.type],
+                              capture_output=True, text=True, check=True)
+        words = [line.split() for line in done.stdout.splitlines() if line and not line.startswith(" ")]
+        shown[name] = {line[0]: float(next(word for word in line if word.endswith("%"))[:-1]) / 100 for line in words}
+        yield finding(f"agreement of a classifier with held-out images, reconstructions, samples in {name}",
+                      ", ".join(f"{share:.0%}" for share in shown[name].values()))
+    yield below("agreement with samples: bfloat16 against float32",
+                abs(shown["float32"]["samples"] - shown["bfloat16"]["samples"]), 0.1)
 
 
 def resume(here):
