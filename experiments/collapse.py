@@ -1,6 +1,6 @@
-"""A five-minute experiment for a class: watch embeddings collapse, and what holds them apart.
+"""A short experiment for a class: watch embeddings collapse, and what holds them apart.
 
-    python experiments/collapse.py                      under five minutes on one CPU core
+    python experiments/collapse.py                      77 seconds on one CPU core
 
 Three denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain (markov_chain.py),
 each code a point in the plane (D = 2), so that the table can be looked at as it is. All else is equal: network, tokens,
@@ -108,10 +108,12 @@ def figure_of(rows, found, chain):
         steps = [line["step"] for line in row.lines]
         for panel, column in zip(axes[0, 0:2], ("mean_distance", "smallest_distance"), strict=True):
             panel.plot(steps, [line[column] for line in row.lines], label=name)
-            panel.set(title=column.replace("_", " ") + " of two embeddings", xlabel="training step", ylim=(0, None))
+            panel.set(title=column.replace("_", " ") + " of two embeddings", xlabel="training step")
         axes[1, 0].plot(steps, [line["bits"] for line in row.lines], label=name)
     axes[1, 0].axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
     axes[1, 0].set(title="held-out bits per token ≤", xlabel="training step", ylim=(1, 4))
+    for panel in axes[0, 0:2]:
+        panel.set_ylim(bottom=0)
     axes[1, 0].legend(fontsize=8)
     axes[0, 0].legend(fontsize=8)
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)

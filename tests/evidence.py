@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import baselines
+import collapse
 import compare
 import first_hour
 import in_parts
@@ -20,6 +21,7 @@ import pytest
 import scipy.stats
 import speed
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -252,3 +254,20 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     turned = compare.Rotated(images).batch([4, 5, 7])
     assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
     assert torch.equal(turned[2].rot90(1, (1, 2)), turned[0]) and len(compare.Rotated(images)) == 12
+
+
+def test_collapse(tmp_path, monkeypatch, capsys):
+    """All three start from one table and see the same noise; figures, film and numbers agree."""
+    monkeypatch.setattr(collapse, "FRAMES", 2)
+    monkeypatch.setattr(collapse, "SAMPLES", 20)
+    assert parser_flags(collapse) == ["out", "seed", "steps"] and call(collapse, "--steps", 1) == 2
+    capsys.readouterr()
+    assert call(collapse, "--steps", 4, "--seed", 3, "--out", tmp_path) == 0
+    text, lines = capsys.readouterr().out, compare.read(tmp_path / "results.csv")
+    assert [(line["row"], line["step"]) for line in lines] == [(name, n) for name in collapse.ROWS for n in "024"]
+    first, last = ([line for line in lines if line["step"] == n] for n in "04")
+    assert len({line["mean_distance"] for line in first}) == 1 and len({line["mean_distance"] for line in last}) == 3
+    for line in last:
+        assert f"-> {float(line['mean_distance']):.2f}, smallest {float(line['smallest_distance']):.2f}" in text
+    with Image.open(tmp_path / "collapse.gif") as film:
+        assert film.n_frames == 3 and (tmp_path / "collapse.png").exists()
