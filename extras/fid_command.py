@@ -13,7 +13,7 @@ from fid import MAX_KEPT, REAL_KEPT, FIDError, Statistics, compute_scores, measu
 FLAGS = {"classes": "class", "interval": "guidance-interval"}  # where a flag is not called as its value
 EXAMPLES = """examples:
   python fid.py toy runs/toy/ckpt.pt --n 10000                 the training images against samples drawn on the way
-  python fid.py toy runs/toy/ckpt.pt --n 5000 --steps 16 --guidance 0.5 --class heart,star
+  python fid.py toy runs/toy/ckpt.pt --n 5000 --steps 16 --guidance 0.5 --temperature 0.9
   python fid.py photos/ samples.npz                            two sets of images, as they are
   python fid.py photos/ --size 64 --save-stats photos.npz      once; then photos.npz in place of photos/
   torchrun --nproc-per-node 8 -- fid.py ffhq runs/ffhq/ckpt.pt --root /datasets"""
