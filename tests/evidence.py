@@ -21,6 +21,7 @@ import pytest
 import scipy.stats
 import speed
 import torch
+import tuned
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -271,3 +272,28 @@ def test_collapse(tmp_path, monkeypatch, capsys):
         assert f"-> {float(line['mean_distance']):.2f}, smallest {float(line['smallest_distance']):.2f}" in text
     with Image.open(tmp_path / "collapse.gif") as film:
         assert film.n_frames == 3 and (tmp_path / "collapse.png").exists()
+
+
+def test_tuned(folder, tmp_path, monkeypatch, capsys):
+    """The least bound chooses the rate, the least distance of the first seed the setting; nothing is computed twice."""
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=lambda words, **_: SimpleNamespace(
+        returncode=call("train.py", *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
+    monkeypatch.setattr(compare, "kernel_distance", functools.partial(compare.kernel_distance, subsets=2))
+    some = tuned.settings("absorbing", 4, True)
+    assert {s["steps"] * (2 if s["guidance"] else 1) for s in some} == {4} and len(some) == 24
+    assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 4
+    monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
+        dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0) for t in (0.5, 1.0)])
+    words = ["--data", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds", 0, 1, "--calls", 2,
+             "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out", tmp_path / "c", *flags(TINY)]
+    assert call(tuned, *words) == 0
+    rates, lines = (compare.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
+    best = min(rates, key=lambda line: float(line["bound"]))["lr"]
+    assert len(rates) == 2 and {line["lr"] for line in lines} == {best}
+    tried, result = lines[:2], lines[2:]
+    chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
+    assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r in result] == [("result", "1", "4", chosen)]
+    before = (tmp_path / "c" / "tuned.csv").read_text()
+    assert call(tuned, *words) == 0 and (tmp_path / "c" / "tuned.csv").read_text() == before
+    assert "| VQ-LCMD |" in (tmp_path / "c" / "tuned.md").read_text()
+    assert call(tuned, "--seeds", 0) == 2
