@@ -19,6 +19,7 @@ from PIL import Image
 import data
 from engine.run import UserError
 from engine.stored import read_skipped
+from extras.archives import open_image
 from extras.data_forms import Folder
 from extras.datasets import DATASETS, find
 from extras.downloads import DownloadError
@@ -384,5 +385,8 @@ def test_what_a_picture_is_cropped_and_laid_over():
     waves = np.uint8(127.5 + 100 * np.sin(2 * np.pi * 14 * x) * np.cos(2 * np.pi * 11 * y))
     exact = np.asarray(Image.fromarray(waves).resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(load(waves, 32, "jpeg", quality=98)[0] - exact).mean() < 4
+    stream = io.BytesIO()
+    Image.fromarray(waves[:256, :256]).save(stream, "jpeg")  # for 32 pixels a quarter of 256 is enough, an eighth is not
+    assert open_image(stream.getvalue(), 32).size == (64, 64)
     assert [data.load_image(waves[:n, :n, None].repeat(c, 2), None).shape for n, c in ((5, 1), (6, 3), (7, 4))] == [
         (3, 5, 5), (3, 6, 6), (3, 7, 7)]

@@ -285,7 +285,8 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
         dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0) for t in (0.5, 1.0)])
     words = ["--data", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds", 0, 1, "--calls", 2,
-             "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out", tmp_path / "c", *flags(TINY)]
+             "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out", tmp_path / "c",
+             *flags(TINY)]
     assert call(tuned, *words) == 0
     rates, lines = (compare.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
     best = min(rates, key=lambda line: float(line["bound"]))["lr"]
