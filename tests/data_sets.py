@@ -386,7 +386,7 @@ def test_what_a_picture_is_cropped_and_laid_over():
     exact = np.asarray(Image.fromarray(waves).resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(load(waves, 32, "jpeg", quality=98)[0] - exact).mean() < 4
     stream = io.BytesIO()
-    Image.fromarray(waves[:256, :256]).save(stream, "jpeg")  # for 32 pixels a quarter of 256 is enough, an eighth is not
+    Image.fromarray(waves[:256, :256]).save(stream, "jpeg")  # for 32 pixels 64 are enough
     assert open_image(stream.getvalue(), 32).size == (64, 64)
     assert [data.load_image(waves[:n, :n, None].repeat(c, 2), None).shape for n, c in ((5, 1), (6, 3), (7, 4))] == [
         (3, 5, 5), (3, 6, 6), (3, 7, 7)]

@@ -195,7 +195,7 @@ FAULTS = [Fault(*words) for words in [
     ("extras/metrics.py", "KID is biased", "(size * (size - 1))", "(size * size)", "kernel_distance"),
     ("extras/metrics.py", "each point is its own neighbour", "kthvalue(k + 1)", "kthvalue(k)", "kernel_distance"),
     ("extras/sampling_options.py", "classes not as often as in the data", "ends = np.cumsum([counts[label] for label in chosen])", "ends = np.cumsum([1 for label in chosen])", "class"),
-    ("extras/fid_sources.py", "every share draws the first images", "seed=self.seed, first=i,", "seed=self.seed, first=0,", "classes_of_samples"),
+    ("extras/fid_sources.py", "every share draws the first images", "seed=self.seed, first=i,", "seed=self.seed, first=0,", "samples_of_a_checkpoint"),
     ("extras/tokenizer_metrics.py", "perplexity of the first power", "float(torch.special.entr(p).sum().exp())", "float(torch.special.entr(p).sum())", "usage_and"),
     ("extras/vqgan_losses.py", "hinge of one side", "0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())", "0.5 * (F.relu(1 - real).mean() + F.relu(1 - fake).mean())", "test_discriminator"),
     ("extras/vqgan_losses.py", "adaptive weight upside down", "return (a / (b + 1e-6))", "return (b / (a + 1e-6))", "test_discriminator"),
