@@ -3,7 +3,7 @@
     z_t = alpha_t e(x) + sigma_t eps,   alpha_t^2 = sigmoid(lambda_t),   sigma_t^2 = sigmoid(-lambda_t)
 
 lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from t = 0 (clean) to t = 1 (noise). With train.py's settings
-it starts at 5.2 and ends at -11.8: [-10, 7], and the shift s = 0.4 adds 2 log s = -1.8. The signal is variance
+it starts at 6.3 and ends at -10.7: [-10, 7], and the shift s = 0.7 adds 2 log s = -0.7. The signal is variance
 preserving: alpha_t^2 + sigma_t^2 = 1.
 
 Why a shift (paper, "shifted cosine noise schedule"): K well separated embeddings in D dimensions can be told
