@@ -155,26 +155,17 @@ class EmbeddingDiffusion(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.input.weight.dtype)      # (B, 128)
         return F.silu(self.log_snr_mlp(features) + self.class_embedding(labels))                   # (B, width)
 
-    def prior_factors(self, z, log_snr, table):
-        """log N(z ; alpha E_k, sigma^2 I) for each k, up to a constant in k: the output prior.
+    def log_likelihood(self, z, log_snr, table):
+        """log N(z_i ; alpha E_k, sigma^2 I) for each k, up to a constant in k -> (B, N, K).
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
-        z: (B, N, D), log_snr: (B,), table: (K, D). Returned as factors (B, N, D + 1) and (D + 1, K) of a matrix
-        product, which can be added to the logits in one pass: a pass over (B, N, K) costs about as much as a layer.
+        z: (B, N, D), log_snr: (B,), table: (K, D). As one matrix product: a pass over (B, N, K) costs about as much.
         """
         alpha, sigma = alpha_sigma(log_snr)
         snr = log_snr.exp()[:, None, None].expand(-1, self.N, 1)                                   # (B, N, 1)
-        return (torch.cat([z * (alpha / sigma.square())[:, None, None], snr], dim=-1),
-                torch.cat([table, -table.square().sum(1, keepdim=True) / 2], dim=1).T)
-
-    def posterior_mean(self, evidence, codes, table):
-        """E[e(x_i) | z_ti] (B, N, D) for tokens that are uniform before z_ti is seen.
-
-        evidence (B, N, D + 1), codes (D + 1, K): of prior_factors.
-        """
-        p = (evidence.flatten(0, 1) @ codes).softmax(-1)                                           # (B N, K)
-        return (p @ table).view_as(evidence[..., 1:])                                              # (B, N, D)
+        evidence = torch.cat([z * (alpha / sigma.square())[:, None, None], snr], dim=-1)           # (B, N, D + 1)
+        return evidence @ torch.cat([table, -table.square().sum(1, keepdim=True) / 2], dim=1).T
 
     def forward(self, z, log_snr, labels, mask=None, table=None):
         """z (B, N, D), log_snr (B,), labels (B,) -> logits (B, N, K) in float32.
@@ -187,9 +178,10 @@ class EmbeddingDiffusion(nn.Module):
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"
         table, inputs = self.table() if table is None else table, z
         with torch.autocast(z.device.type, enabled=False):
-            evidence, codes = self.prior_factors(z, log_snr, table)
+            if self.output_prior or self.posterior_input:
+                own = self.log_likelihood(z, log_snr, table)                                       # (B, N, K)
             if self.posterior_input:
-                inputs = torch.cat([z, self.posterior_mean(evidence, codes, table)], dim=-1)       # (B, N, 2 D)
+                inputs = torch.cat([z, own.softmax(-1) @ table], dim=-1)                           # (B, N, 2 D)
         with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             h = self.input(inputs)                                                                 # (B, N, width)
             if mask is not None:
@@ -202,14 +194,12 @@ class EmbeddingDiffusion(nn.Module):
                 else:
                     h = block(h, c)                                                                # (B, N, width)
             h = modulate(self.final_norm(h), *self.final_modulation(c).chunk(2, dim=-1))           # (B, N, width)
-            logits = self.head(h.flatten(0, 1))                                                    # (B N, K)
+            logits = self.head(h)                                                                  # (B, N, K)
         with torch.autocast(z.device.type, enabled=False):
             logits = logits.to(table.dtype)
-            if self.output_prior:
-                if mask is not None:
-                    evidence = evidence.masked_fill(mask[..., None], 0)
-                logits.addmm_(evidence.flatten(0, 1), codes)                                       # (B N, K)
-        return logits.view(B, N, self.K)
+            if self.output_prior:  # in place: a pass over (B, N, K) costs about as much as a layer
+                logits = logits.add_(own) if mask is None else logits.addcmul_(own, (~mask[..., None]).to(own.dtype))
+        return logits
 
     def guided(self, z, log_snr, labels, guidance, table=None):
         """Classifier-free guidance on raw logits: (1 + omega) conditional - omega unconditional.

@@ -61,8 +61,8 @@ def forward_flops(model):
     """Of the matrix products of one image's way through the denoiser."""
     width, N = model.position.shape[1], model.N
     block = N * (24 * width ** 2 + 4 * N * width) + 12 * width ** 2  # linear layers, attention, modulation
-    products = model.output_prior + 2 * model.posterior_input  # of K and D or D + 1: the codes' logits, their mean
-    own = products * model.D * model.K + (model.output_prior + model.posterior_input) * model.K
+    products = (model.output_prior or model.posterior_input) + model.posterior_input  # tokens' likelihoods, their mean
+    own = products * model.D * model.K + model.K
     return len(model.blocks) * block + N * 2 * (model.input.in_features * width + width * model.K + own)
 
 
