@@ -123,8 +123,7 @@ def measure(images, network, batch=None, keep=MAX_KEPT, name="images"):
     exact = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     kept = torch.zeros(images.n, dtype=torch.bool)
     kept[np.linspace(0, images.n - 1, min(keep, images.n)).astype(int)] = True
-    widths = {"2048": 2048, "spatial": 17 * 17 * 7}
-    sums = {tap: torch.zeros(d + 1, d, dtype=torch.float64, device=exact) for tap, d in widths.items()}
+    sums = {tap: torch.zeros(d + 1, d, dtype=torch.float64, device=exact) for tap, d in network.widths.items()}
     rows = {"2048": [], "logits_unbiased": []}
     first, last = getattr(images, "share", (images.n * rank // world, images.n * (rank + 1) // world))
     step = max(images.chunk, batch)

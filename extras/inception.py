@@ -118,6 +118,7 @@ class InceptionV3(nn.Module):
     "logits_unbiased": the same without the last bias (Inception Score).
     resize: "tf" (TensorFlow 1, as the FID paper, ADM, EDM and torch-fidelity), "pytorch-fid" or "clean" (clean-fid).
     """
+    widths = {"2048": 2048, "spatial": 17 * 17 * 7}  # of those whose covariances are measured
 
     def __init__(self, resize="tf"):
         super().__init__()

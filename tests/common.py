@@ -97,7 +97,7 @@ def call(program, *words):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")  # one process imports torch; the others are forked from it
-PROCESSES.set_forkserver_preload(["tests.common"])
+PROCESSES.set_forkserver_preload(["tests.common", "torch._dynamo"])  # which the first step of an optimizer imports
 
 
 def start_processes(function, *args, n=1, wait=None):

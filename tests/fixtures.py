@@ -107,7 +107,9 @@ def weights(tmp_path_factory):
 
 
 class Pixels(torch.nn.Module):
-    """In place of the network, and a thousand times faster: "features" are pixels of what it would read."""
+    """In place of the network, and a thousand times faster: "features" are a few pixels of what it would read."""
+
+    widths = {"2048": 128, "spatial": 120}
 
     def __init__(self, resize="tf"):
         super().__init__()
@@ -116,8 +118,8 @@ class Pixels(torch.nn.Module):
     prepare = inception.InceptionV3.prepare
 
     def forward(self, images):
-        f = self.prepare(images).flatten(1)[:, ::59]
-        return {"2048": f[:, :2048], "spatial": f[:, -2023:], "logits_unbiased": f[:, 500:1508]}
+        f = self.prepare(images).flatten(1)[:, ::1061]  # (B, 253)
+        return {"2048": f[:, :128], "spatial": f[:, -120:], "logits_unbiased": f[:, 60:160]}
 
 
 @pytest.fixture
