@@ -100,14 +100,19 @@ PROCESSES = multiprocessing.get_context("forkserver")  # one process imports tor
 PROCESSES.set_forkserver_preload(["tests.common", "torch._dynamo"])  # which the first step of an optimizer imports
 
 
+def forkserver():
+    """What starts processes in a moment."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):  # where the first of them finds what to import
+        multiprocessing.forkserver.ensure_running()
+    return PROCESSES
+
+
 def start_processes(function, *args, n=1, wait=None):
     """function(*args), or function(rank, *args) for n > 1, in processes of their own -> those processes.
 
     wait: seconds to wait for them, all of which must end well.
     """
-    with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):  # where the first of them finds what to import
-        multiprocessing.forkserver.ensure_running()
-    processes = [PROCESSES.Process(target=function, args=args if n == 1 else (rank, *args)) for rank in range(n)]
+    processes = [forkserver().Process(target=function, args=args if n == 1 else (rank, *args)) for rank in range(n)]
     for process in processes:
         process.start()
     if wait is not None:

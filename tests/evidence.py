@@ -29,7 +29,7 @@ import data
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import PRESETS
 from schedule import ShiftedCosine
-from tests.common import TINY, call, close, flags, parser_flags, seeded
+from tests.common import TINY, call, close, flags, forkserver, parser_flags, seeded
 from vqvae import VQVAE
 
 
@@ -214,8 +214,9 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     assert all(f"| {row} | 1 |" in text for row in rows) and text in capsys.readouterr().out
 
 
-def test_markov_chain_side_by_side(tmp_path):
+def test_markov_chain_side_by_side(tmp_path, monkeypatch):
     """Two processes: every line is there once, with the figures of one process."""
+    monkeypatch.setattr(markov_chain.multiprocessing, "get_context", lambda _: forkserver())  # "spawn" imports torch anew
     words = ["--seeds", 2, "--steps", 1, "--samples", 10, "--only", "plain cross-entropy"]
     found = []
     for jobs in (1, 2):

@@ -337,15 +337,15 @@ def test_gpus_like(folder, capsys, monkeypatch):
 CHANGED = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient", beta=3.0,
     codebook_distance="cosine", pixel_loss="l1", perceptual=0.5, gan=0.0, gan_lr=1e-2, gan_start=0.5,
-    tokenizer_steps=9, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
+    tokenizer_steps=5, tokenizer_batch=5, tokenizer_lr=1e-2, D=5, norm="layer", embedding_init="random", width=32,
     depth=2, heads=4, output_prior=False, posterior_input=False, shift=1.0, log_snr_min=-8.0, log_snr_max=5.0,
     w_rec=0.5, w_diff=0.5, w_cm=0.0, weight_clip=1.0, rec_fraction=0.5, cm_pairs="shared", max_gap=0.5,
-    teacher="current", max_drop_rate=0.9, label_drop=0.9, steps=9, batch=7, lr=2e-2, warmup=3, weight_decay=5.0,
+    teacher="current", max_drop_rate=0.9, label_drop=0.9, steps=5, batch=7, lr=2e-2, warmup=3, weight_decay=5.0,
     clip=1e-3, ema_decay=0.05, sample_steps=4, guidance=40.0,
     sampler="ddim", log_every=3, sample_every=3, save_every=1, flip=True)
 
 
-def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, capsys):
+def test_every_flag_of_train_does_something(small_lpips, folder, tmp_path, capsys):
     """Each flag alone changes what a tiny run computes; the resolved configuration shows it."""
     others = ["activation_checkpointing", "compile", "fsdp", "micro_batch",  # see engine_room.py
               "eval_batch",  # see test_eval_batch
@@ -354,19 +354,20 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
               "stage", "tokenizer", "init", "no_classes", "no_cache", "minutes", "chip",
               "gpus_like"]  # see test_gpus_like
     assert set(parser_flags("train.py")) == {*CHANGED, *others}  # old flags share the names of the new ones
-    baseline, names = contents(run), list(CHANGED)
+    names, short, run = list(CHANGED), TINY | {"tokenizer_steps": 4, "steps": 4}, tmp_path / "run"
     early, late = names[:names.index("D")], names[names.index("D"):-1]  # only one stage needs them; flip needs both
     assert names[-1] == "flip"
     images, tokens = ["--data", folder], ["--data", run / "tokens.npy"]  # no image is read for those
-    assert call("train.py", *tokens, "--out", tmp_path / "u", *flags(TINY)) == 0
-    adopted = contents(tmp_path / "u")
+    assert call("train.py", *images, "--out", run, *flags(short)) == 0
+    assert call("train.py", *tokens, "--out", tmp_path / "u", *flags(short)) == 0
+    baseline, adopted = contents(run), contents(tmp_path / "u")
     assert "tokenizer.csv" not in adopted and adopted["ckpt.pt"] == baseline["ckpt.pt"]
     capsys.readouterr()
     assert call("train.py", *images, "--dry-run", *flags(CHANGED)) == 0
     resolved = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')} {value}\n" in resolved for name, value in CHANGED.items())
     for name, value in CHANGED.items():
-        options = (tokens if name in late else images) + flags(TINY | {name: value})
+        options = (tokens if name in late else images) + flags(short | {name: value})
         options += ["--lpips-weights", small_lpips] if name == "perceptual" else []
         options += ["--stage", "tokenizer"] if name in early else []
         out = tmp_path / name
@@ -374,17 +375,17 @@ def test_every_flag_of_train_does_something(small_lpips, folder, run, tmp_path, 
             assert call("train.py", "--out", out, *options) == 0
         if name == "save_every":
             # The tokenizer; each step; and once more, measured. (best.pt comes when it comes.)
-            assert sum("best" not in str(saved.args[1]) for saved in saves.call_args_list) == 1 + 8 + 1
+            assert sum("best" not in str(saved.args[1]) for saved in saves.call_args_list) == 1 + 4 + 1
         else:
             found, expected = contents(out), adopted if name in late else baseline
             expected = {file: expected.get(file) for file in found} if name in early else expected
             assert found != expected, f"--{name} changes nothing"
-    assert call("train.py", "--data", folder, "--out", tmp_path / "s", "--seed", 1, *flags(TINY)) == 0
+    assert call("train.py", "--data", folder, "--out", tmp_path / "s", "--seed", 1, *flags(short)) == 0
     seeded_run = contents(tmp_path / "s")
     assert seeded_run["tokenizer.pt"] != baseline["tokenizer.pt"] and seeded_run["ckpt.pt"] != baseline["ckpt.pt"]
     for stage in ("tokenizer", "tokens", "diffusion"):  # --stage, --device
         assert call("train.py", "--data", folder, "--out", tmp_path / "t", "--stage", stage, "--device", "cpu",
-                    *flags(TINY)) == 0
+                    *flags(short)) == 0
         assert (tmp_path / "t" / "tokens.npy").exists() == (stage != "tokenizer")
         assert (tmp_path / "t" / "ckpt.pt").exists() == (stage == "diffusion")
     assert contents(tmp_path / "t") == baseline
