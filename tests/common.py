@@ -10,8 +10,10 @@ import multiprocessing.forkserver
 import os
 import pickle
 import signal
+import socket
 import struct
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +128,11 @@ def join_processes(rank, port):
     """In one of two processes: what torchrun tells it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
+    deadline = time.monotonic() + 20
+    while rank and time.monotonic() < deadline:  # PyTorch would try again after half a second
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        time.sleep(0.005)
 
 
 def write_to(connection, errors, buffered, function, *args):

@@ -88,7 +88,7 @@ def server():
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         Handler.url = f"http://127.0.0.1:{web.server_port}/"
         yield Handler
         web.shutdown()

@@ -428,7 +428,7 @@ def test_weights_download(tmp_path, monkeypatch):
     monkeypatch.delenv("FID_WEIGHTS", raising=False)
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest())
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(inception, "WEIGHTS", "inception.pth")
         monkeypatch.setattr(inception, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/inception.pth")
         path = tmp_path / "checkpoints" / "inception.pth"
