@@ -18,7 +18,6 @@ import in_parts
 import markov_chain
 import numpy as np
 import pytest
-import scipy.stats
 import speed
 import torch
 import tuned
@@ -30,6 +29,7 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.config import PRESETS
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, forkserver, parser_flags, seeded
+from tests.exact import chi_square
 from vqvae import VQVAE
 
 
@@ -130,10 +130,10 @@ def test_discrete_baselines(kind, monkeypatch):
     draws = baselines.loss(kind, model, None, x, seeded(1))
     assert abs(float(draws.mean()) - entropy) < 4 * float(draws.std()) / 1500 ** 0.5 + 1e-9
     drawn = baselines.sample(kind, model, None, 1500, 5, seeded(2))
-    assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+    assert chi_square(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0) > 1e-3
     if kind == "absorbing":
         drawn = baselines.sample_by_confidence(model, None, 1500, 1, seeded(3))
-        assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0).pvalue > 1e-3
+        assert chi_square(torch.bincount(drawn.flatten(), minlength=3), 1500 * p_0) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["uniform", "mask-and-replace"])
@@ -193,7 +193,7 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
     assert chain.entropy() == pytest.approx(-(p * np.log(p)).sum() / 3, abs=1e-12)
     drawn = chain.draw(20000, np.random.default_rng(0))
     counts = np.bincount(drawn @ [16, 4, 1], minlength=64)
-    assert scipy.stats.chisquare(counts, 20000 * p).pvalue > 1e-3
+    assert chi_square(counts, 20000 * p) > 1e-3
     nll, distance = chain.score(every[:1])  # 0, 0, 0: all bigrams are (0, 0)
     assert nll == pytest.approx(-np.log(p[0]) / 3) and distance == pytest.approx(1 - chain.bigrams[0, 0])
     rows = ["rec + diff + CM, frozen table", "plain cross-entropy", "discrete: absorbing", "train.py's defaults"]
@@ -216,7 +216,7 @@ def test_markov_chain(tmp_path, monkeypatch, capsys):
 
 def test_markov_chain_side_by_side(tmp_path, monkeypatch):
     """Two processes: every line is there once, with the figures of one process."""
-    monkeypatch.setattr(markov_chain.multiprocessing, "get_context", lambda _: forkserver())  # "spawn" imports torch anew
+    monkeypatch.setattr(markov_chain.multiprocessing, "get_context", lambda _: forkserver())  # quicker than spawn
     words = ["--seeds", 2, "--steps", 1, "--samples", 10, "--only", "plain cross-entropy"]
     found = []
     for jobs in (1, 2):

@@ -5,6 +5,8 @@ import itertools
 import math
 
 import numpy as np
+import pytest
+import scipy.special
 import torch
 import torch.nn.functional as F
 
@@ -118,6 +120,13 @@ def small_model(**settings):
     for parameter in model.double().parameters():
         parameter.data.normal_(std=0.3, generator=generator)
     return model
+
+
+def chi_square(counts, expected):
+    """The p-value of Pearson's test: are counts draws of these expected numbers? (scipy.stats takes long to import.)"""
+    counts, expected = (np.asarray(values, dtype=np.float64) for values in (counts, expected))
+    assert counts.sum() == pytest.approx(expected.sum())
+    return float(scipy.special.chdtrc(len(counts) - 1, ((counts - expected) ** 2 / expected).sum()))
 
 
 def quantizer(update):

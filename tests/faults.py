@@ -379,7 +379,7 @@ def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER": "gw0"}  # one thread, as a worker of pytest -n
     import PIL.Image  # noqa: F401  what the forked processes need not import again
     import pytest  # noqa: F401
-    import scipy.stats  # noqa: F401
+    import scipy.special  # noqa: F401
     import torch._dynamo  # noqa: F401
     import torch.distributed.fsdp  # noqa: F401
     import torch.testing  # noqa: F401

@@ -49,8 +49,8 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     once = ["train.py", "--data", folder, *flags(TINY)]
-    with mock.patch.dict(PROGRAMS, {"train.py": SimpleNamespace(main=lambda: runpy.run_path(
-            str(HERE / "train.py"), run_name="__main__"))}):  # as Python runs it; in a process of its own: test_closed_pipe
+    as_typed = SimpleNamespace(main=lambda: runpy.run_path(str(HERE / "train.py"), run_name="__main__"))
+    with mock.patch.dict(PROGRAMS, {"train.py": as_typed}):  # in a process of its own: see test_closed_pipe
         text = command(*once)
     assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
     assert "python sample.py runs/pets/ckpt.pt" in text
