@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import gc
 import gzip
 import io
 import json
@@ -22,6 +23,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # which the first step of an optimizer would import, in every process
 from PIL import Image
 
 import extras.datasets
@@ -43,6 +45,8 @@ PROGRAMS = {"train.py": train, "sample.py": extras.sample_command, "fid.py": ext
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # pytest -n 2: two processes of one each
 train.DRAWS = train.FINAL_DRAWS = 256  # one batch: tests of the programs need no precision
+gc.collect()
+gc.freeze()  # a million objects that stay: Python need not look through them again and again
 FIND_PRICE = prepare.find_price  # a second per run: tests/prices.py is about it, the others do without
 prepare.find_price = lambda args, source, config, *_: SimpleNamespace(**{
     name: config[name] for name in ("micro_batch", "eval_batch")})
@@ -99,7 +103,7 @@ def call(program, *words):
 
 
 PROCESSES = multiprocessing.get_context("forkserver")  # one process imports torch; the others are forked from it
-PROCESSES.set_forkserver_preload(["tests.common", "torch._dynamo"])  # which the first step of an optimizer imports
+PROCESSES.set_forkserver_preload(["tests.common"])
 
 
 def forkserver():

@@ -313,7 +313,7 @@ def test_lmdb_that_lies(tmp_path):
         "pipe": lambda folder: pipe("data.mdb")(folder) and None}, found, tmp_path)
     rng = np.random.default_rng(0)
     (tmp_path / "random").mkdir()
-    for number in range(300):  # whatever the damage: read or refused
+    for number in range(150):  # whatever the damage: read or refused
         content = bytearray(honest)
         for where in rng.integers(2 * page * (number % 2), 6 * page, 8):
             content[where] = rng.integers(256)
