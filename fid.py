@@ -102,7 +102,7 @@ class Statistics:
         mean, cov = ({"2048": known[name]} for name in ("mu", "sigma"))
         if "mu_s" in known:
             mean["spatial"], cov["spatial"] = known["mu_s"], known["sigma_s"]
-        features = torch.from_numpy(known["features"]).float() if "features" in known else None
+        features = torch.from_numpy(known["features"]) if "features" in known else None
         return Statistics(known.get("n"), mean, cov, known.get("resize"), features)
 
 

@@ -8,12 +8,14 @@ sqrt(2 ln k) errors of a single one below the mean, 2.5 s for k = 500. So a rise
 TWICE = 2 evaluations one after the other.
 """
 
+import contextlib
+
 import torch
 from tqdm import tqdm
 
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
 from engine.distributed import barrier, rank_and_world
-from engine.read_back import UserError
+from engine.read_back import ReadError, UserError, check_tensor, expect, shown
 from engine.run import write_atomically
 
 RISE, TWICE = 4, 2
@@ -30,19 +32,25 @@ def paired_difference(bits, before, images, batch):
     return float(d.mean()), float(d.std() / len(d) ** 0.5) if len(d) > 1 else float("inf")
 
 
+def check_bits(where, bits, images):
+    """The bits of an evaluation in a file, if each of the images has some; else ReadError."""
+    if expect(where, bits, torch.Tensor).dtype != torch.float64 or bits.ndim != 1 or len(bits) < images:
+        raise ReadError(f"{where} must be at least {images:,} numbers of float64, are {shown(bits)}")
+    check_tensor(where, bits)
+    if bits.min() < 0:
+        raise ReadError(f"{where} must not be below 0, are down to {float(bits.min()):g}")
+    return bits
+
+
 class Best:
     """What best.pt holds, without its weights. A file from after the step `last` is of a course that was left."""
 
     def __init__(self, path, last, images, batch):
         self.path, self.images, self.batch, self.step, self.bits, self.rises = path, images, batch, 0, None, 0
-        try:
+        with contextlib.suppress(UserError):  # the next one will be written over what is none
             state = read_checkpoint(path, CHECKPOINT_FORMAT) if path.exists() else {}
-        except UserError:  # the next one will be written over it
-            state = {}
-        bits = state.get("bits")
-        right = isinstance(bits, torch.Tensor) and bits.dtype == torch.float64 and bits.ndim == 1
-        if right and bits.isfinite().all() and state["step"] <= last:
-            self.step, self.bits = state["step"], bits
+            if "bits" in state and state["step"] <= last:
+                self.step, self.bits = state["step"], check_bits(f"{path}: bits", state["bits"], images)
 
     def look(self, step, bits, content):
         """After an evaluation, by all processes. bits: (draws,) of each; content(): a checkpoint to draw from."""

@@ -105,8 +105,6 @@ def check_contents(path, state):
             if expect(entry, value, torch.Tensor).dtype == torch.float16:  # of --export
                 check_tensor(entry, value)
                 state[part][name] = value.float()
-    for count in expect(f"{path}: class_counts", state.get("class_counts") or [], list):
-        expect(f"{path}: class_counts", count, int, 0, 1 << 62)
     history = expect(f"{path}: history", state.get("history", []), list)
     old = isinstance(history, tuple)  # (rows, codes in use) of an earlier version
     for row in [*(history[1:] if old else history), *([state["used"]] if "used" in state else [])]:
@@ -128,9 +126,18 @@ def check_contents(path, state):
         if name not in state["sampling"]:
             raise ReadError(f"{path}: sampling lacks {name}")
     check_option(f"{path}: sampling", "sampler", state["sampling"]["sampler"])
-    if len(state.get("class_counts") or []) > max(1, len(state["class_names"])):
-        raise ReadError(f"{path}: class_counts are {len(state['class_counts'])}, more than there are classes")
-    return state | {"class_names": read_names(f"{path}: class_names", state["class_names"])}
+    names = read_names(f"{path}: class_names", state["class_names"])
+    return state | {"class_names": names, "class_counts": read_counts(path, state.get("class_counts"), len(names))}
+
+
+def read_counts(path, counts, classes):
+    """The entry class_counts, a list of at most so many numbers of images; None in files of earlier versions."""
+    if counts is None:
+        return None
+    if len(expect(f"{path}: class_counts", counts, list)) > max(1, classes):
+        raise ReadError(f"{path}: class_counts must be at most {max(1, classes):,} numbers, one a class, are "
+                        f"{len(counts):,}")
+    return [expect(f"{path}: class_counts", count, int, 0, 1 << 40) for count in counts]  # so that sums are int64
 
 
 def read_checkpoint(path, *formats):

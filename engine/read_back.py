@@ -47,7 +47,7 @@ def printable(text):
 def shown(value):
     """A value in a few words, whatever it is and however large."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"an array {list(value.shape)} of {value.dtype}"
+        return f"an array {list(value.shape)} of {printable(str(value.dtype))[:200]}"
     try:
         return printable(reprlib.repr(value))
     except Exception:  # a whole number of more digits than Python prints, say

@@ -18,6 +18,7 @@ from PIL import Image
 
 from engine.read_back import (
     ReadError,
+    UserError,
     at_most,
     check_unpacked,
     expect,
@@ -43,7 +44,9 @@ def open_image(source, size=None):
 
     size: a JPEG may be decoded smaller, never below twice so many pixels. ValueError or OSError says why not.
     """
+    most = limit("VQLCMD_MAX_PIXELS")
     if isinstance(source, np.ndarray):
+        check_pixels(source.shape[1], source.shape[0], most)  # it is copied next
         image = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
     else:
         if not isinstance(source, bytes):
@@ -51,13 +54,16 @@ def open_image(source, size=None):
                 raise ValueError(reason)
             at_most("the file", os.path.getsize(source), "VQLCMD_MAX_IMAGE_BYTES")
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    most = limit("VQLCMD_MAX_PIXELS")
     # Of a progressive JPEG the decoder keeps all, however little of it is asked for.
     if size and image.width * image.height <= (1 if image.info.get("progressive") else 10) * most:
         image.draft("RGB", (2 * size, 2 * size))
-    if image.width * image.height > most:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {most:,} (VQLCMD_MAX_PIXELS)")
+    check_pixels(image.width, image.height, most)
     return image
+
+
+def check_pixels(width, height, most):
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels, more than {most:,} (VQLCMD_MAX_PIXELS)")
 
 
 def one_large_at_a_time(image):
@@ -97,10 +103,15 @@ def read_npz_array(npz, name):
 def read_statistics(path):
     """{"mu", "sigma", perhaps "mu_s", "sigma_s", "n", "resize", "features"} of an .npz of statistics, checked."""
     found = {}
-    with open_npz(path) as file:
-        for name in ("mu", "sigma", "mu_s", "sigma_s", "n", "resize", "features"):
-            if name in file or name in ("mu", "sigma"):
-                found[name] = read_npz_array(file, name)
+    try:
+        with open_npz(path) as file:
+            for name in ("mu", "sigma", "mu_s", "sigma_s", "n", "resize", "features"):
+                if name in file or name in ("mu", "sigma"):
+                    found[name] = read_npz_array(file, name)
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged archive: half a dozen types
+        raise ReadError(f"{path} cannot be read as an .npz ({reason_of(error)}): make it again") from error
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         for name, rank in ((mean, 1), (cov, 2)) if mean in found or cov in found else ():
             value, d = found.get(name), len(found[mean]) if mean in found and found[mean].ndim else -1
@@ -109,15 +120,28 @@ def read_statistics(path):
                                 f"features, is {shown(value)}")
             if not np.isfinite(value).all():
                 raise ReadError(f"{path}: {name} is not finite; a covariance needs at least two images")
-    features = found.get("features", np.zeros((1, len(found["mu"]))))
-    if features.dtype.kind != "f" or features.shape[1:] != found["mu"].shape or not np.isfinite(features).all():
-        raise ReadError(f"{path}: features must be finite numbers of shape (images, {len(found['mu'])}), is "
-                        f"{shown(features)}")
+            if rank == 2 and not (value.diagonal().min() > -1e-6 and np.allclose(value, value.T, 1e-4, 1e-6)):
+                raise ReadError(f"{path}: {name} must be a covariance, symmetric, with no variance below 0")
     for name, kind, bounds in (("n", int, (2, 1 << 40)), ("resize", ("tf", "pytorch-fid", "clean"), ())):
         if name in found:
             value = found[name].item() if found[name].size == 1 else found[name]
             found[name] = expect(f"{path}: {name}", value, kind, *bounds)
+    if "features" in found:
+        found["features"] = check_features(path, found["features"], len(found["mu"]), found.get("n", limit(
+            "VQLCMD_MAX_IMAGES")))
     return found
+
+
+def check_features(path, features, width, most):
+    """Features of 2 to `most` images, a row each, as float32; else ReadError."""
+    what = f"{path}: features must be finite numbers of shape (2 to {most:,} images, {width})"
+    if features.dtype.kind != "f" or features.shape[1:] != (width,) or not 2 <= len(features) <= most:
+        raise ReadError(f"{what}, are {shown(features)}")
+    with np.errstate(over="ignore"):
+        features = features.astype(np.float32)
+    if not np.isfinite(features).all():
+        raise ReadError(f"{what}, some are not finite in float32")
+    return features
 
 
 # ----------------------------------------------------------------------------

@@ -128,12 +128,24 @@ def cached_statistics(dataset, network, batch=None, keep=REAL_KEPT):
     caches of their own.
     """
     path = main_process_first(lambda: cache_of(dataset, network, keep))
-    found = broadcast(Statistics.load(path) if path and path.exists() else None)
+    found = broadcast(read_cached(path, len(dataset), network) if path and path.exists() else None)
     if found is None:
         found = measure(Decoded(dataset), network, batch, keep, name="FID, training images")
         if rank_and_world()[0] == 0:
             found.save(path)
     return found, path
+
+
+def read_cached(path, n, network):
+    """The Statistics in a file of the cache; None, and a line, if they cannot be believed, or are of another network."""
+    try:
+        found = Statistics.load(path)
+    except UserError as error:
+        return print(f"{error}: measured anew")
+    if found.n == n and found.resize == network.resize and {
+            tap: len(mean) for tap, mean in found.mean.items()} == network.widths:
+        return found
+    print(f"{path} is of other images, or of another network: measured anew")
 
 
 def cache_of(dataset, network, keep):

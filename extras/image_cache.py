@@ -16,8 +16,8 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from data import IN_MEMORY_BYTES, DataError, Source, decode_all
-from engine.read_back import UserError, at_most, open_npy, read_json, read_names
+from data import IN_MEMORY_BYTES, MIN_SIDE, DataError, Source, decode_all
+from engine.read_back import UserError, at_most, open_npy, read_json, read_names, shown
 from engine.run import resumable_array, write_json
 from engine.stored import CACHE
 
@@ -32,9 +32,13 @@ class SavedImages(Source):
     def __init__(self, path, rows):
         image, *numbers = (rows.dtype[name] for name in FIELDS)
         if rows.ndim != 1 or numbers != [np.int32, np.uint8] or image.base != np.uint8 or len(image.shape) != 3 or (
-                image.shape[0] != 3 or image.shape[1] != image.shape[2] or not len(rows) or rows["label"].min() < 0):
-            raise DataError(f"{path} is no file that data.py --save wrote: make it again")
-        at_most(path, len(rows), "VQLCMD_MAX_IMAGES")
+                image.shape[0] != 3 or image.shape[1] != image.shape[2] or image.shape[1] < MIN_SIDE or not len(rows)):
+            raise DataError(f"{path} is no file that data.py --save wrote, rows of image (3, S, S) uint8, label int32, "
+                            f"split uint8, but {shown(rows)}: make it again")
+        at_most(path, len(rows), "VQLCMD_MAX_IMAGES")  # before all of them are looked at
+        if rows["label"].min() < 0 or rows["split"].max() > HELD_OUT:
+            raise DataError(f"{path}: label must be 0 or more, split 0, 1 or 2, are from {rows['label'].min()}, and up "
+                            f"to {rows['split'].max()}: make it again")
         splits = [np.flatnonzero(rows["split"] == split) for split in (TRAINING, HELD_OUT)]
         if path.name.endswith(".part.npy") or not all(map(len, splits)):
             raise DataError(f"{path} is not complete: give the command again that makes it")
@@ -94,6 +98,7 @@ def save_images(source, size, path, replace=False):
     except OSError:
         partial.unlink()
         raise
+    rows["split"][wrong_rows(source, rows)] = NO_IMAGE  # those are decoded anew
     todo, bad, block = np.flatnonzero(rows["split"] == NO_IMAGE), {}, max(16, BLOCK_BYTES // dtype.itemsize)
     with tqdm(total=len(items), initial=len(items) - len(todo), desc="decoding", unit="img", leave=False,
               disable=None) as bar:
@@ -110,6 +115,13 @@ def save_images(source, size, path, replace=False):
     del rows
     partial.replace(path)
     return bad
+
+
+def wrong_rows(source, rows):
+    """Which rows (n,) say that they are done, and have not the label and the split of their image in the source?"""
+    items, n = np.concatenate([source.train, source.test]), len(source.train)
+    splits = np.where(np.arange(len(items)) < n, TRAINING, HELD_OUT)
+    return (rows["split"] != NO_IMAGE) & ((rows["split"] != splits) | (rows["label"] != source.labels[items]))
 
 
 def reserve(path):
@@ -183,8 +195,10 @@ def open_rows(path, dtype):
 def open_cache(source, size, path):
     """SavedImages of the cache; None if it is not there, is of other images, or has too few that can be used."""
     rows = open_rows(path, row_type(source, size)) if path.exists() else None
+    if rows is None or rows.shape != (sum(source.counts()),) or wrong_rows(source, rows).any():
+        return None
     with contextlib.suppress(UserError):
-        return None if rows is None else SavedImages(path, rows)
+        return SavedImages(path, rows)
 
 
 def remove_cache(out):
