@@ -128,7 +128,8 @@ def cached_statistics(dataset, network, batch=None, keep=REAL_KEPT):
     caches of their own.
     """
     path = main_process_first(lambda: cache_of(dataset, network, keep))
-    found = broadcast(read_cached(path, len(dataset), network) if path and path.exists() else None)
+    there = rank_and_world()[0] == 0 and path.exists()
+    found = broadcast(read_cached(path, len(dataset), network) if there else None)
     if found is None:
         found = measure(Decoded(dataset), network, batch, keep, name="FID, training images")
         if rank_and_world()[0] == 0:
@@ -137,7 +138,7 @@ def cached_statistics(dataset, network, batch=None, keep=REAL_KEPT):
 
 
 def read_cached(path, n, network):
-    """The Statistics in a file of the cache; None, and a line, if they cannot be believed, or are of another network."""
+    """The Statistics in a file of the cache; None, and a line, if they are not of these images, or damaged."""
     try:
         found = Statistics.load(path)
     except UserError as error:

@@ -5,6 +5,7 @@ See tests/lying_files.py. To keep the bombs small, what may be unpacked is limit
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import pickle
@@ -14,15 +15,17 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 from engine import read_back
 from engine.run import UserError
-from extras import archives, fid_sources, foreign_checkpoint
+from extras import archives, fid_sources, foreign_checkpoint, image_cache
 from extras.datasets import find
 from tests.common import noise, png, write_cifar, write_idx, write_images, write_zip
-from tests.lying_files import DEEP_HEADER, NASTY, bounded, device, header, pipe, put, refused
+from tests.fixtures import Pixels
+from tests.lying_files import DEEP_HEADER, NASTY, bounded, device, header, npy, pipe, put, refused
 
 UNPACKED = 16 << 20
 
@@ -347,11 +350,184 @@ def test_statistics_that_lie(small_limit, tmp_path, monkeypatch):
         "complex": stats(sigma=np.eye(4) * 1j), "objects": stats(mu=np.array([{}] * 4)), "n": stats(n="many"),
         "n is 1": stats(n=1), "ns": stats(n=[1, 2]), "resize": stats(resize="\x1b[31m"),
         "scalar": stats(mu=np.zeros(())), "resizes": stats(resize=["tf", "tf"]), "half": stats(mu_s=np.zeros(4)),
+        "below": stats(sigma=-np.eye(4)), "skew": stats(sigma=np.triu(np.ones((4, 4)))),
         "wide": stats(mu=np.zeros(50), sigma=np.eye(50)), "bomb": stats(mu=np.zeros(UNPACKED // 8 + 1)),
         "nothing": stats(mu=None, sigma=None), "claims": images((1 << 40, 8, 8, 3)), "negative": images((-1, 8, 8, 3)),
         "no image": images((0, 8, 8, 3)), "large": images((2, 1500, 1500, 3), b"\0" * (2 * 1500 * 1500 * 3)),
         "flat": images((64,), b"1" * 64), "pipe": pipe("a.npz")}, side, tmp_path)
+    features, rows = [], np.ones((5, 4), np.float32)  # kept for KID, precision and recall
+
+    def kept(value, **more):
+        features.append(f"features {len(features)}")
+        return stats(features=value, n=5, **more)
+
+    def claim(shape, kind="<f4", body=b""):
+        def write(folder):
+            files = {}
+            for name, value in honest.items():
+                np.save(file := io.BytesIO(), value)
+                files[f"{name}.npy"] = file.getvalue()
+            return write_zip(folder / "a.npz", files | {"features.npy": header(shape, kind, body)})
+        return write
+
+    np.savez(tmp_path / "b.npz", **honest, n=5, features=rows.astype(">f8"))
+    assert np.array_equal(side(tmp_path / "b.npz")[0].features, rows)
+    kinds = {f"features {number}": kept(value) for number, value in enumerate((
+        rows.astype(int), rows.astype(complex), rows > 0, rows.astype(str), np.array([["x"]], object), rows[:, :3],
+        rows[:, 0], rows[None], np.float32(1), rows * np.nan, rows * np.inf, rows.astype(float) * 1e300, rows[:0],
+        rows[:1], np.ones((6, 4), np.float32), rows.astype([("x", "f4")])))}
+    kinds |= {"bomb": stats(features=np.zeros((UNPACKED // 8, 4), np.float32)),
+              "bytes": claim((5, 4), body=b"1" * 79), "claim": claim((1 << 40, 4)), "less": claim((-5, 4)),
+              "pickle": claim((5, 4), "|O", pickle.dumps([1] * 20)), "deep": member(DEEP_HEADER, "features.npy"),
+              "cut": lambda folder: put("a.npz", (folder / kept(rows)(folder).name).read_bytes()[:-50])(folder),
+              "folder": lambda folder: (folder / "a.npz").mkdir() or folder / "a.npz", "device": device("a.npz")}
+    refused({name: kinds[name] for name in (*features, "bomb", "bytes", "claim", "less", "pickle")}, side, tmp_path,
+            dict.fromkeys(features, "features"))
+    refused(kinds | {"pipe": pipe("a.npz"), "nothing": put("a.npz"), "text": put("a.npz", "text")},
+            archives.read_statistics, tmp_path)
     content = bytearray(npz(arr_0=noise(70, 8, 8))(tmp_path).read_bytes())
     content[9000:9100] = b"\xff" * 100
     with pytest.raises(UserError, match="arr_0 is damaged"):
         side(put("cut.npz", content)(tmp_path))[1].read(0, 70)
+
+
+def test_caches_of_statistics_that_lie(tmp_path, monkeypatch, capsys):
+    """fid-*.npz beside torch's own cache: what cannot be of these images is measured anew, in a line, and replaced."""
+    monkeypatch.setattr(fid_sources, "cache_of", lambda *_: path)
+    images, path = data.ImageSet([0] * 5, [], 8, pixels=torch.from_numpy(noise(5, 3, 8).reshape(5, 3, 8, 3)[
+        :, :, :, [0] * 8].copy())), tmp_path / "fid.npz"
+    honest, _ = fid_sources.cached_statistics(images, Pixels(), keep=4)
+    content = path.read_bytes()
+    with np.load(path) as file:
+        entries = dict(file)
+    other = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    assert "measured anew" not in capsys.readouterr().out
+    for name, lie in {
+            "n": {"n": 6}, "text": {"n": "five"}, "resize": {"resize": "clean"}, "nan": {"mu": entries["mu"] * np.nan},
+            "widths": {**other, "features": np.zeros((4, 3), np.float32)}, "features": {"features": np.zeros((4, 3))},
+            "images": {"features": np.zeros((6, 128), np.float32)}, "none": b"", "cut": content[:-99], "pipe": None,
+            "tap": {"mu_s": None, "sigma_s": None}}.items():
+        path.unlink()
+        if lie is None:
+            os.mkfifo(path)
+        elif isinstance(lie, bytes):
+            path.write_bytes(lie)
+        else:
+            np.savez(path, **{key: value for key, value in (entries | lie).items() if value is not None})
+        with bounded():
+            found, _ = fid_sources.cached_statistics(images, Pixels(), keep=4)
+        assert np.array_equal(found.mean["2048"], honest.mean["2048"]) and torch.equal(found.features, honest.features)
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and "fid.npz" in said and said.endswith(": measured anew\n"), (name, said)
+    assert fid_sources.cached_statistics(images, Pixels(), keep=4)[0].n == 5 and not capsys.readouterr().out
+
+
+def image_rows(n=4, side=8, **values):
+    """Rows of data.py --save, of black images; values: of fields."""
+    made = np.zeros(n, [("image", np.uint8, (3, side, side)), ("label", np.int32), ("split", np.uint8)])
+    made["split"] = [1, 1, 2] + [1] * (n - 3) if n >= 3 else 1
+    for name, value in values.items():
+        made[name] = value
+    return made
+
+
+def test_saved_images_that_lie(tmp_path, monkeypatch):
+    """What data.py --save wrote, and photos.json beside it."""
+    monkeypatch.setenv("VQLCMD_MAX_IMAGES", "1000")
+    kind = image_rows().dtype
+
+    def rows(*args, **values):
+        return npy(image_rows(*args, **values), "a.npy")
+
+    def of_type(*fields):
+        return npy(np.ones(4, list(zip(("image", "label", "split"), fields, strict=True))), "a.npy")
+
+    def claim(shape, there=0, kind=kind):
+        """there: bytes that are, as holes."""
+        def write(folder):
+            put("a.npy", header(shape, np.lib.format.dtype_to_descr(np.dtype(kind))))(folder)
+            with open(folder / "a.npy", "rb+") as file:
+                file.truncate((folder / "a.npy").stat().st_size + there)
+            return folder / "a.npy"
+        return write
+
+    def beside(content):
+        def write(folder):
+            (content if callable(content) else put("a.json", content))(folder)
+            return rows(label=1)(folder)
+        return write
+
+    image, label, split = (3, 8, 8), np.int32, np.uint8
+    kinds = {
+        "label": rows(label=-1), "labels": rows(label=2 ** 31 - 1), "split": rows(split=3),
+        "no held out": rows(split=1), "no training": rows(split=2),
+        "none done": rows(split=0), "no rows": rows(0), "no pixels": rows(side=0),
+        "a pixel": rows(side=1), "float": of_type((np.float32, image), label, split),
+        "int64": of_type((np.uint8, image), np.int64, split), "float label": of_type((np.uint8, image), "f4", split),
+        "big": of_type((np.uint8, image), ">i4", split), "signed": of_type((np.uint8, image), label, np.int8),
+        "flat": of_type((np.uint8, (192,)), label, split), "grey": of_type((np.uint8, (1, 8, 8)), label, split),
+        "oblong": of_type((np.uint8, (3, 8, 9)), label, split), "scalar": of_type(np.uint8, label, split),
+        "pairs": of_type((np.uint8, image), (label, (2,)), split), "objects": npy(np.array([{}]), "a.npy"),
+        "object labels": npy(np.zeros(4, [("image", np.uint8, image), ("label", object), ("split", split)]), "a.npy"),
+        "two axes": npy(image_rows().reshape(2, 2), "a.npy"), "no axis": npy(image_rows()[0], "a.npy"),
+        "name": npy(np.zeros(4, [((NASTY * 99, "image"), np.float32, image), ("label", label), ("split", split)])),
+        "claim": claim((1 << 40,)), "negative": claim((-4,)), "many": claim((10 ** 9,), 10 ** 9 * kind.itemsize),
+        "cut": lambda folder: put("a.npy", rows()(folder).read_bytes()[:-1])(folder), "deep": put("a.npy", DEEP_HEADER),
+        "half made": lambda folder: rows()(folder).rename(folder / "a.part.npy"), "nothing": put("a.npy"),
+        "pipe": pipe("a.npy"), "device": device("a.npy")}
+    kinds |= {f"classes {number}": beside(content) for number, content in enumerate((
+        "[]", "{}", "{", "[" * 10 ** 5, '{"classes": 3}', '{"classes": ["a"]}', '{"classes": []}',
+        '{"classes": [1, 2]}', '{"classes": null}',
+        json.dumps({"classes": ["x" * 9999] * 2}), json.dumps({"classes": ["x"] * 100_001}),
+        pipe("a.json"), device("a.json"), lambda folder: (folder / "a.json").mkdir()))}
+    refused(kinds, found, tmp_path)
+    assert len(found(rows(label=1)(tmp_path)).train) == 3
+    large = claim((4,), 4 * (3 * 16000 ** 2 + 5), [("image", np.uint8, (3, 16000, 16000)), ("label", label),
+                                                   ("split", split)])
+    array = np.load(large(tmp_path), mmap_mode="r")["image"][0].transpose(1, 2, 0)
+    with bounded(), pytest.raises(ValueError, match="16000 x 16000 pixels, more than 50,000,000"):
+        archives.open_image(array, 8)
+
+
+def test_caches_of_images_that_lie(tmp_path, capsys):
+    """images.npy of a run: what is not of these images, or says of them what is not so, is decoded anew."""
+    root, out = write_images(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(6)], noise(12)), tmp_path
+    source, path, part = found(root), out / "images.npy", out / "images.part.npy"
+    kind, n = image_cache.row_type(source, 8), len(source.train)
+    expected = [(images.batch(range(len(images))), images.labels) for images in found(root).load(8)]
+    image_cache.save_images(source, 8, path)
+    honest, content = np.load(path), path.read_bytes()
+
+    def lie(name, value, at=slice(None)):
+        made = honest.copy()
+        made[name][at] = value
+        return made
+
+    kinds = {
+        "label": lie("label", 1 - honest["label"]), "negative": lie("label", -1), "classes": lie("label", 2 ** 31 - 1),
+        "split": lie("split", 1), "splits": lie("split", 2, slice(n)), "more splits": lie("split", 99, 0),
+        "not done": lie("split", 0), "rows": honest[:-1], "more rows": np.concatenate([honest, honest]),
+        "axes": honest.reshape(2, -1), "no rows": honest[:0], "other": image_rows(12), "objects": np.array([{}]),
+        "cut": content[:-1], "header": content[:50], "nothing": b"", "deep": DEEP_HEADER,
+        "claim": header((1 << 40,), np.lib.format.dtype_to_descr(kind)),
+        "negative rows": content.replace(b"(12,), }  ", b"(-12,), } "), "pipe": os.mkfifo,
+        "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir,
+        "link": lambda path: path.symlink_to(tmp_path / "precious")}
+    (tmp_path / "precious").write_text("years of work")
+    for name, write in kinds.items():
+        for place, make in ((path, True), (path, False), (part, True)):
+            for old in (path, part):
+                old.rmdir() if old.is_dir() else old.unlink(missing_ok=True)
+            if callable(write):
+                write(place)
+            else:
+                np.save(place, write, allow_pickle=True) if isinstance(write, np.ndarray) else place.write_bytes(write)
+            with bounded():
+                sets = image_cache.load_through_cache(found(root), 8, None, path, make)
+            for images, (pixels, labels) in zip(sets, expected, strict=True):
+                assert torch.equal(images.batch(range(len(images))), pixels), (name, place, make)
+                assert torch.equal(images.labels, labels) and images.class_names == ["a", "b"], (name, place, make)
+            if make and name != "folder":
+                assert path.read_bytes() == content and not part.exists(), (name, place)
+    assert (tmp_path / "precious").read_text() == "years of work"
+    assert "cannot be written" in capsys.readouterr().out  # in place of the folders

@@ -15,6 +15,7 @@ import signal
 import struct
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +24,20 @@ import torch
 import sample
 from embedding_diffusion import EmbeddingDiffusion
 from engine import prepare, read_back, status, stored, tokens
-from engine.best import Best
-from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, digest, load_optimizer, read_newest, restore
+from engine.best import Best, check_bits
+from engine.checkpoint import (
+    CHECKPOINT_FORMAT,
+    TOKENIZER_FORMAT,
+    digest,
+    load_optimizer,
+    read_checkpoint,
+    read_newest,
+    restore,
+)
 from engine.run import UserError, lock, report_errors, resumable_array, write_atomically
 from extras import downloads, fid_sources, foreign_checkpoint, run_facts, run_page, vqgan_losses
 from extras.datasets import find
+from extras.sampling_options import labels_to_draw
 from tests.common import TINY, call, flags, noise, png, write_images
 from vqvae import VQVAE
 
@@ -221,7 +231,15 @@ def test_checkpoints_that_lie(honest, tmp_path, monkeypatch):
         ("sampling/steps", 0), ("sampling/steps", 10 ** 12), ("sampling/guidance", float("nan")),
         ("sampling/guidance", "1"), ("sampling/sampler", "x"), ("sampling/more", 1), ("class_names", "cats"),
         ("class_names", [1, 2]), ("class_names", ["cat"]), ("class_names", ["x" * 10 ** 6, "y"]),
-        ("class_names", ["x"] * 100), ("step", -1), ("step", "8"), ("step", 10 ** 40), ("step", True),
+        ("class_names", ["x"] * 100), ("class_counts", 0), ("class_counts", "12"), ("class_counts", {"cat": 1}),
+        ("class_counts", torch.ones(2)), ("class_counts", torch.zeros(1).expand(1 << 40)), ("class_counts", [1.0, 2]),
+        ("class_counts", [1, -1]), ("class_counts", [1, float("nan")]), ("class_counts", [1, 1 << 41]),
+        ("class_counts", [True, 1]), ("class_counts", [[1], 1]), ("class_counts", [1, 1, 1]),
+        ("class_counts", [1] * 9999), ("class_counts", [torch.ones(1), 1]), ("sampling/steps", 2.5),
+        ("sampling/steps", True), ("sampling/steps", torch.ones(1)), ("sampling/guidance", float("inf")),
+        ("sampling/guidance", [1.0]), ("sampling/sampler", ["ddim"]), ("sampling", {}), ("sampling", nested(100)),
+        ("sampling", dict.fromkeys(map(str, range(9999)), 1)), ("step", -1), ("step", "8"), ("step", 10 ** 40),
+        ("step", True),
         ("format", torch.zeros(2)), ("format", ["x"]), ("format", "vq-lcmd checkpoint 2"), ("begin", 9),
         ("history", [torch.zeros(2, 2)]), ("history", 3), ("metrics/vlb", 3), ("metrics/vlb/total", "\x1b[31m"),
         ("metrics/tokenizer", {"\n": 1.0}), ("more", nested(100)), ("more", nested(60, twice=True)),
@@ -230,6 +248,12 @@ def test_checkpoints_that_lie(honest, tmp_path, monkeypatch):
     kinds += [("ema/embedding", value) for value in spoiled(honest["ema"]["embedding"])]
     kinds += [("tokenizer/quantizer.codebook", value) for value in spoiled(honest["tokenizer"]["quantizer.codebook"])]
     refused(edits(honest, kinds), lambda path: sample.load_checkpoint(path, CPU), tmp_path)
+    for counts in (None, [], (3, 5), [1 << 40] * 2):
+        pipeline = sample.load_checkpoint(saved(honest | {"class_counts": counts})(tmp_path), CPU)
+        assert pipeline.class_counts == (counts if counts is None else list(counts))
+        if counts:
+            args = SimpleNamespace(class_counts="training")
+            assert labels_to_draw(8, args, pipeline, [0, 1])[0].bincount().tolist() == [[3, 5], [4, 4]][counts[0] > 3]
 
 
 def test_pickles_that_lie(tmp_path, monkeypatch):
@@ -336,10 +360,6 @@ def test_states_that_lie(honest, tmp_path):
     refused(edits(honest, [("ema/head.weight", GONE), ("ema/head.weight", "x"),
                            ("ema/head.weight", lambda weight: weight * float("nan"))]), start, tmp_path)
 
-    for bits, good in ((torch.ones(4, dtype=torch.float64), True), (torch.ones(4), False), ("text", False),
-                       (torch.full((4,), float("nan"), dtype=torch.float64), False)):  # such a best.pt is written over
-        assert (Best(saved(honest | {"bits": bits}, "best.pt")(tmp_path), 9, 4, 4).bits is not None) == good
-
     tokenizer = {"format": TOKENIZER_FORMAT, "config": SIZES["tokenizer"], "metrics": {"psnr": 20.0}, "step": 8,
                  "history": [], "used": torch.zeros(8), "tokenizer": honest["tokenizer"]}
     saved(tokenizer, "tokenizer.pt")(tmp_path)
@@ -351,6 +371,37 @@ def test_states_that_lie(honest, tmp_path):
         ("history", [torch.full((3,), float("nan"))])], "tokenizer.pt")
     refused(kinds, lambda path: tokens.load_tokenizer(SIZES["tokenizer"], path.parent, CPU), tmp_path)
     refused(kinds | edits(tokenizer, [("config/K", 4)]), tokens.read_tokenizer, tmp_path)
+
+
+def test_best_checkpoints_that_lie(honest, tmp_path):
+    """best.pt, as a run that goes on reads it: what it cannot believe is written over, by the next evaluation."""
+    bits = torch.ones(4, dtype=torch.float64)
+    honest = {name: value for name, value in honest.items() if name != "optimizer"} | {"bits": bits}
+    kinds = [("bits", value) for value in (
+        "text", None, [1.0] * 4, bits.float(), bits.long(), bits[:3].clone(), bits[:0].clone(), bits.view(2, 2), -bits,
+        bits[0].clone(), bits * float("nan"), bits * float("inf"), bits.to_sparse(), bits[:1].clone().expand(1 << 40),
+        bits[:1].clone().expand(4))]
+    kinds = {"pipe": pipe("best.pt"), "device": device("best.pt"), "text": put("best.pt", "text"),
+             "nothing": put("best.pt"), "half": lambda folder: put("best.pt", saved(honest)(folder).read_bytes()[:999])(
+                 folder)} | edits(honest, kinds, "best.pt")
+    refused({name: kind for name, kind in kinds.items() if name.startswith("bits")}, lambda path: check_bits(
+        f"{path}: bits", read_checkpoint(path, CHECKPOINT_FORMAT)["bits"], 4), tmp_path)
+    kinds |= edits(honest, [("bits", GONE), ("step", -1), ("step", "8"), ("step", 10), ("class_counts", torch.ones(2)),
+                            ("format", "x")], "best.pt")
+    for number, (name, write) in enumerate(kinds.items()):
+        (tmp_path / str(number)).mkdir()
+        path = write(tmp_path / str(number))
+        with bounded():
+            best = Best(path, 9, 4, 4)
+            assert (best.step, best.bits) == (0, None), name
+            if not name.startswith("device"):
+                best.look(9, bits, lambda: honest)
+                assert Best(path, 9, 4, 4).step == 9, name
+    (tmp_path / "folder" / "best.pt").mkdir(parents=True)
+    best = Best(tmp_path / "folder" / "best.pt", 9, 4, 4)
+    with pytest.raises(SystemExit, match="1"), report_errors("train.py"):  # nothing of anybody's is taken away
+        best.look(9, bits, lambda: honest)
+    assert Best(saved(honest, "best.pt")(tmp_path), 9, 4, 4).step == 8
 
 
 def test_run_directories_that_lie(tmp_path):
@@ -366,8 +417,12 @@ def test_run_directories_that_lie(tmp_path):
         "steps": entry(steps="8"), "K": entry(K=-1), "norm": entry(norm="x"), "flip": entry(flip=3),
         "classes": entry(classes=3), "class": entry(classes=[["x"]]), "sides": entry(sides=[1]),
         "side": entry(sides=[1, 2, "3"]), "seed": entry(seed=1.5), "data": entry(data=[1]),
-        "images": entry(train_images=-1)}, lambda path: stored.read_config(path if path.is_dir() else path.parent),
-        tmp_path)
+        "images": entry(train_images=-1),
+        **{f"minutes {lie}": entry(minutes=lie, steps=9, tokenizer_steps=9) for lie in (
+            "5", -1, 1e10, float("nan"), float("inf"), True, [5], {}, None)},  # --minutes, and the steps it chose
+        **{f"planned {lie}": entry(minutes=5, steps=9, tokenizer_steps=lie) for lie in (
+            0, -3, 2.5, "8", float("nan"), [8], None)}},
+        lambda path: stored.read_config(path if path.is_dir() else path.parent), tmp_path)
     refused({"steps": entry(steps="8"), "classes": entry(classes={"a": 1}), "pipe": pipe("config.json")},
             lambda path: run_facts.read_run(path.parent), tmp_path)
     refused({"no tab": put("skipped.txt", "a.png\n"), "two": put("skipped.txt", "a.png\tb\tc\n"),
