@@ -514,6 +514,7 @@ def test_caches_of_images_that_lie(tmp_path, capsys):
         "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir,
         "link": lambda path: path.symlink_to(tmp_path / "precious")}
     (tmp_path / "precious").write_text("years of work")
+    assert kinds["negative rows"] != content
     for name, write in kinds.items():
         for place, make in ((path, True), (path, False), (part, True)):
             for old in (path, part):
