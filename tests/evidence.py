@@ -16,6 +16,7 @@ import compare
 import first_hour
 import in_parts
 import markov_chain
+import noise_levels
 import numpy as np
 import pytest
 import speed
@@ -48,8 +49,30 @@ def test_speed_program(capsys, monkeypatch):
             torch.nn.attention.SDPBackend.MATH):
         model(torch.zeros(1, 16, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
-    output_prior = 2 * 16 * (4 + 1) * 8  # an in-place product, which PyTorch does not count
-    assert counter.get_total_flops() - small + output_prior == speed.forward_flops(model)
+    assert counter.get_total_flops() - small == speed.forward_flops(model)
+
+
+def test_noise_levels(folder, run, capsys):
+    """Before training p_theta is the closed-form posterior, so CE is the token's own; the bound's integrand by hand."""
+    torch.manual_seed(0)
+    model, schedule, x = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2), ShiftedCosine(0.7, -10, 7), torch.randint(6, (50, 4))
+    labels, t = torch.zeros(50, dtype=torch.long), 0.2
+    own, ce, H, exact, clipped = noise_levels.known_at(model, schedule, x, labels, t, 0.5, seeded(0))
+    close(own, ce, rtol=1e-6, atol=0)
+    log_snr, e = schedule.log_snr(torch.tensor(t)), model.table()[x]
+    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+    z = alpha * e + sigma * torch.randn(e.shape, generator=seeded(0))
+    p = (-(z[:, :, None] - alpha * model.table()).square().sum(-1) / (2 * sigma ** 2)).softmax(-1)       # (B, N, K)
+    close(H, -(p * p.log()).sum(-1).mean().double(), rtol=1e-5, atol=0)
+    weight = -schedule.d_log_snr(torch.tensor(t)) / 2
+    close(exact, (weight * log_snr.exp() * (e - p @ model.table()).square().sum(-1).mean()).double(), rtol=1e-5, atol=0)
+    close(clipped / exact, (0.5 / log_snr.exp()).double(), rtol=1e-6, atol=0)
+
+    options = dict(data="toy", n=40, steps=3, sampler="ddim", temperature=0.8, seed=1, device="cpu")
+    assert parser_flags(noise_levels) == sorted([*options, "root"])
+    assert call(noise_levels, run / "ckpt.pt", *flags(options)) == 2 and "other classes" in capsys.readouterr().err
+    assert call(noise_levels, run / "ckpt.pt", *flags(options | {"data": folder})) == 0
+    assert len(re.findall(r"^\| [\d.]+ \| -?[\d.]+ \|( [\d.]+ \|){6}$", capsys.readouterr().out, re.M)) == 3
 
 
 PART = """
