@@ -76,13 +76,15 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
                                                      auxiliary=5e-4),
     "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                           auxiliary=0.01),
-    # The paper's method as we know it: no output prior, a random table; and naive joint training beside it.
-    "paper": dict(**PLAIN, embedding_init="random"),
+    # The paper's method as we know it: no closed-form term, a random table; and naive joint training beside it.
+    "paper": dict(**PLAIN, embedding_init="random", shift=0.4),
     "paper, shift 1": dict(**PLAIN, embedding_init="random", shift=1.0),
-    "naive": dict(**PLAIN, embedding_init="random", w_cm=0.0, max_drop_rate=0.0),
+    "naive": dict(**PLAIN, embedding_init="random", shift=0.4, w_cm=0.0, max_drop_rate=0.0),
     "without CM": dict(w_cm=0.0),
     "without L_diff": dict(w_diff=0.0),
     "without dropping": dict(max_drop_rate=0.0),
+    "w_cm 3": dict(w_cm=3.0),
+    "w_cm 10": dict(w_cm=10.0),
     "shift 0.1": dict(shift=0.1),
     "shift 0.2": dict(shift=0.2),
     "shift 0.4": dict(shift=0.4),
