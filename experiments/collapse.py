@@ -2,19 +2,20 @@
 
     python experiments/collapse.py                      77 seconds on one CPU core
 
-Three denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain (markov_chain.py),
+Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain (markov_chain.py),
 each code a point in the plane (D = 2), so that the table can be looked at as it is. All else is equal: network, tokens,
 noise, optimizer. The weight of L_diff is clipped at 1 and the table is not normalised: the naive choice, which rewards
 points that lie close together.
 
-    naive      L_rec + L_diff
-    L_CM       L_rec + L_diff + L_CM, the paper's cure
-    4 L_CM     the same with four times the weight
+    naive         L_rec + L_diff
+    L_CM          L_rec + L_diff + L_CM, the paper's cure
+    4 L_CM        the same with four times the weight
+    closed form   L_rec + L_diff, and the output prior in the logits (embedding_diffusion.py)
 
 In the run directory (--out):
 
-    collapse.png   the distances over training, the three tables at the end, the bigrams of samples beside the true ones
-    collapse.gif   the three tables as they move
+    collapse.png   the distances over training, the tables at the end, the bigrams of samples beside the true ones
+    collapse.gif   the tables as they move
     results.csv    step, mean and smallest distance, held-out bits per token, of each
 
 What to look for: the naive points draw together from the first step on, until L_rec stops them: the reconstruction at
@@ -46,18 +47,19 @@ from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine  # noqa: E402
 from train import learning_rate  # noqa: E402
 
-ROWS = {"naive": 0.0, "L_CM": 1.0, "4 L_CM": 4.0}  # w_cm
+ROWS = {"naive": dict(w_cm=0.0), "L_CM": dict(w_cm=1.0), "4 L_CM": dict(w_cm=4.0),
+        "closed form": dict(w_cm=0.0, output_prior=True)}
 BATCH, FRAMES, SAMPLES = 128, 60, 2000
 
 
 class Row:
     """One denoiser and what is remembered of its training."""
 
-    def __init__(self, name, seed):
-        self.w_cm = ROWS[name]
-        torch.manual_seed(seed)  # the same start for all three
-        self.model = EmbeddingDiffusion(K, (1, N), 2, width=48, depth=2, heads=3, norm="none", output_prior=False,
-                                        posterior_input=False)
+    def __init__(self, w_cm, seed, output_prior=False):
+        self.w_cm = w_cm
+        torch.manual_seed(seed)  # the same start for all
+        self.model = EmbeddingDiffusion(K, (1, N), 2, width=48, depth=2, heads=3, norm="none",
+                                        output_prior=output_prior, posterior_input=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.tables, self.lines = [], []
 
@@ -103,26 +105,24 @@ def bigrams(x):
 
 def figure_of(rows, found, chain):
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 4, figsize=(14, 7))
+    figure, axes = pyplot.subplots(2, len(rows) + 1, figsize=(3.4 * (len(rows) + 1), 7))
+    mean, smallest, bits, *tables = axes[0]
     for name, row in rows.items():
         steps = [line["step"] for line in row.lines]
-        for panel, column in zip(axes[0, 0:2], ("mean_distance", "smallest_distance"), strict=True):
+        for panel, column in zip((mean, smallest, bits), ("mean_distance", "smallest_distance", "bits"), strict=True):
             panel.plot(steps, [line[column] for line in row.lines], label=name)
-            panel.set(title=column.replace("_", " ") + " of two embeddings", xlabel="training step")
-        axes[1, 0].plot(steps, [line["bits"] for line in row.lines], label=name)
-    axes[1, 0].axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
-    axes[1, 0].set(title="held-out bits per token ≤", xlabel="training step", ylim=(1, 4))
-    for panel in axes[0, 0:2]:
-        panel.set_ylim(bottom=0)
-    axes[1, 0].legend(fontsize=8)
-    axes[0, 0].legend(fontsize=8)
+        for panel in tables:
+            panel.scatter(*row.tables[-1].T, label=name, s=25)
+    bits.axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
+    bits.set(title="held-out bits per token ≤", xlabel="training step", ylim=(1, 4))
+    bits.legend(fontsize=8)
+    for panel, title in ((mean, "mean"), (smallest, "smallest")):
+        panel.set(title=title + " distance of two embeddings", xlabel="training step", ylim=(0, None))
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
-    last = axes[0, 2]
-    for name, row in rows.items():
-        last.scatter(*row.tables[-1].T, label=name, s=25)
-    last.set(title="the tables at the end", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
-    panels = [axes[0, 3], *axes[1, 1:]]
-    for panel, (name, (matrix, tv)) in zip(panels, found.items(), strict=True):
+    for panel, title, size in zip(tables, ("the tables at the end", "the same, closer"), (extent, extent / 3),
+                                  strict=True):
+        panel.set(title=title, xlim=(-size, size), ylim=(-size, size), aspect="equal")
+    for panel, (name, (matrix, tv)) in zip(axes[1], found.items(), strict=True):
         panel.imshow(np.sqrt(matrix), cmap="magma_r", vmin=0, vmax=math.sqrt(chain.bigrams.max()))
         panel.set(title=f"{name}: TV {tv:.3f}" if name != "true" else f"true bigrams: floor {tv:.3f}", xticks=[],
                   yticks=[])
@@ -131,7 +131,7 @@ def figure_of(rows, found, chain):
 
 
 def film_of(rows):
-    """One picture per look: the three tables."""
+    """One picture per look: the tables."""
     from matplotlib import pyplot
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
     colours = pyplot.get_cmap("tab10").colors
@@ -164,7 +164,7 @@ def main():
     matplotlib.use("agg")
     out, chain, start = Path(args.out), Chain(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    rows = {name: Row(name, args.seed) for name in ROWS}
+    rows = {name: Row(seed=args.seed, **options) for name, options in ROWS.items()}
     schedule = train(rows, chain, args.steps, args.seed)
     true = chain.draw(SAMPLES, np.random.default_rng(10 ** 7))
     found = {"true": (chain.bigrams, chain.score(true)[1])}
