@@ -55,8 +55,8 @@ def test_speed_program(capsys, monkeypatch):
 def test_noise_levels(folder, run, capsys):
     """Before training p_theta is the closed-form posterior, so CE is the token's own; the bound's integrand by hand."""
     torch.manual_seed(0)
-    model, schedule, x = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2), ShiftedCosine(0.7, -10, 7), torch.randint(6, (50, 4))
-    labels, t = torch.zeros(50, dtype=torch.long), 0.2
+    model, schedule = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2), ShiftedCosine(0.7, -10, 7)
+    x, labels, t = torch.randint(6, (50, 4)), torch.zeros(50, dtype=torch.long), 0.2
     own, ce, H, exact, clipped = noise_levels.known_at(model, schedule, x, labels, t, 0.5, seeded(0))
     close(own, ce, rtol=1e-6, atol=0)
     log_snr, e = schedule.log_snr(torch.tensor(t)), model.table()[x]
