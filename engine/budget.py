@@ -1,9 +1,9 @@
 """--minutes: how many steps of both stages fit into a time, from the speed that a few of them have on this machine.
 
 Both stages get the steps of the preset times one factor, so time is shared between them as in the preset. What happens
-besides is counted in: looking at the images, encoding them, evaluations, pictures, compiling (not --eval-fid, which
-comes after it). The steps that are timed train networks that are thrown away. What was chosen is in config.json: a run
-that goes on keeps its plan. Called by train.py.
+besides is counted in: looking at the images, encoding them, evaluations, pictures, compiling (not --fid-every, nor
+--eval-fid, which comes after it). The steps that are timed train networks that are thrown away. What was chosen is in
+config.json: a run that goes on keeps its plan. Called by train.py.
 """
 
 import time
@@ -76,6 +76,8 @@ def plan(seconds, spent, fixed, per_step, config):
         message += ("\nThat is too little to mean much: the preset's steps would take "
                     f"{(spent + fixed + full) / 60:.0f} minutes. Give more of them, or a smaller "
                     "--size, --width, --depth or --batch")
+    if config.get("fid_every"):
+        message += "\nThe time of --fid-every is not in this plan, and comes on top"
     return chosen, message
 
 

@@ -143,6 +143,9 @@ def read_counts(path, counts, classes):
 def read_checkpoint(path, *formats):
     """The dict in a checkpoint of one of these formats, on the CPU. Nothing in the file is executed."""
     path = Path(path)
+    if path.is_dir():
+        name = {CHECKPOINT_FORMAT: "ckpt.pt", TOKENIZER_FORMAT: "tokenizer.pt"}[formats[0]]
+        raise CheckpointError(f"{path} is a folder: give the file in it that train.py wrote, {path / name}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give a file that train.py wrote, e.g. runs/toy/ckpt.pt")
     try:

@@ -137,6 +137,8 @@ def parse_arguments(names, words=None):
     for word in words:
         if (answer := ELSEWHERE.get(word.split("=")[0])) is not None:
             parser.error(f"{word.split('=')[0]}: {answer}")
+    if words and not words[0].startswith("-"):
+        parser.error(f"{words[0]}: to train on it, give --data {words[0]}")
     parser.add_argument("--data", default="toy", help=f"toy (built in), {', '.join(names)}, or a path: a "
                         "folder of images, a zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
@@ -160,7 +162,7 @@ def parse_arguments(names, words=None):
     parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth "
                         "and LPIPS' vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
     parser.add_argument("--minutes", type=float, metavar="X", help="choose --steps and --tokenizer-steps so that all "
-                        "is done in this time, from the speed that a few steps have here")
+                        "is done in this time (but --fid-every, --eval-fid), from the speed that a few steps have here")
     parser.add_argument("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training "
                         "images; fid.py says where its weights come from")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: 0)")

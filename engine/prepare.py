@@ -167,11 +167,21 @@ def check_options(args, source, out, device, init, by_number):
         if config["gan"]:
             make_discriminator(config)
         restore({"model": parts[1]} | ({} if tokenizer else {"tokenizer": parts[0]}), None, init)
+    if init:
+        used = [word for key, word in (("tokenizer", "tokenizer"), ("model", "denoiser")) if key in init and not (
+            tokenizer and key == "tokenizer")]
+        given, own = (state.get("class_embedding.weight") for state in (init.get("model", {}), parts[1].state_dict()))
+        anew = "" if given is None or own is None or given.shape == own.shape else ", but for its classes"
+        print(f"--init {args.init}: this run starts from the weights of its {' and '.join(used)}{anew}" if used else
+              f"--init {args.init}: nothing of it is used, with --tokenizer")
+    if not isinstance(source, TokenFile) and source.name != "toy" and source.sizes()[1] < config["size"]:
+        print(f"most images have fewer than {config['size']} pixels a side and are enlarged: a smaller --size?")
     if config["perceptual"] and config["size"] < (least := 2 ** (len(LPIPS.STAGES) - 1)):
         raise UserError(f"--perceptual needs images of at least {least} pixels, not {config['size']}: --perceptual 0")
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    kind = "bfloat16" if args.chip not in (None, "cpu") else precision(device)
     print(f"{out}: {parts[1].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M parameters, "
-          f"denoiser {sizes[1]:.2f} M, on {device} in {precision(device)}")
+          f"denoiser {sizes[1]:.2f} M, on {device} in {kind}")
     return config, models, tokenizer
 
 
@@ -193,7 +203,8 @@ def gather_weights(args, source, out, config, tokenizer, stored, device):
     counts, has_images = source.counts(), not isinstance(source, TokenFile)
     if (args.eval_fid or config["fid_every"]) and not has_images:
         raise UserError("--eval-fid and --fid-every need the images: give them instead of their tokens")
-    inception = find_inception() if args.eval_fid or config["fid_every"] else None
+    inception = find_inception(instead="set $FID_WEIGHTS (`python -m extras.downloads`, where there is a network, "
+                               "fetches all weights)") if args.eval_fid or config["fid_every"] else None
     asked = {"seed": args.seed, "data": source.name, "train_images": counts[0], "held_out_images": counts[1],
              "classes": source.class_names, "lpips": stored.get("lpips", "none"),
              "tokenizer": digest(tokenizer["tokenizer"]) if tokenizer else "own", "init": args.init or "none",

@@ -81,14 +81,20 @@ def keep_promises(args, stored, out):
             raise UserError(f"--minutes chooses {given[0]}: give one of the two")
         files = ["tokenizer.csv", "ckpt.pt", *["tokenizer.pt"] * (stored.get("tokenizer") == "own")]
         if any((out / name).exists() for name in files):
-            raise UserError(f"--minutes is for a new run; {out} has its steps already: --steps trains it longer")
+            raise UserError(f"--minutes is for a new run; {out} has its steps already: --steps trains it longer; else "
+                            "give another --out")
 
 
 def require_same_run(out, stored, asked):
     """An existing run is continued as it was begun, but for what is CHANGEABLE; such changes are printed."""
+    no_classes = not (stored.get("classes", True) and asked.get("classes", True))
     for name, value in asked.items():
         if name in stored and stored[name] != value:
             if name not in CHANGEABLE:
-                raise UserError(f"{out} was made with {name} {stored[name]}, now {name} is {value}: give another "
-                                "--out, or the old setting to continue it")
+                before, now = (shown(each) if isinstance(each, list) else each for each in (stored[name], value))
+                old = "or the old setting to continue it"
+                if name in ("train_images", "held_out_images", "classes"):
+                    old = (f"with --init {out} to start from its weights; or the images"
+                           f"{' or --no-classes' * no_classes} that it was begun with")
+                raise UserError(f"{out} was made with {name} {before}, now {name} is {now}: give another --out, {old}")
             print(f"{name} was {stored[name]}, from here on it is {value}")

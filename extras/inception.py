@@ -209,10 +209,10 @@ def fold_batch_norm(network):
     return network.float().to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def find_inception(given=None, may_download=True):
+def find_inception(given=None, may_download=True, instead="give --weights PATH, or set $FID_WEIGHTS"):
     """The file of its weights: --weights, or $FID_WEIGHTS, or the cache that pytorch-fid uses too, or a download."""
-    return find_weights(WEIGHTS, WEIGHTS_URL, WEIGHTS_SHA256, "give --weights PATH, or set $FID_WEIGHTS",
-                        given or os.environ.get("FID_WEIGHTS"), may_download)
+    return find_weights(WEIGHTS, WEIGHTS_URL, WEIGHTS_SHA256, instead, given or os.environ.get("FID_WEIGHTS"),
+                        may_download)
 
 
 def load_inception(path, device, resize="tf"):

@@ -180,7 +180,7 @@ def share_out(result, world, fsdp):
 # In words.
 
 def in_words(hours):
-    return f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.2g} min"
+    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.2g} min"
 
 
 def summary(found):

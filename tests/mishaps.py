@@ -245,6 +245,8 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("train.py", [*same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9],
          "has K 8, this run 9: leave --K away"),
         ("sample.py", ["nowhere.pt"], "no checkpoint at nowhere.pt: give a file that train.py wrote"),
+        ("sample.py", ["run"], "run is a folder: give the file in it that train.py wrote, run/ckpt.pt"),
+        ("train.py", [*same, "new", "--tokenizer", "run"], "that train.py wrote, run/tokenizer.pt"),
         ("sample.py", ["text.pt"], "cannot be read as a checkpoint"),
         ("sample.py", ["pickle.pt"], "is 'a file of another program', not 'vq-lcmd checkpoint 1'"),
         ("sample.py", ["other.pt"], "give the ckpt.pt that train.py wrote"),

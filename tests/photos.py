@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +15,7 @@ from PIL import Image
 import data
 from engine import budget, status
 from engine.run import UserError
+from engine.stored import require_same_run
 from extras import image_cache
 from extras.data_forms import Folder, Zip
 from extras.datasets import find
@@ -148,7 +150,8 @@ def test_steps_of_a_budget():
     assert chosen == {"tokenizer_steps": 1000, "steps": 2500}  # (950 - 100 - 250) / 2400 of them
     assert sum(per_step[name] * n for name, n in chosen.items()) + 350 == pytest.approx(950)
     assert "1,000 steps of the tokenizer (300 ms each) and 2,500" in message and "0.25 times" in message
-    assert "too little" not in message
+    assert "too little" not in message and "--fid-every" not in message
+    assert "--fid-every is not in this plan" in budget.plan(1000, 100, 250, per_step, config | {"fid_every": 5})[1]
     assert "too little to mean much" in budget.plan(900, 100, 250, per_step, config)[1]
     assert budget.plan(1000, 100, 250, {"tokenizer_steps": 0, "steps": 0.12}, config)[0] == {"steps": 5000}
     with pytest.raises(UserError, match="alone take 5.8 minutes; give at least 8.2"):
@@ -224,6 +227,18 @@ def test_time_gone_and_left(tmp_path, capsys):
     columns["img/s"] = np.array([[10, 4.0], [20, 0.0], [30, 2.0]])
     assert seconds_per_step(columns, 8) == 8 * (1 / 4 + 1 / 2) / 2
     assert seconds_per_step({}, 8) is None
+
+
+@pytest.mark.parametrize("name, before, now, says", [
+    ("train_images", 384, 479, "--init runs/a to start from its weights; or the images that it was begun with"),
+    ("classes", [], ["b"], "--init runs/a to start from its weights; or the images or --no-classes that"),
+    ("classes", [str(i) for i in range(1000)], ["b"], r"now classes is .*--init runs/a .*the images that"),
+    ("K", 8, 9, "or the old setting to continue it")])
+def test_a_run_that_has_become_another(name, before, now, says):
+    """What can be done when photos were added, in one line, however many classes there are."""
+    with pytest.raises(UserError, match=says) as error:
+        require_same_run(Path("runs/a"), {name: before}, {name: now})
+    assert len(str(error.value)) < 250 and f"was made with {name} " in str(error.value)
 
 
 def test_init_need_not_be_said_again(folder, run, tmp_path, capsys):

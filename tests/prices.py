@@ -172,10 +172,14 @@ def test_price_in_a_dry_run(folder, tmp_path, monkeypatch, capsys):
         assert call("train.py", *words, "--for", chip) == 0
         said = capsys.readouterr().out
         assert f"preset {preset}: chosen" in said and f"price on 1 x {chip} (" in said and "in all " in said
+        assert ("in bfloat16" if chip == "h100" else "in float32") in said and "are enlarged" not in said
         for word in ("tokenizer", "diffusion", "untrained", "evaluation", "first generated picture", "disk: tokens"):
             assert word in said
     assert call("train.py", *words[:-1], "--for", "h100") == 2 and "give --dry-run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert [price.in_words(hours) for hours in (1650.4, 12.34, 0.2)] == ["1,650 h", "12.3 h", "12 min"]
+    assert call("train.py", *words, "--size", 64, "--for", "cpu") == 0
+    assert "most images have fewer than 64 pixels a side and are enlarged" in capsys.readouterr().out
     for name in CHIPS:  # the choices of --for
         assert chip_of(None, name).memory > 20 * GiB
         assert call("train.py", *words[:2], "--for", name) == 2 and "give --dry-run" in capsys.readouterr().err

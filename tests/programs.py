@@ -203,6 +203,8 @@ def test_from_the_weights_of_another_run(folder, run, tmp_path, capsys):
     for data, out, init in ((folder, "a", run), (folder, "b", run / "ckpt.pt"), (tmp_path / "birds", "c", run)):
         words = ["--data", data, "--out", tmp_path / out, "--init", init, *flags(TINY | {"lr": 0.0})]
         assert call("train.py", *words) == 0
+        says = f"--init {init}: this run starts from the weights of its tokenizer and denoiser"
+        assert f"{says}{', but for its classes' * (out == 'c')}\n" in capsys.readouterr().out
         found = torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
         same = {name for name, value in start.items() if found["ema"][name].shape == value.shape
                 and torch.allclose(found["ema"][name], value, rtol=0, atol=1e-6)}
@@ -247,6 +249,7 @@ def test_names_of_other_programs(capsys):
             assert call("train.py", *words) == 2
             error = capsys.readouterr().err
             assert f"{flag}: {answer}" in error
+    assert call("train.py", "pets", "--dry-run") == 2 and "to train on it, give --data pets" in capsys.readouterr().err
     known = {"--" + name.replace("_", "-") for name in parser_flags("train.py")} | {"--nproc-per-node"}
     assert {word for answer in ELSEWHERE.values() for word in re.findall(r"--[a-z-]+", answer)} <= known
 
