@@ -38,7 +38,8 @@ def draw(shifts, path, log_snr_min, log_snr_max):
         pen.text((left + width / 2, top + height + 30), "t", fill="black", font=font, anchor="mt")
         return at
 
-    at = panel(70, "log SNR:  lambda(t)", low - 1, high + 1, range(-15, 16, 5))
+    at = panel(70, "log SNR:  lambda(t)", low - 1, high + 1,
+               [tick for tick in range(-50, 51, 5) if low - 1 <= tick <= high + 1])
     for i, (s, values) in enumerate(zip(shifts, log_snrs, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         points = [at(x, y) for x, y in zip(t.tolist(), values.tolist(), strict=True)]
