@@ -404,7 +404,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, tmp_path, capsy
 
 def test_the_other_programs(run, folder, tmp_path, capsys):
     """schedule.py and data.py draw their pages; experiments/agreement.py reads a checkpoint."""
-    assert call("schedule.py", "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 6,
+    assert call("schedule.py", "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 7.5,
                 "--out", tmp_path / "s.png") == 0
     assert call("data.py", folder, "--size", 8, "--out", tmp_path / "d.png") == 0
     for name in ("s.png", "d.png"):
