@@ -65,6 +65,10 @@ def open_checkpoint(path, args, device):
     with user_error():
         check_settings(**settings)
     names = pipeline.class_names
+    if not names:
+        if args.guidance or (getattr(args, "grid_of", None) or "").startswith("guidance"):
+            raise UserError("--guidance: this model was trained without classes, so there is nothing to guide to")
+        settings["guidance"] = 0.0
     chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
     if args.compile:
         pipeline.model.guided = torch.compile(pipeline.model.guided, mode="reduce-overhead", dynamic=False)

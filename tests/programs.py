@@ -236,6 +236,10 @@ def test_folders_that_are_no_classes(folder, run, tmp_path, capsys):
     assert "no classes" in text and "left out: 2 .heic, 1 .mov (convert them" in text
     assert (np.load(out / "tokens.npy")["label"] == 0).all()
     assert torch.load(out / "ckpt.pt", weights_only=True)["class_names"] == []
+    for more, status, says in ((["--guidance", 2], 2, "nothing to guide to"), ([], 0, "guidance 0.0"),
+                               (["--grid-of", "guidance=0,1"], 2, "nothing to guide to"), (["--guidance", 0], 0, "")):
+        assert call("sample.py", out / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png", *more) == status
+        assert says in "".join(capsys.readouterr())
     assert call("train.py", "--data", tmp_path / "albums", "--out", out, *flags(TINY)) == 2
     assert "was made with classes []" in capsys.readouterr().err
     assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "t", "--no-classes") == 2
