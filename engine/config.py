@@ -241,6 +241,11 @@ def resolve(args, source, device, fixed, by_number=True):
             low, high = LIMITS.get(name, (int(kind is int), math.inf))
             if not low <= value <= high:
                 raise UserError(f"{flag(name)} {value}: must lie between {low} and {high}")
+    usual = for_gpus(DEFAULTS | PRESETS[preset], args.gpus_like)
+    for batch, rate in (("batch", "lr"), ("tokenizer_batch", "tokenizer_lr")):
+        if config[batch] < usual[batch] and rate not in given:  # by the rule of --gpus-like
+            print(f"  {flag(batch)} {config[batch]} is less than this preset's {usual[batch]}: a lower {flag(rate)} "
+                  f"suits it better, {usual[rate] * (config[batch] / usual[batch]) ** GROW[rate]:.2g}")
     return config
 
 

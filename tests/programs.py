@@ -339,6 +339,9 @@ def test_gpus_like(folder, capsys, monkeypatch):
     assert same == one and "8 processes share the batch of one GPU" in said
     assert "in another training: --gan-lr 0.0004 --tokenizer-steps 50000 --tokenizer-batch 256" in said
     assert "processes share" not in resolved("--lr", 1e-4)[1] + resolved("--gpus-like", 4)[1]
+    says = "--batch 16 is less than this preset's 128: a lower --lr suits it better, 0.0001"  # an eighth: half the rate
+    assert says in resolved("--batch", 16)[1] and "suits it better" not in said
+    assert "suits it better" not in resolved("--batch", 16, "--lr", 1e-4)[1] + resolved("--batch", 256)[1]
 
 
 CHANGED = dict(
