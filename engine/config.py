@@ -80,7 +80,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "log_every": (int, 100, "steps between status lines"),
     "sample_every": (int, 1000, "steps between pictures and evaluations"),
     "save_every": (int, 500, "steps between checkpoints"),
-    "fid_every": (int, 0, "steps between FID-2k, of 2,048 samples (minutes on a CPU), in fid.csv; 0: none"),
+    "fid_every": (int, 0, "steps between FID-2k, of 2,048 samples (minutes on a CPU), at the end too; 0: none"),
 }
 RENAMED = {  # old name of an option, an argument or an entry: its name today
     "p_drop": "max_drop_rate", "max_snr": "weight_clip", "coupling": "cm_pairs", "likelihood": "output_prior",

@@ -122,13 +122,12 @@ class StatusLog:
         self.bar.update()
 
     def due(self, name):
-        """Is it time for what is done every config[name] steps, 0 never? (After the last: only for the status line.)
+        """Is it time for what is done every config[name] steps, 0 never? (After the last: for the status line and FID.)
 
         If so, nothing is looked at, drawn or saved before all losses and gradients so far are known to be finite.
         """
         every = self.config[name]
-        due = every and self.step % every == 0 and self.step < self.steps or (
-            name == "log_every" and self.step == self.steps)
+        due = every and (self.step % every == 0 if self.step < self.steps else name in ("log_every", "fid_every"))
         if due:
             self.check()
             self.news = True

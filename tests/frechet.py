@@ -355,7 +355,7 @@ def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monke
         {name: value for name, value in found.items() if name != "n"} | {"step": 8})
     assert call("train.py", *words[:2], "--out", tmp_path / "every", *words[4:-1], "--fid-every", 3) == 0
     with (tmp_path / "every" / "fid.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6", "8"]
     assert "fid_2k" in (tmp_path / "every" / "index.html").read_text()
     assert contents(tmp_path / "every")["ckpt.pt"] == contents(run)["ckpt.pt"]
     monkeypatch.delenv("FID_WEIGHTS")
@@ -364,7 +364,7 @@ def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monke
     assert call("train.py", "--data", folder, "--out", tmp_path / "new", "--eval-fid", 5) == 2
     error = capsys.readouterr().err
     assert "no network" in error and inception.WEIGHTS_URL in error and error.count("\n") == 1
-    assert "give --weights PATH, or set $FID_WEIGHTS" in error
+    assert "or set $FID_WEIGHTS (`python -m extras.downloads`" in error and "--weights" not in error
     assert not (tmp_path / "new").exists()
 
 
