@@ -153,25 +153,24 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
     log_snr = schedule.log_snr(t)                                                                  # (B,)
     z_t = add_noise(e, log_snr, rows["eps"])  # the live table: L_diff reaches it through z_t, e and e_hat, all three
 
+    if w_cm > 0:  # the teacher goes first: its memory is free again when the model's pass begins to keep things
+        with torch.no_grad():
+            log_snr_s = schedule.log_snr(rows["s"][n_rec:])
+            z_s = sample_z_s(cm_pairs, z_t[n_rec:], e[n_rec:], rows["eps"][n_rec:], log_snr[n_rec:], log_snr_s,
+                             rows["eps_s"][n_rec:])
+            # The student's table, also for an EMA teacher: z_s was made with it.
+            teacher_logits = teacher(z_s, log_snr_s, labels[n_rec:], mask=mask[n_rec:], table=table.detach())
+
     logits = model(z_t, log_snr, labels, mask=mask, table=table)                                   # (B, N, K)
     rec_logits, logits = logits.split([n_rec, len(x) - n_rec])
     # L_rec asks a dropped position for its token too, L_CM for the teacher's distribution: both from its neighbours.
     rec = reconstruction_loss(rec_logits, x[:n_rec]).sum()
-    # From here on, the rows at t > 0.
-    t, log_snr, e, z_t, mask, labels = (value[n_rec:] for value in (t, log_snr, e, z_t, mask, labels))
     log_p = logits.log_softmax(-1)                                                                 # (B', N, K)
     with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
         e_hat = logits.softmax(-1) @ table                                                         # (B', N, D)
-    diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip)
-    diff = (diff * ~mask).sum()  # not L_diff: at the bound's weight, what nobody can see would swamp everything
-    cm = torch.zeros_like(diff)
-    if w_cm > 0:
-        with torch.no_grad():
-            log_snr_s = schedule.log_snr(rows["s"][n_rec:])
-            z_s = sample_z_s(cm_pairs, z_t, e, rows["eps"][n_rec:], log_snr, log_snr_s, rows["eps_s"][n_rec:])
-            # The student's table, also for an EMA teacher: z_s was made with it.
-            teacher_logits = teacher(z_s, log_snr_s, labels, mask=mask, table=table.detach())
-        cm = consistency_loss(teacher_logits, log_p).sum()
+    diff = diffusion_loss(e[n_rec:], e_hat, log_snr[n_rec:], schedule.d_log_snr(t[n_rec:]), weight_clip)
+    diff = (diff * ~mask[n_rec:]).sum()  # not L_diff: at the bound's weight, what nobody can see would swamp everything
+    cm = consistency_loss(teacher_logits, log_p).sum() if w_cm > 0 else torch.zeros_like(diff)
     terms = torch.stack([rec, diff, cm]) / counts                                                  # (3,)
     return w_rec * terms[0] + w_diff * terms[1] + w_cm * terms[2], terms.detach()
 

@@ -236,9 +236,9 @@ def test_dropping():
         return objective(certain, certain, flat, x, 0 * x[:, 0], seeded(2), max_drop_rate=0.9)[1]
 
     rec, diff, _ = terms_if_wrong(kept=False)
-    assert diff == 0 and rec == pytest.approx(1e3 * float(seen[0][0][:16].double().mean()))
+    assert diff == 0 and rec == pytest.approx(1e3 * float(seen[1][0][:16].double().mean()))
     assert terms_if_wrong(kept=True)[1] == 4
-    (mask, labels), (teacher_mask, teacher_labels) = seen[:2]  # the teacher sees what the student sees
+    (teacher_mask, teacher_labels), (mask, labels) = seen[:2]  # the teacher sees what the student sees
     assert torch.equal(mask[16:], teacher_mask) and torch.equal(labels[16:], teacher_labels)
     assert set(labels.tolist()) == {0, 3}  # some labels are dropped too: 3 is the null class
 

@@ -6,6 +6,7 @@ matter to a reader of the method: optimizer_step and compute_gradient, where the
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import warnings
@@ -61,7 +62,21 @@ def choose_device(name="auto"):
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """On Linux, memory that is freed stays with the process: blocks below 32 MiB, and 2 GiB at the heap's end.
+
+    glibc hands it back to the system at once, and each step asks for it again, page by page: some 4 % of its time.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems, other C libraries
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 * 2 ** 20)  # M_MMAP_THRESHOLD, at its upper limit
+        mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD
 
 
 def bf16_works(device):

@@ -5,6 +5,7 @@ import csv
 import io
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -24,7 +25,7 @@ from engine import checkpoint, prepare, status
 from engine import run as engine_run
 from engine.checkpoint import TOKENIZER_FORMAT, previous
 from engine.config import TOKENIZER_OPTIONS
-from engine.distributed import init_distributed
+from engine.distributed import choose_device, init_distributed
 from engine.randomness import batch_indices
 from engine.run import (
     RunError,
@@ -471,3 +472,16 @@ def test_stopped_between_training_and_fid(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+def test_freed_memory():
+    """Five arrays of 8 MiB, freed and asked for again, are the pages they were."""
+    resource, faults = pytest.importorskip("resource"), []
+    choose_device("cpu")
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        arrays = [torch.ones(2 ** 21) for _ in range(5)]
+        del arrays
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[1:]) < 2048, faults  # the pages of one array; without it all five are new each time
