@@ -8,12 +8,13 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
     2. training with it, once per seed
     3. sampling: for each number of calls of the network (--calls) every setting of SETTINGS is drawn from the first
        seed, and the one with the least distance is taken
-    4. the other seeds are measured with the settings that were taken, with --n samples
+    4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain step per
+       call, no guidance, temperature 1
 
 Calls are counted the same for all: a guided step is two. A setting that needs more calls than there are is left out.
-tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4;
-rates.csv has the bounds of step 1. tuned.md is the table, mean and half the range over the seeds of step 4. The same
-command again does what is missing.
+tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
+tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
+step 4, tuned.png is their picture. The same command again does what is missing.
 """
 
 import argparse
@@ -99,12 +100,12 @@ def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator,
     return line
 
 
-def table(lines, args):
+def table(lines, args, purpose):
     """Markdown: distance per row and number of calls, mean ± half the range over the seeds, and the settings taken."""
     out = ["| row | rate | bits per token ≤ |" + "".join(f" {calls} calls |" for calls in args.calls),
            "|" + " --- |" * (3 + len(args.calls))]
     for name in args.rows:
-        mine = [line for line in lines if line["row"] == name and line["purpose"] == "result"]
+        mine = [line for line in lines if line["row"] == name and line["purpose"] == purpose]
         if not mine:
             continue
         bounds = {line["seed"]: float(line["bound"]) for line in mine}
@@ -112,12 +113,42 @@ def table(lines, args):
         for calls in args.calls:
             some = [line for line in mine if line["calls"] == str(calls)]
             words = ""
-            if some:
+            if some and purpose == "result":
                 line = some[0]
                 words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']})"
             cells.append(compare.spread([float(line["distance"]) for line in some], 3) + words)
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
+
+
+def figure(lines, args, floor):
+    """tuned.png: distance against calls, each row at its best and untuned; bars are the range over the seeds."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no picture: pip install matplotlib, and give the same command again")
+    matplotlib.use("agg")
+    from matplotlib import pyplot, ticker
+    picture, panel = pyplot.subplots(figsize=(6, 4))
+    for i, name in enumerate(args.rows):
+        for purpose, style in (("result", "-o"), ("untuned", ":o")):
+            found = {calls: [float(line["distance"]) for line in lines if (line["row"], line["purpose"], line["calls"])
+                             == (name, purpose, str(calls))] for calls in args.calls}
+            found = {calls: values for calls, values in found.items() if values}
+            means = [sum(values) / len(values) for values in found.values()]
+            ranges = [[m - min(v) for m, v in zip(means, found.values(), strict=True)],
+                      [max(v) - m for m, v in zip(means, found.values(), strict=True)]]
+            panel.errorbar(list(found), means, ranges, fmt=style, color=f"C{i}", capsize=3,
+                           label=name + (", at its best" if purpose == "result" else ", untuned"))
+    panel.axhline(floor, color="grey", lw=1, label="real images")
+    panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
+              xticks=args.calls)
+    panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
+    panel.legend(fontsize=8)
+    picture.tight_layout()
+    picture.savefig(args.out + "/tuned.png", dpi=110)
+    pyplot.close(picture)
 
 
 def parse_arguments():
@@ -165,11 +196,15 @@ def main():
             found = settings(compare.ROWS[name].get("loss"), calls, shared.classes)
             best = min(found, key=lambda setting: float(measure(name, lr, tuning, calls, setting, args.tune_n, "tried",
                                                                 *options)["distance"]))
+            plain = dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=1.0, gumbel=1.0)
             for seed in others:
-                measure(name, lr, seed, calls, best, args.n, "result", *options)
+                for setting, purpose in ((best, "result"), (plain, "untuned")):
+                    measure(name, lr, seed, calls, setting, args.n, purpose, *options)
+    lines = compare.read(shared.out / "tuned.csv")
     text = (f"Features: {evaluator.name}. {args.n:,} samples; as many " + "; ".join(
         f"{kind}: distance {found['distance']:.3f}" for kind, found in references.items()) + ".\n\n"
-        + table(compare.read(shared.out / "tuned.csv"), args))
+        + table(lines, args, "result") + "\nUntuned:\n\n" + table(lines, args, "untuned"))
+    figure(lines, args, references["held-out images"]["distance"])
     (shared.out / "tuned.md").write_text(text)
     print(text)
 

@@ -317,7 +317,8 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     assert len(rates) == 2 and {line["lr"] for line in lines} == {best}
     tried, result = lines[:2], lines[2:]
     chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
-    assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r in result] == [("result", "1", "4", chosen)]
+    assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r in result] == [
+        ("result", "1", "4", chosen), ("untuned", "1", "4", "1.0")] and (tmp_path / "c" / "tuned.png").exists()
     before = (tmp_path / "c" / "tuned.csv").read_text()
     assert call(tuned, *words) == 0 and (tmp_path / "c" / "tuned.csv").read_text() == before
     assert "| VQ-LCMD |" in (tmp_path / "c" / "tuned.md").read_text()
