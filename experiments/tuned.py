@@ -143,7 +143,9 @@ def figure(lines, args, floor):
     panel.axhline(floor, color="grey", lw=1, label="real images")
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=args.calls)
-    panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    panel.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.legend(fontsize=8)
     picture.tight_layout()
