@@ -143,10 +143,10 @@ def figure(lines, args, floor):
     panel.axhline(floor, color="grey", lw=1, label="real images")
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=args.calls)
-    panel.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    panel.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.set_minor_locator(ticker.NullLocator())
     panel.legend(fontsize=8)
     picture.tight_layout()
     picture.savefig(args.out + "/tuned.png", dpi=110)
