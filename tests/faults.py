@@ -90,7 +90,7 @@ FAULTS = [Fault(*words) for words in [
     ("losses.py", "w_cm ignored", "+ w_cm * terms[2]", "+ terms[2]", "three_steps"),
     ("losses.py", "dropped positions count in L_diff", "diff = (diff * ~mask[n_rec:]).sum()", "diff = diff.sum()", "test_dropping"),
     ("losses.py", "the teacher sees all", "labels[n_rec:], mask=mask[n_rec:], table=table.detach())", "labels[n_rec:], mask=None, table=table.detach())", "test_dropping"),
-    ("engine/distributed.py", "freed memory is given back", "mallopt(-1, 2 ** 31 - 1)", "mallopt(-1, 2 ** 17)", "freed_memory"),
+    ("engine/distributed.py", "freed memory is given back", "mallopt(-3, 32 * 2 ** 20)", "mallopt(-3, 2 ** 17)", "freed_memory"),
     ("losses.py", "the teacher at the student's time", "teacher_logits = teacher(z_s, log_snr_s,", "teacher_logits = teacher(z_s, log_snr[n_rec:],", "three_steps"),
     ("losses.py", "the student is not told of the mask", "logits = model(z_t, log_snr, labels, mask=mask, table=table)", "logits = model(z_t, log_snr, labels, table=table)", "test_dropping"),
     ("losses.py", "table detached in e_hat", "e_hat = logits.softmax(-1) @ table                                                         # (B', N, D)", "e_hat = logits.softmax(-1) @ table.detach()", "gradients_of"),
