@@ -160,7 +160,7 @@ class EmbeddingDiffusion(nn.Module):
 
             (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
 
-        z: (B, N, D), log_snr: (B,), table: (K, D). As one matrix product: a pass over (B, N, K) costs about as much.
+        z: (B, N, D), log_snr: (B,), table: (K, D). Both terms in one matrix product, of D + 1 factors.
         """
         alpha, sigma = alpha_sigma(log_snr)
         snr = log_snr.exp()[:, None, None].expand(-1, self.N, 1)                                   # (B, N, 1)

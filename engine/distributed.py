@@ -55,7 +55,10 @@ def rank_and_world():
 
 
 def choose_device(name="auto"):
-    """torch.device for "auto" (cuda, then mps, then cpu) or a name; ValueError if it is not there."""
+    """torch.device for "auto" (cuda, then mps, then cpu) or a name; ValueError if it is not there.
+
+    On a CPU freed memory is kept from then on, see keep_freed_memory.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

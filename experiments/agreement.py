@@ -57,6 +57,15 @@ def agreement(classifier, images, labels, device):
     return float((answers == labels).double().mean()), counts
 
 
+def read_checkpoint_and_data(args):
+    """(pipeline, training images, held-out images) of args.checkpoint, --data, --root and --device; ValueError."""
+    pipeline = load_checkpoint(args.checkpoint, choose_device(args.device))
+    train, test = find(args.data, args.root).load(pipeline.tokenizer.size)
+    if train.class_names != pipeline.class_names:
+        raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
+    return pipeline, train, test
+
+
 def main():
     parser = argparse.ArgumentParser(description="Agreement of a classifier with the labels of samples.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
@@ -71,16 +80,13 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
     try:
-        device = choose_device(args.device)
-        pipeline = load_checkpoint(args.checkpoint, device)
+        pipeline, train, test = read_checkpoint_and_data(args)
         if not pipeline.class_names:
             raise ValueError(f"{args.checkpoint} was trained without classes: there are no labels to agree with")
-        train, test = find(args.data, args.root).load(pipeline.tokenizer.size)
-        if train.class_names != pipeline.class_names:
-            raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
     except ValueError as error:
         print(f"agreement.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    device = pipeline.device
     classifier = train_classifier(train, device, args.classifier_steps, seed=args.seed)
     images = test.batch(range(len(test)))
     rate, _ = agreement(classifier, images, test.labels, device)

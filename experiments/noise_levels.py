@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.distributed import choose_device
+from agreement import read_checkpoint_and_data
+
+from engine.config import DEFAULTS
 from engine.randomness import generator_for, image_generators
-from extras.datasets import find
 from losses import diffusion_loss
-from sample import load_checkpoint, sample_tokens
+from sample import sample_tokens
 from schedule import add_noise
 
 COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped")
@@ -42,7 +43,7 @@ def known_at(model, schedule, x, labels, t, clip, generator):
     table = model.table()
     e = F.embedding(x, table)
     times = torch.full((len(x),), t, device=x.device)
-    log_snr = schedule.log_snr(times.double()).to(e.dtype)
+    log_snr = schedule.log_snr(torch.tensor(t, dtype=torch.float64)).to(times).expand(len(x))      # as the sampler's
     z = add_noise(e, log_snr, torch.randn(e.shape, generator=generator, device=x.device))
     logits = model(z, log_snr, labels, table=table)
     own, ce = (F.cross_entropy(scores.flatten(0, 1), x.flatten()) for scores in
@@ -50,11 +51,11 @@ def known_at(model, schedule, x, labels, t, clip, generator):
     p = logits.softmax(-1)
     exact, clipped = (diffusion_loss(e, p @ table, log_snr, schedule.d_log_snr(times), limit).mean()
                       for limit in (math.inf, clip))
-    return torch.stack([own, ce, entropy(p).mean(), exact, clipped]).double().cpu()
+    return torch.stack([own, ce, entropy(p).mean(), exact, clipped]).cpu().double()  # mps has no float64
 
 
 @torch.no_grad()
-def noise_levels(pipeline, x, labels, *, steps, sampler, temperature=1.0, seed=0, clip=5.0, batch=256):
+def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip, batch=256):
     """{t: {column: bits per token}} over x (M, N) with labels (M,), t from 1 to the end of the sampler's grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
     found = {}
@@ -63,7 +64,7 @@ def noise_levels(pipeline, x, labels, *, steps, sampler, temperature=1.0, seed=0
         seen = []  # (t, entropy of p_theta) along the sampler's own way
         sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))), steps, 0.0,
                       sampler, temperature=temperature,
-                      callback=lambda t, p, seen=seen: seen.append((t, entropy(p).mean().double().cpu())))
+                      callback=lambda t, p, seen=seen: seen.append((t, entropy(p).mean().cpu().double())))
         for t, sampled in seen:
             own, ce, predicted, exact, clipped = known_at(model, schedule, rows, classes, t, clip,
                                                           generator_for(seed, "evaluation", start, device))
@@ -85,19 +86,16 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
     try:
-        device = choose_device(args.device)
-        pipeline = load_checkpoint(args.checkpoint, device)
-        _, test = find(args.data, args.root).load(pipeline.tokenizer.size)
-        if test.class_names != pipeline.class_names:
-            raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
+        pipeline, _, test = read_checkpoint_and_data(args)
     except ValueError as error:
         print(f"noise_levels.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     chosen = torch.arange(min(args.n, len(test))) * len(test) // min(args.n, len(test))  # evenly over all classes
-    x = torch.cat([pipeline.tokenizer.encode(test.batch(part).to(device)) for part in chosen.split(250)])
+    x = torch.cat([pipeline.tokenizer.encode(test.batch(part).to(pipeline.device)) for part in chosen.split(250)])
     labels = test.labels[chosen] if test.class_names else torch.zeros(len(chosen), dtype=torch.long)
     found = noise_levels(pipeline, x, labels, steps=args.steps, temperature=args.temperature, seed=args.seed,
-                         sampler=args.sampler or pipeline.sampling["sampler"])
+                         sampler=args.sampler or pipeline.sampling["sampler"],
+                         clip=pipeline.config["training"].get("weight_clip", DEFAULTS["weight_clip"]))
     print(f"bits per token, {len(x):,} held-out images, {args.steps} steps, seed {args.seed}\n\n| t | log-SNR | "
           + " | ".join(COLUMNS) + " |\n|" + " --- |" * (2 + len(COLUMNS)))
     for t, line in found.items():
