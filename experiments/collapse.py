@@ -1,6 +1,6 @@
 """A short experiment for a class: watch embeddings collapse, and what holds them apart.
 
-    python experiments/collapse.py                      77 seconds on one CPU core
+    python experiments/collapse.py                      80 seconds on one CPU core
 
 Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain (markov_chain.py),
 each code a point in the plane (D = 2), so that the table can be looked at as it is. All else is equal: network, tokens,
