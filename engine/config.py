@@ -36,7 +36,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     # embeddings and denoiser
     "D": (int, 16, "width of the learned token embeddings"),
     "norm": (("rms", "layer", "none"), "rms", "keeps embeddings at one length: mean square 1, that and mean 0, or not"),
-    "embedding_init": (("random", "codebook"), "random", "start of the table: normal, or the tokenizer's codebook"),
+    "embedding_init": (("codebook", "random"), "codebook", "start of the table: the tokenizer's codebook, or normal"),
     "width": (int, 384, "width of the transformer"),
     "depth": (int, 8, "its blocks"),
     "heads": (int, 6, "its attention heads"),

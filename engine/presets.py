@@ -11,9 +11,9 @@ LARGE = dict(**SHARP, size=256, f=16, K=1024, code_dim=32, tokenizer_width=96, t
 GREY = dict(size=28, K=256, tokenizer_steps=10000, width=256, depth=6, heads=4, steps=30000)  # 7 x 7 tokens
 PRESETS = {
     "toy": dict(size=20, K=256, tokenizer_width=32, tokenizer_steps=2000, tokenizer_batch=32, tokenizer_lr=4e-3,
-                embedding_init="codebook", width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
+                width=96, depth=2, heads=3, steps=2500, batch=64, lr=5e-3),
     "32-cpu": dict(size=32, K=512, tokenizer_width=32, tokenizer_steps=4000, tokenizer_batch=32, tokenizer_lr=3e-3,
-                   embedding_init="codebook", width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
+                   width=128, depth=3, heads=4, steps=3000, batch=64, lr=4e-3),
     "32": dict(size=32),
     "64": dict(**SHARP, size=64, f=8, K=1024, tokenizer_width=96),
     "256": LARGE,
