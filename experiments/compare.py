@@ -18,8 +18,10 @@ The same command again does what is missing; two of them with different rows or 
 
 Measures. Fréchet distance, KID, precision and recall with the formulas of fid.py, against 10,000 training images: on
 the features of Inception-v3, if its weights are there (then it is FID), or of a classifier trained here on the training
-images (on their classes; without classes, on telling a rotation by 0, 90, 180 or 270 degrees), and then it is never
-called FID. Agreement: how often that classifier sees the class asked for. Bound: bits per token of held-out images.
+images on their classes, and then it is never called FID. Images without classes take the classifier of another set
+(--features-of cifar10), as FID takes that of ImageNet; else one that tells a rotation by 0, 90, 180 or 270 degrees,
+which sees layout and hardly quality. Agreement: how often the classifier of their classes sees the class asked for.
+Bound: bits per token of held-out images.
 """
 
 import argparse
@@ -251,11 +253,18 @@ class Rotated:
         return torch.stack([torch.rot90(image, int(i) % 4, (1, 2)) for image, i in zip(upright, indices, strict=True)])
 
 
-def feature_network(shared, steps):
-    """(function from uint8 images to float64 features, its name, a classifier of the data's classes or None)."""
-    path, device = shared.out / "classifier.pt", shared.device
-    train_set, test_set = (shared.images, shared.unseen) if shared.classes else map(Rotated, (shared.images,
-                                                                                              shared.unseen))
+def feature_network(shared, steps, features_of=None):
+    """(function from uint8 images to float64 features, its name, a classifier of the data's classes or None).
+
+    features_of: (name, training images, held-out images) of another set, whose classes the classifier learns.
+    """
+    path, device = shared.out / f"classifier{'-' + features_of[0] if features_of else ''}.pt", shared.device
+    if features_of:
+        kind, train_set, test_set = f"{features_of[0]}'s classes", *features_of[1:]
+    elif shared.classes:
+        kind, train_set, test_set = "classes", shared.images, shared.unseen
+    else:
+        kind, train_set, test_set = "rotations", Rotated(shared.images), Rotated(shared.unseen)
     classifier = agreement.make_classifier(len(train_set.class_names)).to(device).eval()
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
@@ -266,7 +275,6 @@ def feature_network(shared, steps):
         rate, _ = agreement.agreement(classifier, test_set.batch(some), test_set.labels[some], device)
         state = {"weights": classifier.state_dict(), "accuracy": rate}
         write_atomically(path, lambda partial: torch.save(state, partial))
-    kind = "classes" if shared.classes else "rotations"
     name = f"own classifier of {kind}, {state['accuracy']:.2%} right on held-out images"
     network = classifier[:-1]
     try:
@@ -281,14 +289,14 @@ def feature_network(shared, steps):
         return torch.cat([network(part if name == "Inception-v3" else to_float(part)).double().cpu()
                           for part in inputs])
 
-    return features, name, classifier if shared.classes else None
+    return features, name, classifier if shared.classes and not features_of else None
 
 
 class Evaluator:
     """Scores images against 10,000 training images."""
 
-    def __init__(self, shared, classifier_steps):
-        self.features, self.name, self.classifier = feature_network(shared, classifier_steps)
+    def __init__(self, shared, classifier_steps, features_of=None):
+        self.features, self.name, self.classifier = feature_network(shared, classifier_steps, features_of)
         self.device, self.classes = shared.device, max(len(shared.classes), 1)
         some = np.linspace(0, len(shared.images) - 1, min(10000, len(shared.images))).astype(int)
         self.real = torch.cat([self.features(shared.images.batch(part)) for part in np.array_split(some, 10)])
@@ -303,6 +311,16 @@ class Evaluator:
             labels = torch.arange(len(images)) % self.classes if labels is None else labels
             found["agreement"], _ = agreement.agreement(self.classifier, images, labels, self.device)
         return found
+
+
+def other_set(args, shared):
+    """What --features-of names, for Evaluator: (name, training images, held-out images), or None. ValueError."""
+    if args.features_of is None:
+        return None
+    images, unseen = find(args.features_of, args.root).load(shared.config["size"])
+    if not images.class_names:
+        raise ValueError(f"--features-of {args.features_of}: has no classes, so there is nothing to learn from it")
+    return Path(args.features_of).stem, images, unseen
 
 
 # ----------------------------------------------------------------------------
@@ -441,6 +459,8 @@ def parse_arguments():
                         help="calls of the network per sample (default: 8 16 50 200)")
     parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")
+    parser.add_argument("--features-of", metavar="DATA", help="another set, as for --data, whose classes the feature "
+                        "network learns: for images without classes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     args, words = parser.parse_known_args()
@@ -456,7 +476,7 @@ def main():
     args, words = parse_arguments()
     try:
         shared = prepare(args, words)
-        evaluator = Evaluator(shared, args.classifier_steps)
+        evaluator = Evaluator(shared, args.classifier_steps, other_set(args, shared))
     except ValueError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         sys.exit(2)

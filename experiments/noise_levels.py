@@ -9,6 +9,9 @@ For each time t of the sampler's own grid, in bits per token of held-out images:
     H           entropy of p_theta(x | z_t): what it believes not to know; equal to CE where it is calibrated
     H, sampled  the same on the sampler's own z_t: above H, it has gone where the denoiser knows less than on data
     L_diff      the integrand of the bound with the exact weight, and with the clipped one of training
+    bound       CE + the integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are read out
+                at t, not at 0. For the true posterior of independent tokens it is the same at every t: where it does
+                not rise towards t = 0, the denoiser loses nothing at the smaller noise
 
 The settings of the sampler are those of the checkpoint without guidance, unless given.
 """
@@ -26,11 +29,12 @@ from agreement import read_checkpoint_and_data
 
 from engine.config import DEFAULTS
 from engine.randomness import generator_for, image_generators
-from losses import diffusion_loss
+from losses import diffusion_loss, stratified
 from sample import sample_tokens
 from schedule import add_noise
 
-COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped")
+COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped", "bound")
+DRAWS = 8  # of L_diff per image, for its integral
 
 
 def entropy(p):
@@ -55,10 +59,26 @@ def known_at(model, schedule, x, labels, t, clip, generator):
 
 
 @torch.no_grad()
+def integrand(model, schedule, x, labels, generator):
+    """Times (B,) and L_diff / density of the times (B,), exact weight, one draw per image of x (B, N); nats, float64.
+
+    t = u^2, of density 1 / (2 u): more draws where the weight is large. The mean over t_i >= t is the integral from t.
+    """
+    table = model.table()
+    u, e = stratified(len(x), generator, x.device), F.embedding(x, table)
+    t = u.square()
+    log_snr = schedule.log_snr(t)
+    z = add_noise(e, log_snr, torch.randn(e.shape, generator=generator, device=x.device))
+    e_hat = model(z, log_snr, labels, table=table).softmax(-1) @ table
+    values = 2 * u * diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), math.inf).mean(1)
+    return t.cpu().double(), values.cpu().double()
+
+
+@torch.no_grad()
 def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip, batch=256):
     """{t: {column: bits per token}} over x (M, N) with labels (M,), t from 1 to the end of the sampler's grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
-    found = {}
+    found, draws = {}, []
     for start in range(0, len(x), batch):
         rows, classes = (value[start:start + batch].to(device) for value in (x, labels))
         seen = []  # (t, entropy of p_theta) along the sampler's own way
@@ -70,7 +90,12 @@ def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip
                                                           generator_for(seed, "evaluation", start, device))
             line = torch.stack([own, ce, predicted, sampled, exact, clipped])
             found[t] = found.get(t, 0) + line * len(rows) / len(x) / math.log(2)
-    return {t: dict(zip(COLUMNS, line.tolist(), strict=True)) for t, line in found.items()}
+        generator = generator_for(seed, "evaluation", len(x) + start, device)
+        draws += [integrand(model, schedule, rows, classes, generator) for _ in range(DRAWS)]
+    times, values = (torch.cat(part) / scale for part, scale in zip(zip(*draws, strict=True), (1, math.log(2)),
+                                                                    strict=True))
+    return {t: dict(zip(COLUMNS, [*line.tolist(), float(line[1] + (values * (times >= t)).mean())], strict=True))
+            for t, line in found.items()}
 
 
 def main():

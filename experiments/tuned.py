@@ -175,6 +175,8 @@ def parse_arguments():
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")
+    parser.add_argument("--features-of", metavar="DATA", help="another set, as for --data, whose classes the feature "
+                        "network learns: for images without classes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     args, words = parser.parse_known_args()
@@ -189,7 +191,7 @@ def main():
     args, words = parse_arguments()
     try:
         shared = compare.prepare(args, words)
-        evaluator = compare.Evaluator(shared, args.classifier_steps)
+        evaluator = compare.Evaluator(shared, args.classifier_steps, compare.other_set(args, shared))
     except ValueError as error:
         print(f"tuned.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -53,7 +53,10 @@ def test_speed_program(capsys, monkeypatch):
 
 
 def test_noise_levels(folder, run, capsys):
-    """Before training p_theta is the closed-form posterior, so CE is the token's own; the bound's integrand by hand."""
+    """Before training p_theta is the closed-form posterior, so CE is the token's own; the bound's integrand by hand.
+
+    For independent tokens it is the true posterior: CE(t) + the integral of L_diff from t to 1 is log K for every t.
+    """
     torch.manual_seed(0)
     model, schedule = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2), ShiftedCosine(0.7, -10, 7)
     x, labels, t = torch.randint(6, (50, 4)), torch.zeros(50, dtype=torch.long), 0.2
@@ -68,11 +71,18 @@ def test_noise_levels(folder, run, capsys):
     close(exact, (weight * log_snr.exp() * (e - p @ model.table()).square().sum(-1).mean()).double(), rtol=1e-5, atol=0)
     close(clipped / exact, (0.5 / log_snr.exp()).double(), rtol=1e-6, atol=0)
 
+    x, labels = torch.randint(6, (16000, 4)), torch.zeros(16000, dtype=torch.long)
+    times, values = noise_levels.integrand(model, schedule, x, labels, seeded(1))
+    for t in (0.02, 0.3, 0.8):
+        ce, rest = noise_levels.known_at(model, schedule, x, labels, t, 1, seeded(2))[1], values * (times >= t)
+        error = (rest.std() + torch.tensor(6).log()) / len(x) ** 0.5  # the second part: more than CE's own
+        assert abs(ce + rest.mean() - torch.tensor(6).log()) < 3 * error < 0.15
+
     options = dict(data="toy", n=40, steps=3, sampler="ddim", temperature=0.8, seed=1, device="cpu")
     assert parser_flags(noise_levels) == sorted([*options, "root"])
     assert call(noise_levels, run / "ckpt.pt", *flags(options)) == 2 and "other classes" in capsys.readouterr().err
     assert call(noise_levels, run / "ckpt.pt", *flags(options | {"data": folder})) == 0
-    assert len(re.findall(r"^\| [\d.]+ \| -?[\d.]+ \|( [\d.]+ \|){6}$", capsys.readouterr().out, re.M)) == 3
+    assert len(re.findall(r"^\| [\d.]+ \| -?[\d.]+ \|( [\d.]+ \|){7}$", capsys.readouterr().out, re.M)) == 3
 
 
 PART = """
