@@ -318,9 +318,9 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 4
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
         dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0) for t in (0.5, 1.0)])
-    words = ["--data", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds", 0, 1, "--calls", 2,
-             "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out", tmp_path / "c",
-             *flags(TINY)]
+    words = ["--data", folder, "--features-of", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds",
+             0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out",
+             tmp_path / "c", *flags(TINY)]
     assert call(tuned, *words) == 0
     rates, lines = (compare.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
     best = min(rates, key=lambda line: float(line["bound"]))["lr"]
@@ -332,4 +332,6 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     before = (tmp_path / "c" / "tuned.csv").read_text()
     assert call(tuned, *words) == 0 and (tmp_path / "c" / "tuned.csv").read_text() == before
     assert "| VQ-LCMD |" in (tmp_path / "c" / "tuned.md").read_text()
-    assert call(tuned, "--seeds", 0) == 2
+    assert f"{folder.name}'s classes" in lines[0]["features"] and not lines[0]["agreement"]
+    assert call(tuned, *words, "--features-of", folder / os.listdir(folder)[0]) == 2
+    assert "has no classes" in capsys.readouterr().err and call(tuned, "--seeds", 0) == 2
