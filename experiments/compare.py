@@ -412,19 +412,32 @@ def plots(lines, out):
     axes.minorticks_off()
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(figure, "steps.png")
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axes in both:
-        axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-    for name in ROWS:
-        path = weights_of(out, name, 0, lines[0]["budget"])
-        if path.exists() and ROWS[name].get("loss") not in baselines.KINDS and not name.startswith("shift"):
-            curve = np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"])
-            for axes, column in zip(both, (1, 2), strict=True):
-                axes.plot(curve[:, 0], curve[:, column], label=name, lw=1.5)
-    for axes, title in zip(both, ("effective rank of the table", "smallest distance of two embeddings"), strict=True):
-        axes.set(xlabel="training step", title=title)
-    both[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    finish(figure, "collapse.png")
+    most = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])
+    shown = [(name, path) for name in ROWS if (path := picture_of(out, name, lines[0]["budget"], "ancestral",
+                                                                    most)).exists()]
+    curves = {name: np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"]) for name in ROWS
+              if ROWS[name].get("loss") not in baselines.KINDS and not name.startswith("shift")
+              and (path := weights_of(out, name, 0, lines[0]["budget"])).exists()}
+    below = [(name, path) for name, path in shown if name in curves]
+    below = below if len(below) <= 4 else []  # samples below the curves, if there is room
+    figure = pyplot.figure(figsize=(11, 6.2 if below else 4))
+    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 2.2)) if below else [figure]
+    both = top.subplots(1, 2)
+    top.subplots_adjust(right=0.8, left=0.06)
+    for axes, column, title in zip(both, (1, 2), ("effective rank of the table", "smallest distance of two embeddings"),
+                                   strict=True):
+        axes.set_prop_cycle(color=pyplot.get_cmap("tab20" if len(curves) > 10 else "tab10").colors)
+        for name, curve in curves.items():
+            axes.plot(curve[:, 0], curve[:, column], label=name, lw=1.5)
+        axes.set(xlabel="training step", title=title, ylim=(0, None))
+    both[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for panel, (name, path) in zip(bottom[0].subplots(1, len(below), squeeze=False)[0] if below else [], below,
+                                   strict=True):
+        panel.imshow(pyplot.imread(path), interpolation="nearest")
+        panel.set_title(f"{name}, {most} steps", fontsize=9)
+        panel.axis("off")
+    figure.savefig(out / "collapse.png", dpi=110)
+    pyplot.close(figure)
     figure, axes = pyplot.subplots(figsize=(5.5, 4))
     for name in methods:
         wanted = dict(row=name, seed="0", sampler="ancestral", steps=str(GUIDED_STEPS))
@@ -433,15 +446,12 @@ def plots(lines, out):
     axes.set(xlabel="recall", ylabel="precision", title="guidance 0 to 4: fidelity against diversity")
     axes.legend()
     finish(figure, "guidance.png")
-    most = max((n for n in steps if int(n) <= 50), key=int, default=steps[-1])
-    found = [(name, path) for name in ROWS if (path := picture_of(out, name, lines[0]["budget"], "ancestral",
-                                                                    most)).exists()]
-    if not found:  # the pictures were taken away, or drawn by seeds other than 0
+    if not shown:  # the pictures were taken away, or drawn by seeds other than 0
         return
-    figure, panels = pyplot.subplots(-(-len(found) // 2), 2, figsize=(9, 1.9 * -(-len(found) // 2)), squeeze=False)
+    figure, panels = pyplot.subplots(-(-len(shown) // 2), 2, figsize=(9, 1.9 * -(-len(shown) // 2)), squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
-    for axes, (name, path) in zip(panels.flat, found, strict=False):
+    for axes, (name, path) in zip(panels.flat, shown, strict=False):
         axes.imshow(pyplot.imread(path), interpolation="nearest")
         axes.set_title(f"{name}, {most} steps", fontsize=8)
     finish(figure, "samples.png")
