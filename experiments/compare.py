@@ -212,10 +212,11 @@ def settings_of(name, seed, steps, classes):
     return found
 
 
-def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature=1.0, gumbel=1.0, batch=250):
+def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature=1.0, gumbel=1.0, end=None,
+         batch=250):
     """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
 
-    gumbel: of decoding by confidence alone.
+    gumbel: of decoding by confidence alone. end: of sample_tokens alone.
     """
     kind, images = ROWS[name].get("loss"), []
     for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
@@ -231,7 +232,7 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature
                                        analytic=ROWS[name].get("analytic", False), **options))
         else:
             tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
-                                   sampler, temperature=temperature)
+                                   sampler, temperature=temperature, end=end)
         images.append(shared.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 

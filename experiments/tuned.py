@@ -19,6 +19,7 @@ step 4, tuned.png is their picture. The same command again does what is missing.
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -27,24 +28,30 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import compare  # noqa: E402
 
+from sample import default_end  # noqa: E402
+
 COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "temperature", "gumbel",
-           "n", "distance", "kid", "precision", "recall", "agreement", "bound", "train_seconds", "sample_seconds",
-           "features", "commit", "device", "command"]
+           "end", "n", "distance", "kid", "precision", "recall", "agreement", "bound", "train_seconds",
+           "sample_seconds", "features", "commit", "device", "command"]
 RATES = ["row", "lr", "budget", "bound", "seconds"]
 
 
 def settings(kind, calls, classes):
-    """What is tried with a number of calls: dicts of sampler, steps, guidance, temperature, gumbel."""
-    found = []
+    """What is tried with a number of calls: dicts of sampler, steps, guidance, temperature, gumbel, end."""
+    found, discrete = [], kind in compare.baselines.KINDS
     for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
         for omega in (0.0, 0.5, 1.0, 2.0) if classes else (0.0,):
             steps = calls // 2 if omega else calls
-            for temperature in (0.7, 0.8, 0.9, 1.0) if not omega else (0.8, 1.0):
-                # Gumbel noise matters to decoding by confidence alone; without guidance two sizes of it.
-                for gumbel in (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,):
-                    if steps:
-                        found.append(dict(sampler=sampler, steps=steps, guidance=omega, temperature=temperature,
-                                          gumbel=gumbel))
+            if not steps:
+                continue
+            for temperature in (0.8, 1.0) if omega else (0.7, 0.8, 0.9, 1.0) if discrete else (0.6, 0.7, 0.8, 1.0):
+                # Gumbel noise matters to decoding by confidence alone, the time at which tokens are drawn to few steps
+                # of continuous diffusion alone: without guidance more than one value of either.
+                gumbels = (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,)
+                ends = (default_end(steps), *((0.15, 0.3) if 1 < steps < 16 and not omega else ()))
+                for gumbel, end in itertools.product(gumbels, [""] if discrete else ends):
+                    found.append(dict(sampler=sampler, steps=steps, guidance=omega, temperature=temperature,
+                                      gumbel=gumbel, end=end))
     return found
 
 
@@ -120,7 +127,8 @@ def table(lines, args, purpose):
             words = ""
             if some and purpose == "result":
                 line = some[0]
-                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']})"
+                end = f", end {float(line['end']):.2g}" if line["end"] else ""
+                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']}{end})"
             cells.append(compare.spread([float(line["distance"]) for line in some], 3) + words)
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
@@ -205,7 +213,8 @@ def main():
             found = settings(compare.ROWS[name].get("loss"), calls, shared.classes)
             best = min(found, key=lambda setting: float(measure(name, lr, tuning, calls, setting, args.tune_n, "tried",
                                                                 *options)["distance"]))
-            plain = dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=1.0, gumbel=1.0)
+            plain = dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=1.0, gumbel=1.0,
+                         end="" if best["end"] == "" else default_end(calls))
             for seed in others:
                 for setting, purpose in ((best, "result"), (plain, "untuned")):
                     measure(name, lr, seed, calls, setting, args.n, purpose, *options)

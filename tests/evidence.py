@@ -316,8 +316,9 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     some = tuned.settings("absorbing", 4, True)
     assert {s["steps"] * (2 if s["guidance"] else 1) for s in some} == {4} and len(some) == 24
     assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 4
+    assert {s["end"] for s in tuned.settings(None, 4, False)} == {0.05, 0.15, 0.3}  # of continuous diffusion alone
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
-        dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0) for t in (0.5, 1.0)])
+        dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0, end=0.3) for t in (0.5, 1.0)])
     words = ["--data", folder, "--features-of", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds",
              0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out",
              tmp_path / "c", *flags(TINY)]
