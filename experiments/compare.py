@@ -82,6 +82,8 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     "paper": dict(**PLAIN, embedding_init="random", shift=0.4),
     "paper, shift 1": dict(**PLAIN, embedding_init="random", shift=1.0),
     "naive": dict(**PLAIN, embedding_init="random", shift=0.4, w_cm=0.0, max_drop_rate=0.0),
+    "naive, not normalised": dict(**PLAIN, embedding_init="random", shift=0.4, w_cm=0.0, max_drop_rate=0.0,
+                                  norm="none"),
     "without CM": dict(w_cm=0.0),
     "without L_diff": dict(w_diff=0.0),
     "without dropping": dict(max_drop_rate=0.0),
