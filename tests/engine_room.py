@@ -61,8 +61,8 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
                 train, "training_loss", wraps=train.training_loss) as passes:
             assert call("train.py", *words, *flag) == 0
         assert passes.call_count == 8 * (2 if flag[0] == "--micro-batch" else 1) * (1 + (flag[-1] == 1))
-        if flag[0] == "--micro-batch":  # AdamW divides by gradients that may be tiny: rounding times some hundred
-            close(weights_of(undone), expected, rtol=0, atol=1e-5)
+        if flag[0] == "--micro-batch":  # rounding: at most a hundredth of a step of AdamW, whose rate is 1e-2
+            close(weights_of(undone), expected, rtol=0, atol=1e-4)
         else:
             assert torch.equal(weights_of(undone), expected)
         (undone / "ckpt.pt").unlink()
