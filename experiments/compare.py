@@ -423,10 +423,10 @@ def plots(lines, out):
               and (path := weights_of(out, name, 0, lines[0]["budget"])).exists()}
     below = [(name, path) for name, path in shown if name in curves]
     below = below if len(below) <= 4 else []  # samples below the curves, if there is room
-    figure = pyplot.figure(figsize=(11, 6.2 if below else 4))
-    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 2.2)) if below else [figure]
+    figure = pyplot.figure(figsize=(11, 5.4 if below else 4))
+    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 1.4)) if below else [figure]
     both = top.subplots(1, 2)
-    top.subplots_adjust(right=0.8, left=0.06)
+    top.subplots_adjust(right=0.8, left=0.06, bottom=0.15)
     for axes, column, title in zip(both, (1, 2), ("effective rank of the table", "smallest distance of two embeddings"),
                                    strict=True):
         axes.set_prop_cycle(color=pyplot.get_cmap("tab20" if len(curves) > 10 else "tab10").colors)
@@ -439,6 +439,8 @@ def plots(lines, out):
         panel.imshow(pyplot.imread(path), interpolation="nearest")
         panel.set_title(f"{name}, {most} steps", fontsize=9)
         panel.axis("off")
+    if below:
+        bottom[0].subplots_adjust(left=0.02, right=0.98, wspace=0.06, top=0.85, bottom=0.02)
     figure.savefig(out / "collapse.png", dpi=110)
     pyplot.close(figure)
     figure, axes = pyplot.subplots(figsize=(5.5, 4))
