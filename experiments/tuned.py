@@ -135,8 +135,11 @@ def table(lines, args, purpose):
     return "\n".join(out) + "\n"
 
 
-def figure(lines, args, floor):
-    """tuned.png: distance against calls, each row at its best and untuned; bars are the range over the seeds."""
+def figure(lines, args, references):
+    """tuned.png: distance against calls, each row at its best and untuned; bars are the range over the seeds.
+
+    references: of compare.references, lines of their own.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -154,7 +157,8 @@ def figure(lines, args, floor):
                       [max(v) - m for m, v in zip(means, found.values(), strict=True)]]
             panel.errorbar(list(found), means, ranges, fmt=style, color=f"C{i}", capsize=3,
                            label=name + (", at its best" if purpose == "result" else ", untuned"))
-    panel.axhline(floor, color="grey", lw=1, label="real images")
+    for style, (kind, found) in zip((":", "-"), references.items(), strict=True):
+        panel.axhline(found["distance"], color="grey", lw=1, ls=style, label=kind)
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=args.calls)
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -223,7 +227,7 @@ def main():
     text = (f"Features: {evaluator.name}. {args.n:,} samples; as many " + "; ".join(
         f"{kind}: distance {found['distance']:.3f}" for kind, found in references.items()) + ".\n\n"
         + table(lines, args, "result") + "\nUntuned:\n\n" + table(lines, args, "untuned"))
-    figure(lines, args, references["held-out images"]["distance"])
+    figure(lines, args, references)
     (shared.out / "tuned.md").write_text(text)
     print(text)
 
