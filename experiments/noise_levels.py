@@ -92,10 +92,11 @@ def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip
             found[t] = found.get(t, 0) + line * len(rows) / len(x) / math.log(2)
         generator = generator_for(seed, "evaluation", len(x) + start, device)
         draws += [integrand(model, schedule, rows, classes, generator) for _ in range(DRAWS)]
-    times, values = (torch.cat(part) / scale for part, scale in zip(zip(*draws, strict=True), (1, math.log(2)),
-                                                                    strict=True))
-    return {t: dict(zip(COLUMNS, [*line.tolist(), float(line[1] + (values * (times >= t)).mean())], strict=True))
-            for t, line in found.items()}
+    times, values = (torch.cat(part) for part in zip(*draws, strict=True))
+    for t, line in found.items():
+        rest = (values * (times >= t)).mean() / math.log(2)
+        found[t] = dict(zip(COLUMNS, [*line.tolist(), float(line[1] + rest)], strict=True))
+    return found
 
 
 def main():
