@@ -23,7 +23,8 @@ Trained naively the embeddings collapse: |e - e_hat|^2 is small when all embeddi
 weight and an optimal network the bound does not care how far apart they are (test_all.py shows it). Two things reward
 closeness: a *clipped* weight, which everybody uses for stability, and a network that is not good yet. L_rec does stop
 the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
-losses.py`: the sum falls down to a distance of about 0.3, and rises again only below). The cure:
+losses.py`: the sum falls down to a distance of about 0.3, and rises again only below). The cure (ours: also a schedule
+that starts about where the clip ends, and leaves what is cleaner to L_rec):
 
     L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
 

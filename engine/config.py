@@ -45,7 +45,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     # schedule and losses
     "shift": (float, 0.7, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
     "log_snr_min": (float, -10.0, "log(alpha^2 / sigma^2) at t = 1: lower is purer noise to start from"),
-    "log_snr_max": (float, 7.0, "the same at t = 0: higher is cleaner at the end; both before the shift"),
+    "log_snr_max": (float, 3.0, "the same at t = 0, where the tokens are read out; both before the shift"),
     "w_rec": (float, 1.0, "weight of L_rec"),
     "w_diff": (float, 1.0, "weight of L_diff"),
     "w_cm": (float, 1.0, "weight of L_CM; 0 switches it off"),

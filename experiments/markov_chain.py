@@ -45,12 +45,13 @@ from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
 K, N, D, BATCH = 10, 6, 8, 256
-# No output prior (Plaid's), no posterior input, no unit-RMS norm (ours).
-PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0)
+# No output prior (Plaid's), no posterior input, no unit-RMS norm, a schedule with its clean end (ours).
+PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0, log_snr_max=7.0)
 ROWS = {  # what differs from train.py's defaults; "loss": another objective; "frozen": the table
     "rec + diff": PLAIN | dict(w_cm=0.0),
     "rec + diff, table not normalised": PLAIN | dict(w_cm=0.0, norm="none"),
     "rec + diff, exact weight": PLAIN | dict(w_cm=0.0, weight_clip=math.inf),
+    "rec + diff, lambda up to 3": PLAIN | dict(w_cm=0.0, log_snr_max=3.0),
     "rec + diff + CM, markov": PLAIN,
     "rec + diff + CM, shared noise": PLAIN | dict(cm_pairs="shared"),
     "rec + CM, no diff": PLAIN | dict(w_diff=0.0),
@@ -62,6 +63,7 @@ ROWS = {  # what differs from train.py's defaults; "loss": another objective; "f
     "plain cross-entropy": PLAIN | dict(loss="cross-entropy"),
     "train.py's defaults": {},
     "defaults, CM off": dict(w_cm=0.0),
+    "defaults, lambda up to 7": dict(log_snr_max=7.0),
     "defaults, cross-entropy": dict(loss="cross-entropy"),
     "defaults, shift 0.1": dict(shift=0.1),
     "defaults, shift 0.2": dict(shift=0.2),

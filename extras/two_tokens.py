@@ -60,18 +60,24 @@ def main():
     parser.add_argument("--shift", type=float, default=DEFAULTS["shift"], help="s of the schedule")
     parser.add_argument("--weight-clip", "--max-snr", type=float, default=DEFAULTS["weight_clip"],
                         help="largest e^lambda in the weight of the trained L_diff")
+    parser.add_argument("--log-snr-max", type=float, default=7.0,
+                        help="lambda(0), before the shift, of all but the last column")
     args = parser.parse_args()
     with report_errors("losses.py"), user_error():
-        schedule = ShiftedCosine(args.shift, DEFAULTS["log_snr_min"], DEFAULTS["log_snr_max"])
+        long, ours = (ShiftedCosine(args.shift, DEFAULTS["log_snr_min"], end) for end in (
+            args.log_snr_max, DEFAULTS["log_snr_max"]))
+        end = float(ours.log_snr(torch.tensor(0.0)))
         distances = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
         print(f"Two tokens at a distance, the best denoiser there is, nats (log 2 = {math.log(2):.4f}).")
         print("The exact bound does not care how close they are. With a clipped weight the sum falls as they come")
-        print("closer, down to about 0.3; below, L_rec makes it rise again.\n")
-        print("distance    L_rec   L_diff      sum  | L_diff, weight <= clip      sum    L_CM")
-        for d, row in zip(distances, two_tokens(distances, schedule, args.weight_clip), strict=True):
+        print("closer, down to about 0.3; below, L_rec makes it rise again. If the schedule ends where the clip")
+        print("begins, about, L_rec holds them apart from the start: last column, train.py's schedule.\n")
+        print(f"distance    L_rec   L_diff      sum  | L_diff, weight <= clip      sum    L_CM  | sum, lambda <= {end:.1f}")
+        for d, row, short in zip(distances, two_tokens(distances, long, args.weight_clip),
+                                 two_tokens(distances, ours, args.weight_clip), strict=True):
             rec, exact, clipped, cm = row.tolist()
             print(f"{d:8.2f} {rec:8.4f} {exact:8.4f} {rec + exact:8.4f}  | {clipped:22.4f} {rec + clipped:8.4f} "
-                  f"{cm:7.4f}")
+                  f"{cm:7.4f}  | {short[0] + short[2]:17.4f}")
         print("\nWhat consistency matching teaches on average, tokens at +1 and -1, z_t = 0.8, lambda from -1 to 0:")
         for cm_pairs in ("markov", "shared"):
             p, target = mean_target(cm_pairs)

@@ -1,5 +1,6 @@
 """The denoiser, its losses and its sampler, beyond the exact answers of test_all.py."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -27,12 +28,16 @@ def test_losses_alone(capsys):
         exact = exact_rec_and_diff(ExactPosterior(BPSK.p, BPSK.embedding * d / 2), ShiftedCosine(1, -10, 10), 240)
         close(row[:2], f64(*exact), rtol=0, atol=2e-5)
     assert rows[0, 0] + rows[0, 2] < rows[1, 0] + rows[1, 2] < rows[2, 0] + rows[2, 2]
+    # A schedule that ends where the clip begins: the clipped bound is the exact one, log 2 at every distance.
+    rows = two_tokens.two_tokens(distances, ShiftedCosine(1, -10, math.log(5)), 5.0)
+    prior = f64(*distances).square() / 8 * math.exp(-10)  # of e = +- d / 2, to first order
+    close(rows[:, 0] + rows[:, 2] + prior, torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-6)
     assert two_tokens.mean_target("markov") == pytest.approx((0.756761, 0.756761), abs=1e-6)
     assert two_tokens.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
-    assert parser_flags("losses.py") == ["shift", "weight_clip"] and call("losses.py") == 0
+    assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"] and call("losses.py") == 0
     default = capsys.readouterr().out
     assert default.count("over-confident") == 1 and "shared: posterior 0.756761, mean target 0.888983" in default
-    for words in (["--shift", 1], ["--weight-clip", 2]):
+    for words in (["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
         assert call("losses.py", *words) == 0 and capsys.readouterr().out != default
     assert call("losses.py", "--shift", 0, "--max-snr", 2) == 2  # the old name of --weight-clip
     assert "must be positive" in capsys.readouterr().err
