@@ -79,7 +79,7 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                           auxiliary=0.01),
     # The paper's method as we know it: no closed-form term, a random table; and naive joint training beside it.
-    # Where its schedule ends we do not know; ours is part of the cure, so these have a long one.
+    # Where its schedule starts we do not know; where ours does is part of the cure, so these start at little noise.
     "paper": dict(**PLAIN, embedding_init="random", shift=0.4, log_snr_max=7.0),
     "paper, shift 1": dict(**PLAIN, embedding_init="random", shift=1.0, log_snr_max=7.0),
     "naive": dict(**PLAIN, embedding_init="random", shift=0.4, log_snr_max=7.0, w_cm=0.0, max_drop_rate=0.0),

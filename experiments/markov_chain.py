@@ -45,7 +45,7 @@ from schedule import ShiftedCosine, add_noise  # noqa: E402
 from train import learning_rate  # noqa: E402
 
 K, N, D, BATCH = 10, 6, 8, 256
-# No output prior (Plaid's), no posterior input, no unit-RMS norm, a schedule with its clean end (ours).
+# No output prior (Plaid's), no posterior input, no unit-RMS norm, no schedule that starts where the clip ends (ours).
 PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0, log_snr_max=7.0)
 ROWS = {  # what differs from train.py's defaults; "loss": another objective; "frozen": the table
     "rec + diff": PLAIN | dict(w_cm=0.0),

@@ -64,15 +64,16 @@ def main():
                         help="lambda(0), before the shift, of all but the last column")
     args = parser.parse_args()
     with report_errors("losses.py"), user_error():
-        long, ours = (ShiftedCosine(args.shift, DEFAULTS["log_snr_min"], end) for end in (
-            args.log_snr_max, DEFAULTS["log_snr_max"]))
-        end = float(ours.log_snr(torch.tensor(0.0)))
+        long, ours = (ShiftedCosine(args.shift, DEFAULTS["log_snr_min"], log_snr_max)
+                      for log_snr_max in (args.log_snr_max, DEFAULTS["log_snr_max"]))
+        start = float(ours.log_snr(torch.tensor(0.0)))
         distances = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
         print(f"Two tokens at a distance, the best denoiser there is, nats (log 2 = {math.log(2):.4f}).")
         print("The exact bound does not care how close they are. With a clipped weight the sum falls as they come")
-        print("closer, down to about 0.3; below, L_rec makes it rise again. If the schedule ends where the clip")
-        print("begins, about, L_rec holds them apart from the start: last column, train.py's schedule.\n")
-        print(f"distance    L_rec   L_diff      sum  | L_diff, weight <= clip      sum    L_CM  | sum, lambda <= {end:.1f}")
+        print("closer, down to about 0.3; below, L_rec makes it rise again. In the last column the schedule starts")
+        print("about where the clip ends, as train.py's does, and leaves what is cleaner to L_rec.\n")
+        print("distance    L_rec   L_diff      sum  | L_diff, weight <= clip      sum    L_CM  | "
+              f"sum, lambda <= {start:.1f}")
         for d, row, short in zip(distances, two_tokens(distances, long, args.weight_clip),
                                  two_tokens(distances, ours, args.weight_clip), strict=True):
             rec, exact, clipped, cm = row.tolist()

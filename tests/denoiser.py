@@ -28,7 +28,7 @@ def test_losses_alone(capsys):
         exact = exact_rec_and_diff(ExactPosterior(BPSK.p, BPSK.embedding * d / 2), ShiftedCosine(1, -10, 10), 240)
         close(row[:2], f64(*exact), rtol=0, atol=2e-5)
     assert rows[0, 0] + rows[0, 2] < rows[1, 0] + rows[1, 2] < rows[2, 0] + rows[2, 2]
-    # A schedule that ends where the clip begins: the clipped bound is the exact one, log 2 at every distance.
+    # A schedule that starts where the clip ends: the clipped bound is the exact one, log 2 at every distance.
     rows = two_tokens.two_tokens(distances, ShiftedCosine(1, -10, math.log(5)), 5.0)
     prior = f64(*distances).square() / 8 * math.exp(-10)  # of e = +- d / 2, to first order
     close(rows[:, 0] + rows[:, 2] + prior, torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-6)
