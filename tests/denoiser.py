@@ -9,6 +9,7 @@ import torch
 import losses
 import sample
 from embedding_diffusion import EmbeddingDiffusion
+from engine.config import DEFAULTS
 from engine.distributed import shard
 from engine.randomness import image_generators
 from extras import two_tokens
@@ -32,10 +33,14 @@ def test_losses_alone(capsys):
     rows = two_tokens.two_tokens(distances, ShiftedCosine(1, -10, math.log(5)), 5.0)
     prior = f64(*distances).square() / 8 * math.exp(-10)  # of e = +- d / 2, to first order
     close(rows[:, 0] + rows[:, 2] + prior, torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-6)
+    schedule = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    rows = two_tokens.two_tokens((0.03, 0.3, 1.0, 2.0), schedule, DEFAULTS["weight_clip"])  # about there: README
+    assert ((rows[:, 0] + rows[:, 2]) / math.log(2) > 0.93).all()
     assert two_tokens.mean_target("markov") == pytest.approx((0.756761, 0.756761), abs=1e-6)
     assert two_tokens.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
     assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"] and call("losses.py") == 0
     default = capsys.readouterr().out
+    assert f"{rows[2, 0] + rows[2, 2]:17.4f}\n    2.00" in default  # the last column, d = 1
     assert default.count("over-confident") == 1 and "shared: posterior 0.756761, mean target 0.888983" in default
     for words in (["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
         assert call("losses.py", *words) == 0 and capsys.readouterr().out != default
