@@ -224,6 +224,8 @@ FAULTS = [Fault(*words) for words in [
     ("engine/run.py", "written in place", "partial.replace(path)\n\n\ndef write_json", "path.write_bytes(partial.read_bytes())\n\n\ndef write_json", "atomic_writes"),
     ("engine/run.py", "one Ctrl-C is not enough", "if number == signal.SIGINT in SIGNALS:", "if number in SIGNALS:", "stopping_twice"),
     ("engine/config.py", "a preset wins over the command line", "config = for_gpus(DEFAULTS | PRESETS[preset] | fixed, S) | given", "config = for_gpus(DEFAULTS | given | PRESETS[preset] | fixed, S)", "every_flag_of_train or presets"),
+    ("engine/config.py", "the schedule starts far above the clip", '"log_snr_max": (float, 3.0,', '"log_snr_max": (float, 7.0,', "losses_alone"),
+    ("extras/two_tokens.py", "the last column is the first schedule's", "two_tokens(distances, ours, args.weight_clip)", "two_tokens(distances, long, args.weight_clip)", "losses_alone"),
     ("engine/config.py", "lr may not change", '"fsdp", "lr", "tokenizer_lr",', '"fsdp", "tokenizer_lr",', "what_may_change or not_finite"),
     ("engine/tokens.py", "training images are held out", "return TokenDataset(rows[~rows[\"test\"]], device),", "return TokenDataset(rows[rows[\"test\"]], device),", "three_steps"),
     ("engine/tokens.py", "mirrored images are not mirrored", "for oriented in (images, images.flip(3))[:len(starts)]]", "for oriented in (images, images)[:len(starts)]]", "test_flip"),
