@@ -65,6 +65,7 @@ def trim_rows(path, last_step):
 def log_bound(path, step, bound, K, collapse):
     """A row of evaluation.csv and a line: the held-out bound in bits per token, and the state of the table."""
     if rank_and_world()[0] == 0:
+        trim_rows(path, step - 1)  # a run that was killed before the checkpoint that tells of this row comes again
         append_row(path, {"step": step} | bound | {"log2_K": math.log2(K)} | collapse)
     tqdm.write(f"held out at step {step:,}: {bound['total']:.3f} bits per token = prior {bound['prior']:.3f} + rec "
                f"{bound['rec']:.3f} + diff {bound['diff']:.3f} (log2 K = {math.log2(K):.2f});  "

@@ -16,7 +16,7 @@ import data
 from engine.distributed import barrier, broadcast, gather, rank_and_world
 from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
 from engine.run import main_process_first, write_json
-from engine.status import append_row, format_metrics
+from engine.status import append_row, format_metrics, trim_rows
 from extras.archives import open_npz
 from extras.datasets import DATASETS, find
 from extras.inception import WEIGHTS_SHA256, load_inception
@@ -197,6 +197,7 @@ def evaluate_during(run, pipeline, step):
     with run.eval_memory():
         scores = score_samples(run, pipeline, FEW)
     if scores:
+        trim_rows(run.out / "fid.csv", step - 1)  # as in log_bound
         append_row(run.out / "fid.csv", {"step": step} | {f"{name}_2k": value for name, value in scores.items()})
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")
 

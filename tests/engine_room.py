@@ -188,6 +188,14 @@ def test_half_a_line(tmp_path):
         assert (path.read_text() if path.exists() else None) == left
 
 
+def test_evaluated_twice(tmp_path):
+    """A run that is killed after its last evaluation and before the checkpoint with it evaluates again: one row."""
+    path, bound = tmp_path / "evaluation.csv", dict(prior=0.0, rec=1.0, diff=1.0, total=2.0, standard_error=0.1)
+    for step in (0, 4, 8, 8):
+        status.log_bound(path, step, bound, 8, {"effective_rank": 1.0})
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "0", "4", "8"]
+
+
 def hold(out):
     """Keeps a run directory until it is killed."""
     held = lock(out)
