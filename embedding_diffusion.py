@@ -19,7 +19,8 @@ An untrained network (zero output) is then the exact denoiser of independent uni
 log2 K bits per token. Guidance, which combines logits, sharpens the learned factor and leaves this one as it is.
 `--no-output-prior` trains without it, which is nearer to the paper.
 
-The same knowledge helps at the input (the posterior input, ours). What a token's own noisy embedding says, as a mean,
+The same knowledge helps at the input (the posterior input, ours). What a token's own noisy embedding says, if all are
+equally likely,
 
     E[ e(x_i) | z_ti ]  =  sum_k softmax_k( log N(z_ti ; alpha_t E_k, sigma_t^2 I) )  E_k,
 

@@ -20,9 +20,9 @@ Per token and in nats, an upper bound on -log p(x) / N (paper: joint embedding-d
     L_diff  = 1/2 E_t[ -lambda'(t) e^lambda(t) |e(x) - e_hat(z_t, t)|^2 ]
 
 Trained naively the embeddings collapse: |e - e_hat|^2 is small when all embeddings are close together. With the exact
-weight and an optimal network the bound does not care how far apart they are (test_all.py shows it). Two things reward
-closeness: a *clipped* weight, which everybody uses for stability, and a network that is not good yet. L_rec does stop
-the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
+weight and an optimal network the bound of one token does not care how far apart they are (test_all.py). Two things
+reward closeness: a *clipped* weight, which everybody uses for stability, and a network that is not good yet. L_rec does
+stop the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
 losses.py`: the sum falls down to a distance of about 0.3, and rises again only below). The cure (ours: also a schedule
 that starts about where the clip ends, and leaves what is cleaner to L_rec):
 
@@ -30,8 +30,8 @@ that starts about where the clip ends, and leaves what is cleaner to L_rec):
 
 p_theta' is the teacher: the model's EMA (the default) or the model itself; sg = stop-gradient. L_CM pushes embeddings
 apart: its target is held fixed, so its gradient is that of a cross-entropy at z_t, which falls when tokens are easier
-to tell apart there. (Its value rises with the distance, as the teacher then knows more. Without sg it would reward
-collapse.)
+to tell apart there. (Its value rises with the distance, up to about 2, as the teacher then knows more. Without sg it
+would reward collapse.)
 
 The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
 

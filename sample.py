@@ -59,7 +59,7 @@ def default_end(steps, t=1.0):
 
     The e_hat of a large step is a mean of embeddings. At t = 0 the noise is too small to leave it again, so all images
     become alike; a little earlier p_theta(x | z_end) still has a choice. It matters at two steps, and the more the less
-    noise there is at t = 0: experiments/README.md.
+    noise there is at t = 0; --end 0.3 with a lower temperature can help more (experiments/README.md).
     """
     return 0.8 * t / steps ** 2 if 1 < steps < 16 else 0.0
 
