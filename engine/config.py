@@ -62,7 +62,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "lr": (float, 5e-4, "peak learning rate, reached after warmup, then cosine to zero"),
     "warmup": (int, 200, "warm-up steps, both stages"),
     "weight_decay": (float, 0.0, "AdamW's, denoiser"),
-    "clip": (float, 1.0, "largest gradient norm, both stages"),
+    "clip": (float, 1.0, "largest gradient norm, both stages; inf: none is clipped"),
     "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
     # speed and memory: none of these changes what is computed, beyond rounding
     "micro_batch": (int, 0, "images at once on one GPU, which is what takes memory; 0: its share of --batch, or as "
@@ -89,7 +89,7 @@ DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SHARES = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap", "ema_decay", "gan_start")
 LIMITS = {  # where not 0 ... inf, or 1 ... inf for whole numbers; tokens are stored in 16 bits
     "K": (2, 65536), "batch": (2, math.inf), "warmup": (0, math.inf), "micro_batch": (0, math.inf),
-    "fid_every": (0, math.inf), "log_snr_min": (-math.inf, math.inf),
+    "clip": (1e-6, math.inf), "fid_every": (0, math.inf), "log_snr_min": (-math.inf, math.inf),
     "log_snr_max": (-math.inf, math.inf)} | {name: (0, 1) for name in SHARES}
 CHANGEABLE = {  # when a run goes on: how long, how fast, how often, and what helps after a loss that is not finite
     "steps", "log_every", "sample_every", "save_every", "fid_every", "sample_steps", "guidance", "sampler",

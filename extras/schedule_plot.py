@@ -56,7 +56,7 @@ def draw(shifts, path, log_snr_min, log_snr_max):
 def main():
     parser = argparse.ArgumentParser(description="Draw the shifted cosine schedule for several shifts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shifts", type=float, nargs="+", default=[2.0, 1.0, 0.6, 0.4, 0.2, 0.1],
+    parser.add_argument("--shifts", type=float, nargs="+", default=[2.0, 1.0, DEFAULTS["shift"], 0.4, 0.2, 0.1],
                         help="shift factors s")
     parser.add_argument("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1) before the shift")
     parser.add_argument("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0) before the shift")

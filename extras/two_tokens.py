@@ -26,9 +26,9 @@ def two_tokens(distances, schedule, weight_clip):
     for d in distances:
         alpha, sigma = alpha_sigma(log_snr[:, None])
         z = alpha * d / 2 + sigma * eps  # of x = +1, as good as the other                             (2001, 361)
-        odds = alpha * d * z / sigma.square()
-        entropy = (F.softplus(-odds) * density).sum(1)  # H(x | z_t) = E[ -log p(x | z_t) ]
-        error = ((d * torch.sigmoid(-odds)).square() * density).sum(1)[1:]  # E |e - e_hat|^2
+        log_odds = alpha * d * z / sigma.square()
+        entropy = (F.softplus(-log_odds) * density).sum(1)  # H(x | z_t) = E[ -log p(x | z_t) ]
+        error = ((d * torch.sigmoid(-log_odds)).square() * density).sum(1)[1:]  # E |e - e_hat|^2
         exact, clipped = ((-0.5 * schedule.d_log_snr(t) * log_snr[1:].exp().clamp(max=clip) * error).mean()
                           for clip in (float("inf"), weight_clip))
         earlier = entropy[1:].cumsum(0) / torch.arange(1, 2001)  # mean over s in [0, t)
