@@ -73,11 +73,14 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     # The same with their own closed-form term, as VQ-LCMD has its output prior; the better of a kind counts.
     "uniform + likelihood": dict(loss="uniform", **PLAIN, analytic=True),
     "uniform + likelihood, hybrid": dict(loss="uniform", **PLAIN, analytic=True, auxiliary=0.01),
+    "uniform + likelihood, hybrid 0.1": dict(loss="uniform", **PLAIN, analytic=True, auxiliary=0.1),
     "mask-and-replace + likelihood": dict(loss="mask-and-replace", **PLAIN, analytic=True),
     "mask-and-replace + likelihood, auxiliary": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                      auxiliary=5e-4),
     "mask-and-replace + likelihood, auxiliary 0.01": dict(loss="mask-and-replace", **PLAIN, analytic=True,
                                                           auxiliary=0.01),
+    "mask-and-replace + likelihood, auxiliary 0.1": dict(loss="mask-and-replace", **PLAIN, analytic=True,
+                                                         auxiliary=0.1),
     # The paper's method as we know it: no closed-form term, a random table; and naive joint training beside it.
     # Where its schedule starts we do not know; where ours does is part of the cure, so these start at little noise.
     "paper": dict(**PLAIN, embedding_init="random", shift=0.4, log_snr_max=7.0),
@@ -104,6 +107,7 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     "shared noise": dict(cm_pairs="shared"),
     "gap at most 0.1": dict(max_gap=0.1),
     "random start": dict(embedding_init="random"),
+    "frozen codebook table": dict(frozen=True),
     "frozen random table": dict(embedding_init="random", frozen=True),
     "table not normalised": dict(norm="none"),
     "teacher = current": dict(teacher="current"),
@@ -113,7 +117,7 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
     "without likelihood": dict(output_prior=False),  # of the output prior, which had this name when it was measured
     "cross-entropy without likelihood": dict(loss="cross-entropy", output_prior=False),
 }
-METHODS = list(ROWS)[:10]
+METHODS = list(ROWS)[:12]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
