@@ -6,8 +6,8 @@
 From the paper: tokens x live in a learned K x D table E, trained together with the denoiser; the denoiser ends in a
 softmax over the K tokens; some embeddings are dropped at random in training. From Plaid (Gulrajani & Hashimoto 2023,
 Likelihood-Based Diffusion Language Models): e_hat as the softmax's mixture of the table, which they call categorical
-reparameterisation, and the output prior below. From DiT (Peebles & Xie 2023): adaptive layer norm. Ours: the table's
-normalisation and its start at the tokenizer's codebook.
+reparameterisation, rows of one length, and the output prior below. From DiT (Peebles & Xie 2023): adaptive layer norm.
+Ours: the table's start at the tokenizer's codebook.
 
 The output prior (Plaid). Given the tokens, the noise is independent from position to position, so Bayes' rule says
 
@@ -15,9 +15,9 @@ The output prior (Plaid). Given the tokens, the noise is independent from positi
 
 The second factor is known in closed form. We add its logarithm to the logits and the network learns the first: what
 a token should be in view of its neighbours. Nothing is assumed or lost: the network also sees z_ti and can correct.
-An untrained network (zero output) is then the exact denoiser of independent uniform tokens, and its bound is exactly
-log2 K bits per token. Guidance, which combines logits, sharpens the learned factor and leaves this one as it is.
-`--no-output-prior` trains without it, which is nearer to the paper.
+An untrained network (zero output) is then the exact denoiser of independent uniform tokens, and its bound is log2 K
+bits per token (and L_prior, below 1e-3). Guidance, which combines logits, sharpens the learned factor and leaves this
+one as it is. `--no-output-prior` trains without it, which is nearer to the paper.
 
 The same knowledge helps at the input (the posterior input, ours). What a token's own noisy embedding says, if all are
 equally likely,
@@ -39,16 +39,16 @@ from schedule import alpha_sigma
 
 
 def normalise(table, norm):
-    """Normalises each row of the (K, D) table (ours): the model cannot win by growing the signal.
+    """Normalises each row of the (K, D) table, as Plaid and CDCD do: the model cannot win by growing the signal.
 
-    "rms": mean square 1 over D, needs D >= 2.  "layer": also mean 0, needs D >= 3, rank at most D - 1.
-    "none": as it is, an ablation.  No affine parameters. Neither keeps two rows from merging.
+    "rms": mean square 1 over D (theirs: length 1), needs D >= 2.  "layer": also mean 0, needs D >= 3, rank at most
+    D - 1.  "none": as it is, an ablation.  No affine parameters. Neither keeps two rows from merging.
     """
     if norm == "rms":
         return F.rms_norm(table, table.shape[-1:], eps=1e-8)
     if norm == "layer":
         return F.layer_norm(table, table.shape[-1:], eps=1e-8)
-    return table
+    return table.clone()  # not the parameter itself, which FSDP frees after table()
 
 
 def modulate(h, shift, scale):
@@ -159,7 +159,7 @@ class EmbeddingDiffusion(nn.Module):
     def log_likelihood(self, z, log_snr, table):
         """log N(z_i ; alpha E_k, sigma^2 I) for each k, up to a constant in k -> (B, N, K).
 
-            (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda,   1 / sigma^2 = 1 + e^lambda
+            (alpha z.E_k - alpha^2 |E_k|^2 / 2) / sigma^2,   alpha^2 / sigma^2 = e^lambda
 
         z: (B, N, D), log_snr: (B,), table: (K, D). Both terms in one matrix product, of D + 1 factors.
         """
@@ -177,7 +177,8 @@ class EmbeddingDiffusion(nn.Module):
         """
         B, N, D = z.shape
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"
-        table, inputs = self.table() if table is None else table, z
+        table = self.table() if table is None else table
+        inputs = z
         with torch.autocast(z.device.type, enabled=False):
             if self.output_prior or self.posterior_input:
                 own = self.log_likelihood(z, log_snr, table)                                       # (B, N, K)

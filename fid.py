@@ -27,7 +27,7 @@ from extras.metrics import inception_score, kernel_distance, precision_recall
 
 MAX_KEPT = 50_000  # features kept for KID, precision and recall, spread evenly over a larger set: of generated images
 REAL_KEPT = 10_000  # and of real ones, as many as ADM's file for ImageNet has images; in a file they take 82 MB
-MIN_IMAGES = 2048  # width of the features: with fewer images their covariance is singular
+MIN_IMAGES = 2048  # width of the features: with no more images than this their covariance is singular
 
 
 class FIDError(UserError):
@@ -177,8 +177,8 @@ def print_scores(scores, n_real, n_fake):
         if key in scores:
             spread = f" ± {scores[key + '_std']:.{digits}f}" if key + "_std" in scores else ""
             print(f"{name + count:<16} {scores[key]:.{digits}f}{spread}")
-    if min(n_real or MIN_IMAGES, n_fake or MIN_IMAGES) < MIN_IMAGES:
-        print(f"warning: fewer than {MIN_IMAGES:,} images, so the covariance of {MIN_IMAGES:,} features has not full "
+    if any(n is not None and n <= MIN_IMAGES for n in (n_real, n_fake)):
+        print(f"warning: no more than {MIN_IMAGES:,} images, so the covariance of {MIN_IMAGES:,} features has not full "
               "rank and FID comes out too high, the more so the fewer they are. Do not compare it with published ones")
 
 

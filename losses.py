@@ -21,10 +21,10 @@ Per token and in nats, an upper bound on -log p(x) / N (paper: joint embedding-d
 
 Trained naively the embeddings collapse: |e - e_hat|^2 is small when all embeddings are close together. With the exact
 weight and an optimal network the bound of one token does not care how far apart they are (test_all.py). Two things
-reward closeness: a *clipped* weight, which everybody uses for stability, and a network that is not good yet. L_rec does
-stop the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
+reward closeness: a *clipped* weight, which most use for stability, and a network that is not good yet. L_rec does stop
+the collapse, but late: at t = 0 there is so little noise that even close embeddings can be told apart (`python
 losses.py`: the sum falls down to a distance of about 0.3, and rises again only below). The cure (ours: also a schedule
-that starts about where the clip ends, and leaves what is cleaner to L_rec):
+that starts a little above the clip, and leaves what is cleaner to L_rec):
 
     L_CM = E_{s<t} KL( sg[ p_theta'(. | z_s, s) ] || p_theta(. | z_t, t) )      (paper: consistency matching)
 
@@ -33,7 +33,8 @@ apart: its target is held fixed, so its gradient is that of a cross-entropy at z
 to tell apart there. (Its value rises with the distance, up to about 2, as the teacher then knows more. Without sg it
 would reward collapse.)
 
-The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table.
+The objective is w_rec L_rec + w_diff L_diff + w_cm L_CM. L_prior has no gradient for a normalised table. (With --norm
+none it has one, tiny at lambda(1) = -10.7, and is left out.)
 
 Two ways to draw the pair (z_s, z_t), and the choice matters (the question is ours, test_all.py has the exact example):
   markov   z_s ~ q(z_s | z_t, x). Then E[ p(x | z_s) | z_t ] = p(x | z_t), the tower rule: the true posterior is the
@@ -91,11 +92,11 @@ def diffusion_loss(e, e_hat, log_snr, d_log_snr, weight_clip):
     return weight[:, None] * (e - e_hat).square().sum(-1)                                          # (B, N)
 
 
-def consistency_loss(teacher_logits, log_p):
-    """L_CM: KL( sg[p_teacher] || p_theta ).  teacher_logits, log_p = log p_theta(. | z_t): (B, N, K)."""
+def consistency_loss(teacher_logits, logits):
+    """L_CM: KL( sg[p_teacher(. | z_s)] || p_theta(. | z_t) ).  Both logits: (B, N, K)."""
     # Two softmaxes, not log_q.exp(): where it underflows, exp is thirty times slower on a CPU.
     q, log_q = (f(teacher_logits.detach(), -1) for f in (torch.softmax, torch.log_softmax))        # (B, N, K)
-    return (q * (log_q - log_p)).sum(-1)
+    return (q * (log_q - logits.log_softmax(-1))).sum(-1)
 
 
 def sample_z_s(cm_pairs, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
@@ -112,6 +113,9 @@ def sample_z_s(cm_pairs, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
 
 # ----------------------------------------------------------------------------
 # One training step: first all random numbers of the batch are drawn, then the loss of its rows is computed.
+
+NOISE_ARGS = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")  # keyword arguments of sample_noise
+LOSS_ARGS = ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")      # and of training_loss
 
 @torch.no_grad()
 def sample_noise(model, x, labels, generator, *, rec_fraction, max_drop_rate, label_drop, max_gap):
@@ -166,12 +170,12 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
     rec_logits, logits = logits.split([n_rec, len(x) - n_rec])
     # L_rec asks a dropped position for its token too, L_CM for the teacher's distribution: both from its neighbours.
     rec = reconstruction_loss(rec_logits, x[:n_rec]).sum()
-    log_p = logits.log_softmax(-1)                                                                 # (B', N, K)
     with torch.autocast(x.device.type, enabled=False):  # never in bf16, whatever the caller says
         e_hat = logits.softmax(-1) @ table                                                         # (B', N, D)
     diff = diffusion_loss(e[n_rec:], e_hat, log_snr[n_rec:], schedule.d_log_snr(t[n_rec:]), weight_clip)
-    diff = (diff * ~mask[n_rec:]).sum()  # not L_diff: at the bound's weight, what nobody can see would swamp everything
-    cm = consistency_loss(teacher_logits, log_p).sum() if w_cm > 0 else torch.zeros_like(diff)
+    # L_diff leaves dropped positions out: at a large weight, errors that nobody can avoid would swamp everything.
+    diff = (diff * ~mask[n_rec:]).sum()
+    cm = consistency_loss(teacher_logits, logits).sum() if w_cm > 0 else torch.zeros_like(diff)
     terms = torch.stack([rec, diff, cm]) / counts                                                  # (3,)
     return w_rec * terms[0] + w_diff * terms[1] + w_cm * terms[2], terms.detach()
 
@@ -180,17 +184,18 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
 # Measurements: nothing is dropped, every weight is exact.
 
 @torch.no_grad()
-def vlb(model, schedule, x, labels, generator, chunk=None):
-    """Monte-Carlo estimate of the three terms of the bound, exact weights: dict of (B,) tensors, nats per token.
+def vlb(model, schedule, x, labels, generator, chunk=None, padded=0):
+    """Monte-Carlo estimate of L_prior, L_rec and L_diff, exact weights: (3, B), nats per token.
 
     Every row gives one draw of z_0 and one of z_t, t stratified over the rows. The sum of the means bounds
     -log p(x) / N from above. chunk: rows at a time, for the memory; the noise is that of all rows at once.
+    padded: fewer rows than this are computed again up to it, in vain, so that the number of chunks is known.
     """
     e = F.embedding(x, model.table())                                                              # (B, N, D)
     noise = stratified(len(x), generator, x.device).to(e.dtype), noise_like(e, generator), noise_like(e, generator)
-    parts = zip(*(value.split(chunk or len(x)) for value in (x, labels, *noise)), strict=True)
-    terms = [vlb_of(model, schedule, *part) for part in parts]
-    return {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+    rows = torch.arange(max(len(x), padded), device=x.device) % len(x)
+    parts = zip(*(value[rows].split(chunk or len(rows)) for value in (x, labels, *noise)), strict=True)
+    return torch.cat([vlb_of(model, schedule, *part) for part in parts], dim=1)[:, :len(x)]
 
 
 def vlb_of(model, schedule, x, labels, t, eps_0, eps):
@@ -206,19 +211,16 @@ def vlb_of(model, schedule, x, labels, t, eps_0, eps):
     with torch.autocast(x.device.type, enabled=False):
         e_hat = logits.softmax(-1) @ table                                                         # (B, N, D)
     diff = diffusion_loss(e, e_hat, log_snr, schedule.d_log_snr(t), weight_clip=math.inf)          # (B, N)
-    return {"prior": prior.mean(1), "rec": rec.mean(1), "diff": diff.mean(1)}
+    return torch.stack([prior.mean(1), rec.mean(1), diff.mean(1)])                                 # (3, B)
 
 
 def held_out_bound(*args, **options):
-    """The bound over a whole set in bits per token: dict of prior, rec, diff, their total and its standard error.
-
-    By held_out_bits, which see.
-    """
+    """The bound over a whole set: mean_bound(held_out_bits(...))."""
     return mean_bound(held_out_bits(*args, **options))
 
 
 def mean_bound(bits):
-    """held_out_bits (3, draws) -> dict of prior, rec, diff, their total and its standard error."""
+    """held_out_bits (3, draws) -> dict of prior, rec, diff, their total and its standard error, in bits per token."""
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
         "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
@@ -238,7 +240,7 @@ def held_out_bits(model, schedule, x, labels, seeds, draws, batch, chunk=None):
     parts = [torch.zeros(3, len(rows), device=x.device) for rows in order]
     for i in range(rank, -(-len(order) // world) * world, world):  # all call the model equally often, as FSDP demands
         rows = order[i % len(order)]
-        terms = torch.stack(list(vlb(model, schedule, x[rows], labels[rows], seeds(i), chunk).values()))  # (3, batch)
+        terms = vlb(model, schedule, x[rows], labels[rows], seeds(i), chunk, len(order[0]))        # (3, batch)
         if i < len(order):
             parts[i].copy_(terms)
     parts = torch.cat(parts, 1)
@@ -258,9 +260,15 @@ def collapse_diagnostics(table):
     table = table.detach().cpu().double()
     variance = torch.linalg.svdvals(table - table.mean(0)).square()
     p = variance / variance.sum().clamp(min=1e-300)
-    distances = torch.pdist(table)
+    smallest, total, K = math.inf, 0.0, len(table)
+    for start in range(0, K, 1024):  # in blocks: all K^2 distances at once are 34 GB for 65,536 codes
+        # Not by |a|^2 - 2 a.b + |b|^2, which cannot tell two merged rows.
+        block = torch.cdist(table[start:start + 1024], table, compute_mode="donot_use_mm_for_euclid_dist")
+        total += float(block.sum())
+        block.diagonal(start).fill_(math.inf)
+        smallest = min(smallest, float(block.min()))
     return {"effective_rank": float(torch.special.entr(p).sum().exp()),
-            "smallest_distance": float(distances.min()), "mean_distance": float(distances.mean())}
+            "smallest_distance": smallest, "mean_distance": total / (K * (K - 1))}
 
 
 if __name__ == "__main__":

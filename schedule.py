@@ -6,8 +6,9 @@ lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from t = 0 (clean) to t
 it starts at 2.3 and ends at -10.7: [-10, 3], and the shift s = 0.7 adds 2 log s = -0.7. The signal is variance
 preserving: alpha_t^2 + sigma_t^2 = 1.
 
-Why "clean" is no cleaner than 2.3 (ours): above log 5 = 1.6 the weight of L_diff is clipped, and a clipped weight
-rewards collapse (losses.py). There L_rec takes over, whose weight needs no clip.
+Why "clean" is no cleaner than 2.3 (ours; Plaid learns both ends): above log 5 = 1.6 the weight of L_diff is clipped,
+and a clipped weight rewards collapse (losses.py). So we start a little above that (measured), and what is cleaner is
+left to L_rec, whose weight needs no clip.
 
 Why a shift (paper, "shifted cosine noise schedule"): K well separated embeddings in D dimensions can be told
 apart until the SNR is quite low. With the plain cosine schedule the network would spend much of [0, 1] on noise

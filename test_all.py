@@ -84,8 +84,8 @@ def test_bpsk_entropy_and_mmse():
     e = torch.ones_like(noise[:, :1])  # by symmetry the other token gives the same
     z_t = add_noise(e, t, noise[:, :1])
     mean, std = posterior(z_t, e, t, s)
-    teacher, log_p = BPSK(mean + std * noise[:, 1:], s, labels), BPSK(z_t, t, labels).log_softmax(-1)
-    cm = float(weights @ losses.consistency_loss(teacher, log_p)[:, 0])
+    teacher, student = BPSK(mean + std * noise[:, 1:], s, labels), BPSK(z_t, t, labels)
+    cm = float(weights @ losses.consistency_loss(teacher, student)[:, 0])
     assert [between, cm, entropy[0] - entropy[1]] == pytest.approx([0.1807343] * 3, abs=1e-7)
 
 

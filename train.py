@@ -43,7 +43,7 @@ from extras.grids import save_grid, save_pairs
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import make_discriminator
-from losses import collapse_diagnostics, held_out_bits, mean_bound, sample_noise, training_loss
+from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics, held_out_bits, mean_bound, sample_noise, training_loss
 from sample import COLUMNS, default_labels, make_pipeline, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
@@ -156,8 +156,7 @@ def build_denoiser(run, tokenizer, state):
 def build_loss(config, model, ema, schedule):
     """losses.training_loss with everything but the batch filled in."""
     teacher = ema if config["teacher"] == "ema" else model
-    weights = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")}
-    loss = functools.partial(training_loss, model, teacher, schedule, **weights)
+    loss = functools.partial(training_loss, model, teacher, schedule, **{name: config[name] for name in LOSS_ARGS})
     if config["compile"] and config["fsdp"]:  # what FSDP2 does between the blocks cannot be compiled
         for block in model.blocks:
             block.compile()
@@ -196,7 +195,7 @@ def train_diffusion(run):
     best = Best(run.out / "best.pt", log.step, len(held_out[0]), config["eval_batch"])
     evaluate_now = functools.partial(evaluate, run, pipeline, held_out, best)
     del state
-    noise_options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
+    noise_options = {name: config[name] for name in NOISE_ARGS}
     if log.step == 0:
         evaluate_now(0, DRAWS)
 

@@ -26,22 +26,20 @@ from engine.distributed import all_gather_cat, all_reduce_sum, data_parallel, op
 from extras.vqgan_losses import adaptive_weight, hinge_loss
 
 
+def normed(channels):
+    return [nn.GroupNorm(max(1, channels // 16), channels), nn.SiLU()]
+
+
 class ResBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        groups = max(1, channels // 16)
-        self.branch = nn.Sequential(
-            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.branch = nn.Sequential(*normed(channels), nn.Conv2d(channels, channels, 3, padding=1),
+                                    *normed(channels), nn.Conv2d(channels, channels, 3, padding=1))
         nn.init.zeros_(self.branch[-1].weight)  # the block starts as the identity
         nn.init.zeros_(self.branch[-1].bias)
 
     def forward(self, h):
         return h + self.branch(h)
-
-
-def normed(channels):
-    return [nn.GroupNorm(max(1, channels // 16), channels), nn.SiLU()]
 
 
 def make_encoder(f, width, blocks, code_dim):
@@ -95,7 +93,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("running_sum", codebook.clone())
         self.register_buffer("running_count", torch.ones(K))  # how often each code is used per step, averaged
         self.register_buffer("initialised", torch.tensor(False))  # for checkpoints; on a GPU it takes a wait to read
-        self.started = False  # is it known to be True?
+        self.started = False  # True once it was read as True: not asked again
         self.register_load_state_dict_post_hook(lambda vq, _: setattr(vq, "started", False))
 
     def l2_normalize(self, z):

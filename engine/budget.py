@@ -18,7 +18,7 @@ from engine.read_back import UserError, read_json
 from engine.run import write_json
 from extras.data_arrays import TokenFile
 from extras.tokenizer_metrics import evaluate_tokenizer
-from losses import held_out_bound, sample_noise
+from losses import NOISE_ARGS, held_out_bound, sample_noise
 from sample import COLUMNS, default_labels, make_pipeline, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
@@ -133,7 +133,7 @@ def time_denoiser(run, tokenizer, patience, build_denoiser, build_loss, update):
     schedule = ShiftedCosine(**models["schedule"])
     model, ema, optimizer = build_denoiser(run, tokenizer, None)
     loss_of = build_loss(config, model, ema, schedule)
-    noise_options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
+    noise_options = {name: config[name] for name in NOISE_ARGS}
     optimizer.param_groups[0]["lr"] = 0.0
 
     def tokens(n):

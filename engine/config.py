@@ -64,7 +64,7 @@ OPTIONS = {  # name: (type, default, help); the flag is the name with dashes
     "weight_decay": (float, 0.0, "AdamW's, denoiser"),
     "clip": (float, 1.0, "largest gradient norm, both stages; inf: none is clipped"),
     "ema_decay": (float, 0.999, "of the averaged weights that sample; shorter at the start"),
-    # speed and memory: none of these changes what is computed, beyond rounding
+    # speed and memory: none of these changes what is trained, beyond rounding
     "micro_batch": (int, 0, "images at once on one GPU, which is what takes memory; 0: its share of --batch, or as "
                     "many as fit"),
     "eval_batch": (int, 256, "images at a time where nothing is trained, or as many as fit the memory; changes the "

@@ -66,6 +66,8 @@ def choose_device(name="auto"):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
     device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what is asked of "the" GPU, its memory and bfloat16, is asked of this one
     if device.type == "cpu":
         keep_freed_memory()
     return device

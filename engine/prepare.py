@@ -158,6 +158,8 @@ def check_options(args, source, out, device, init, by_number):
                             f"processes, {world}{', and at least twice as many' * (least - 1)}")
     if config["fsdp"] and world == 1:
         raise UserError("--fsdp splits the weights among processes: start them by torchrun --nproc-per-node")
+    if config["fsdp"] and torch.__version__ < "2.8":
+        raise UserError(f"--fsdp needs PyTorch 2.8 or later, this is {torch.__version__}: leave it away")
     if config["fsdp"] and config["fid_every"] and FEW % world:
         raise UserError(f"--fid-every with --fsdp: {world} processes must have equal shares of {FEW:,} samples")
     models = describe_models(config, len(source.class_names), tokenizer and tokenizer["config"].get("published"))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import DEFAULTS
-from losses import noise_like, sample_noise, stratified, training_loss
+from losses import LOSS_ARGS, noise_like, sample_noise, stratified, training_loss
 from schedule import add_noise
 
 T = 1000
@@ -175,4 +175,4 @@ def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.
     noisy = sample_noise(model, x, labels, generator, label_drop=label_drop, **{
         name: options[name] for name in ("rec_fraction", "max_drop_rate", "max_gap")})
     return training_loss(model, ema if options["teacher"] == "ema" else model, schedule, *noisy, **{
-        name: options[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")})[0]
+        name: options[name] for name in LOSS_ARGS})[0]

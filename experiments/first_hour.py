@@ -37,13 +37,12 @@ from engine.randomness import image_generators
 from extras.inception import InceptionV3, fold_batch_norm
 from extras.price import chip_of, estimate
 from extras.vqgan_losses import LPIPS
-from losses import sample_noise
+from losses import NOISE_ARGS, sample_noise
 from sample import sample_tokens
 from schedule import ShiftedCosine
 from vqvae import VQVAE, tokenizer_step
 
 HERE = Path(__file__).resolve().parent
-NOISE = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")
 
 
 def config_of(here, preset, **changed):
@@ -121,7 +120,7 @@ def steps_of_both(here, config):
         model, ema, optimizer = train.build_denoiser(run, codebook, None)
         loss_of = train.build_loss(config, model, ema, ShiftedCosine(**run.models["schedule"]))
         x = torch.randint(config["K"], (config["batch"], model.N), device=here.device)
-        generator, options = torch.Generator(here.device), {name: config[name] for name in NOISE}
+        generator, options = torch.Generator(here.device), {name: config[name] for name in NOISE_ARGS}
 
         def step():
             noisy = sample_noise(model, x, x[:, 0] % 10, generator, **options)

@@ -142,7 +142,7 @@ def run(options, seed, steps, samples, chain, show):
                 ways |= {f"{n} by confidence": baselines.sample_by_confidence(ema, schedule, samples, n, noise)
                          for n in (3, 6)}  # more steps than tokens decode nothing in some of them
         else:
-            found["bound"] = float(sum(vlb(ema, schedule, x, labels, noise).values()).mean())
+            found["bound"] = float(vlb(ema, schedule, x, labels, noise).sum(0).mean())
             e = F.embedding(x, ema.table())
             for t in (0.4, 0.95):
                 log_snr = schedule.log_snr(torch.full((len(x),), t))

@@ -30,7 +30,7 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS, PRESETS
 from engine.distributed import bf16_works, choose_device, compute_gradient
 from engine.randomness import image_generators
-from losses import sample_noise, training_loss
+from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
 from sample import sample_tokens
 from schedule import ShiftedCosine
 from train import update
@@ -111,11 +111,11 @@ def training_step(setup, *, fused=True, bf16=None, attention=None, compiled=Fals
     """What train.py does in a step: random numbers, all losses, gradient, clipping, AdamW, EMA. compiled: or a mode."""
     model, config = setup.model, setup.config | changed
     loss_of = functools.partial(training_loss, model, model, setup.schedule, **{
-        name: config[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")})
+        name: config[name] for name in LOSS_ARGS})
     loss_of = torch.compile(loss_of, mode=compiled if isinstance(compiled, str) else None) if compiled else loss_of
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0, fused=fused,
                                   foreach=False)
-    options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
+    options = {name: config[name] for name in NOISE_ARGS}
 
     def way():
         before, model.bf16, model.recompute = model.bf16, model.bf16 if bf16 is None else bf16, recompute

@@ -20,7 +20,7 @@ from extras.meta_count import CHIPS, GB, KINDS, SHARE, Count, FusedAdamW, GiB, c
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import ssim
 from extras.vqgan_losses import LPIPS, make_discriminator
-from losses import sample_noise, training_loss, vlb
+from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss, vlb
 from sample import COLUMNS, sample_tokens
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
@@ -68,8 +68,8 @@ def count_diffusion(config, models, chip, batch, passes=1):
         ema.requires_grad_(False)
         optimizer = FusedAdamW(count, model.train())
         count.mark("EMA", ema.parameters())
-        weights = {name: config[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")}
-        options = {name: config[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
+        weights = {name: config[name] for name in LOSS_ARGS}
+        options = {name: config[name] for name in NOISE_ARGS}
         images, done = max(2, -(-batch // passes)), min(passes, 2)
         count.start()
         noisy = sample_noise(model, blank(images, model.N), blank(images), None, **options)

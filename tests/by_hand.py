@@ -24,7 +24,7 @@ import sample
 import train
 import vqvae
 from data import DataError, ImageSet, Source
-from embedding_diffusion import Block, EmbeddingDiffusion, sincos_2d
+from embedding_diffusion import Block, EmbeddingDiffusion, normalise, sincos_2d
 from engine import distributed
 from engine.batches import image_batches
 from engine.config import DEFAULTS
@@ -201,6 +201,20 @@ def test_bound_by_hand():
     expected = [*bits.mean(1).tolist(), float(total.mean()), float(total.std()) / 20]
     assert list(found.values()) == pytest.approx(expected, rel=1e-4) and list(found) == [
         "prior", "rec", "diff", "total", "standard_error"]
+
+
+def test_figures_of_a_large_table():
+    """The distances of 1,100 rows, of which two are the same, against those of all pairs at once. And what a table that
+    is not normalised is made of may be freed: table() is another tensor."""
+    table = torch.randn(1100, 3, dtype=torch.float64, generator=seeded(0))
+    for equal in (3, 1090), (1040, 1090):  # across two blocks, and within the second
+        table[equal[0]] = table[equal[1]]
+        found, distances = losses.collapse_diagnostics(table), torch.pdist(table)
+        assert found["smallest_distance"] == 0 and found["mean_distance"] == pytest.approx(float(distances.mean()))
+        table[equal[0]] += 1e-3
+        assert losses.collapse_diagnostics(table)["smallest_distance"] == pytest.approx(float(torch.pdist(table).min()))
+    plain = normalise(table, "none")
+    assert torch.equal(plain, table) and plain.data_ptr() != table.data_ptr()
 
 
 def test_learning_rates():

@@ -18,6 +18,7 @@ import kills
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import train
 import vqvae
@@ -71,6 +72,9 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
         assert call("train.py", *words, "--compile") == 1
     assert "torch.compile does not work here (no compiler): leave --compile away" in capsys.readouterr().err
     assert call("train.py", *words, "--fsdp") == 2 and "start them by torchrun" in capsys.readouterr().err
+    with mock.patch.object(torch, "__version__", TorchVersion("2.7.1+cpu")), mock.patch.object(
+            prepare, "rank_and_world", lambda: (0, 2)):
+        assert call("train.py", *words, "--fsdp") == 2 and "--fsdp needs PyTorch 2.8" in capsys.readouterr().err
 
 
 def free_ports(n):
@@ -480,6 +484,14 @@ def test_stopped_between_training_and_fid(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_gpu_by_number():
+    """--device cuda:1: what is asked of "the" GPU is asked of that one."""
+    with mock.patch.object(torch, "empty"), mock.patch.object(torch.cuda, "set_device") as chosen:
+        assert choose_device("cuda:1") == torch.device("cuda", 1)
+        choose_device("cuda"), choose_device("cpu")
+    chosen.assert_called_once_with(torch.device("cuda", 1))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")

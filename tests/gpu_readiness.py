@@ -30,7 +30,7 @@ from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
 
 GPU = torch.device("meta")
-NOISE = {name: DEFAULTS[name] for name in ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")}
+NOISE = {name: DEFAULTS[name] for name in losses.NOISE_ARGS}
 LEVELS = ShiftedCosine(0.4, -10, 7)
 SIZES = dict(K=11, grid=(3, 3), D=6, width=16, depth=2, heads=2, num_classes=3)
 
@@ -273,7 +273,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}  # operato
 DELICATE = {"_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward",
             "nll_loss_backward", "exp", "cumsum", "searchsorted", "argmin", "mse_loss", "mse_loss_backward",
             "index_add_", "lerp_", "linalg_vector_norm", "_foreach_norm", "_fused_adamw_", "_foreach_lerp_"}
-WEIGHTS = {name: DEFAULTS[name] for name in ("w_rec", "w_diff", "w_cm", "weight_clip", "cm_pairs")}
+WEIGHTS = {name: DEFAULTS[name] for name in losses.LOSS_ARGS}
 
 
 class Precision(TorchDispatchMode):

@@ -35,7 +35,6 @@ from tests.common import FIND_PRICE, TINY, call, close, contents, flags, seeded,
 CPU = SimpleNamespace(name="cpu", kind="cpu", memory=None, flops=1e11, bytes=1e10, bf16=False)
 MEDIUM = DEFAULTS | dict(size=16, f=4, K=256, width=64, depth=3, heads=2, batch=32, tokenizer_batch=16,
                          tokenizer_width=32, gan=0.5)
-NOISE = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap")
 
 
 def allocated(work):
@@ -69,7 +68,7 @@ def test_price_of_the_denoiser_is_what_a_cpu_takes(one_thread, options):
     x = torch.zeros(config["batch"], model.N, dtype=torch.int64)
 
     def step():
-        noisy = losses.sample_noise(model, x, x[:, 0], seeded(0), **{name: config[name] for name in NOISE})
+        noisy = losses.sample_noise(model, x, x[:, 0], seeded(0), **{name: config[name] for name in losses.NOISE_ARGS})
         compute_gradient(model, loss_of, noisy, config["micro_batch"])
         train.update(model, ema, optimizer, 1.0, 0.9)
 
@@ -200,9 +199,12 @@ def test_bound_in_chunks(one_thread):
     model = EmbeddingDiffusion(K=11, grid=(3, 3), D=6, width=16, depth=1, heads=2, num_classes=3)
     torch.nn.init.normal_(model.head.weight)
     x, labels = torch.randint(11, (7, 9)), torch.zeros(7, dtype=torch.int64)
+    rows = []
+    model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     whole, parts = (losses.held_out_bits(model, ShiftedCosine(0.4, -10, 7), x, labels, seeded, 10, 4, chunk)
                     for chunk in (None, 3))
     close(whole, parts)
+    assert rows == 6 * [4] + 3 * [3, 3, 1, 1]  # the last batch has two rows: as many calls, which FSDP demands
     assert whole.shape == (3, 10) and losses.mean_bound(whole)["total"] == pytest.approx(float(whole.sum(0).mean()))
 
 
