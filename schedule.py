@@ -76,7 +76,8 @@ def posterior(z_t, e, log_snr_t, log_snr_s):
     z_t, e: (B, N, D); log_snr_t, log_snr_s: (B,). Returns (B, N, D) and (B, 1, 1).
     """
     log_snr_t, log_snr_s = log_snr_t[:, None, None], log_snr_s[:, None, None]                      # (B, 1, 1)
-    c = -torch.expm1(log_snr_t - log_snr_s)  # expm1 keeps all digits when the two times are close
+    # expm1 keeps all digits when the two times are close; next to each other, rounding could make c negative.
+    c = (-torch.expm1(log_snr_t - log_snr_s)).clamp(min=0)
     alpha_t, _ = alpha_sigma(log_snr_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s)
     return alpha_s * ((1 - c) / alpha_t * z_t + c * e), sigma_s * c.sqrt()

@@ -71,6 +71,7 @@ def test_one_step_back():
     close(sample.ancestral_step(z_t, e, *times, eps), mean + eps / precision.sqrt(), rtol=0, atol=1e-12)
     moved = sample.ddim_step(add_noise(e, times[0], eps), e, *times)
     close(moved, add_noise(e, times[1], eps), rtol=0, atol=1e-12)
+    assert not posterior(z_t, e, times[0], times[0] - 1e-7)[1].any()  # the order of two neighbours, lost by rounding
 
 
 def test_bpsk_entropy_and_mmse():

@@ -48,6 +48,7 @@ FAULTS = [Fault(*words) for words in [
     ("schedule.py", "alpha and sigma swapped", "return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()", "return torch.sigmoid(-log_snr).sqrt(), torch.sigmoid(log_snr).sqrt()", "test_schedule"),
     ("schedule.py", "alpha is not a square root", "return torch.sigmoid(log_snr).sqrt(), ", "return torch.sigmoid(log_snr), ", "test_schedule"),
     ("schedule.py", "posterior's shares swapped", "((1 - c) / alpha_t * z_t + c * e)", "(c / alpha_t * z_t + (1 - c) * e)", "one_step_back"),
+    ("schedule.py", "a step of no length may be no number", ".clamp(min=0)", "", "one_step_back"),
     ("schedule.py", "posterior's noise of time t", "sigma_s * c.sqrt()", "sigma_s * c", "one_step_back"),
     ("schedule.py", "a shift of 0 is accepted", "if not shift > 0:", "if shift < 0:", "bad_input"),
     # -- embedding_diffusion.py
