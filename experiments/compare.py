@@ -120,6 +120,7 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
 METHODS = list(ROWS)[:12]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
+HELD_OUT, DRAWS = 2000, 5  # images of the bound, draws for each: one standard error is 0.01 to 0.02 bit
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
            "agreement", "bound", "rank", "smallest", "mean_distance", "train_seconds", "sample_seconds", "features",
            "commit", "device", "command"]
@@ -129,6 +130,11 @@ class Shared(SimpleNamespace):
     """What all rows share; may be a key."""
 
     __hash__ = object.__hash__
+
+
+def spread_out(n, most):
+    """At most `most` of the numbers below n, evenly: a folder is sorted by class."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
 def prepare(args, words):
@@ -143,7 +149,8 @@ def prepare(args, words):
     models = describe_models(config, len(config["classes"]))
     tokenizer, _ = load_tokenizer(models["tokenizer"], out / "tokens", device)
     rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
-    held_out = np.flatnonzero(rows["test"])[:2000]
+    held_out = np.flatnonzero(rows["test"])
+    held_out = held_out[spread_out(len(held_out), HELD_OUT)]
     images, unseen = find(args.data, args.root).load(config["size"])
     return Shared(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
                            tokens=TokenDataset(rows[~rows["test"]], device), images=images, unseen=unseen,
@@ -195,15 +202,15 @@ def train_row(name, seed, budget, shared):
     return ema, schedule, state
 
 
-def bound(name, model, schedule, shared):
-    """Bits per token of held-out images (at most 2,000, two draws each), an upper bound."""
+def bound(name, model, schedule, shared, seed=0):
+    """Bits per token of held-out images (HELD_OUT, DRAWS for each), an upper bound. seed: of the noise."""
     (x, labels), kind = shared.held_out, ROWS[name].get("loss")
     if kind not in baselines.KINDS:
-        return held_out_bound(model, schedule, x, labels, lambda i: generator_for(0, "evaluation", i, shared.device),
-                              2 * len(x), shared.config["eval_batch"])["total"]
-    noise, values = generator_for(0, "evaluation", 0, shared.device), []
+        return held_out_bound(model, schedule, x, labels, lambda i: generator_for(seed, "evaluation", i, shared.device),
+                              DRAWS * len(x), shared.config["eval_batch"])["total"]
+    noise, values = generator_for(seed, "evaluation", 0, shared.device), []
     with torch.no_grad():
-        for rows in (torch.arange(2 * len(x), device=x.device) % len(x)).split(256):
+        for rows in (torch.arange(DRAWS * len(x), device=x.device) % len(x)).split(256):
             values.append(baselines.loss(kind, model, schedule, x[rows], noise, labels[rows],
                                          ROWS[name].get("analytic", False)))
     return float(torch.cat(values).mean()) / math.log(2)
@@ -300,7 +307,7 @@ def feature_network(shared, steps, features_of=None):
     @torch.no_grad()
     def features(images):
         inputs = (part.to(device) for part in images.split(100))
-        return torch.cat([network(part if name == "Inception-v3" else to_float(part)).double().cpu()
+        return torch.cat([network(part if name == "Inception-v3" else to_float(part)).cpu().double()
                           for part in inputs])
 
     return features, name, classifier if shared.classes and not features_of else None
@@ -312,7 +319,7 @@ class Evaluator:
     def __init__(self, shared, classifier_steps, features_of=None):
         self.features, self.name, self.classifier = feature_network(shared, classifier_steps, features_of)
         self.device, self.classes = shared.device, max(len(shared.classes), 1)
-        some = np.linspace(0, len(shared.images) - 1, min(10000, len(shared.images))).astype(int)
+        some = spread_out(len(shared.images), 10000)
         self.real = torch.cat([self.features(shared.images.batch(part)) for part in np.array_split(some, 10)])
 
     def __call__(self, images, labels=None):
@@ -511,12 +518,12 @@ def main():
         for name in args.only:
             settings = [(name, str(seed), str(args.budget), sampler, str(steps), str(omega), str(args.n))
                         for sampler, steps, omega in settings_of(name, seed, args.sampling_steps, shared.classes)]
-            done = {tuple(line[c] for c in COLUMNS[:7]) for line in read(path)}
+            done = {tuple(line[c] for c in COLUMNS[:7]) for line in read(path) if line["features"] == evaluator.name}
             if done.issuperset(settings):
                 continue
             model, schedule, state = train_row(name, seed, args.budget, shared)
             about = collapse_diagnostics(model.table())
-            about = {"bound": bound(name, model, schedule, shared), "rank": about["effective_rank"],
+            about = {"bound": bound(name, model, schedule, shared, seed), "rank": about["effective_rank"],
                      "smallest": about["smallest_distance"], "mean_distance": about["mean_distance"],
                      "train_seconds": state["seconds"]}
             for setting in settings:
@@ -533,7 +540,8 @@ def main():
                       f"{found['distance']:.2f}, bound {found['bound']:.3f}", flush=True)
                 if seed == 0 and not omega:
                     save_grid(images[:30], picture_of(shared.out, name, args.budget, sampler, steps), 10)
-    lines = [line for line in read(path) if line["budget"] == str(args.budget) and line["n"] == str(args.n)]
+    lines = [line for line in read(path) if (line["budget"], line["n"], line["features"])
+             == (str(args.budget), str(args.n), evaluator.name)]
     if lines:
         text = f"Features: {evaluator.name}.\n\n" + tables(lines, real)
         (shared.out / "results.md").write_text(text)
@@ -543,10 +551,10 @@ def main():
 
 def references(evaluator, shared, n):
     """What n held-out images score, and their reconstructions: {name: measures}."""
-    unseen = shared.unseen.batch(np.linspace(0, len(shared.unseen) - 1, min(n, len(shared.unseen))).astype(int))
+    unseen = shared.unseen.batch(spread_out(len(shared.unseen), n))
     rebuilt = torch.cat([shared.tokenizer.decode(shared.tokenizer.encode(part.to(shared.device))).cpu()
                          for part in unseen.split(250)])
-    found = {"held-out images": evaluator(unseen), "reconstructions of held-out images": evaluator(rebuilt)}
+    found = {f"{len(unseen):,} held-out images": evaluator(unseen), "their reconstructions": evaluator(rebuilt)}
     print(f"features: {evaluator.name}; " + "; ".join(f"{name}: {f['distance']:.2f}" for name, f in found.items()))
     return found
 

@@ -4,7 +4,8 @@
 
 All other words go to train.py, as in compare.py, whose run directory (--out) this may share. For each row:
 
-    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out bound wins
+    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out bound wins;
+       while it is the largest or the smallest that was tried, twice or half of it is tried, too
     2. training with it, once per seed
     3. sampling: for each number of calls of the network (--calls) every setting of SETTINGS is drawn from the first
        seed, and the one with the least distance is taken
@@ -20,6 +21,7 @@ step 4, tuned.png is their picture. The same command again does what is missing.
 import argparse
 import functools
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -65,17 +67,24 @@ def with_rate(name, lr):
 
 def best_rate(name, args, shared, path):
     """Step 1: the learning rate with the least bound after a short training."""
-    lines = {(line["row"], line["lr"], line["budget"]): float(line["bound"]) for line in compare.read(path)}
-    bounds = {}
-    for lr in args.rates:
-        key = (name, f"{lr:g}", str(args.short))
-        if key not in lines:
-            model, schedule, state = compare.train_row(with_rate(name, lr), 9, args.short, shared)
-            lines[key] = compare.bound(with_rate(name, lr), model, schedule, shared)
-            compare.append(path, dict(zip(RATES, key, strict=False)) | {
-                "bound": f"{lines[key]:.5f}", "seconds": f"{state['seconds']:.0f}"}, RATES)
-        bounds[lr] = lines[key]
-    best = min(bounds, key=bounds.get)
+    def bound_of(lr):
+        for line in compare.read(path):
+            if (line["row"], line["lr"], line["budget"]) == (name, f"{lr:g}", str(args.short)):
+                return float(line["bound"])
+        changed, seconds = with_rate(name, lr), math.nan
+        try:
+            model, schedule, state = compare.train_row(changed, 9, args.short, shared)
+            found, seconds = compare.bound(changed, model, schedule, shared), state["seconds"]
+        except ValueError:  # the loss was no longer finite
+            found = math.inf
+        compare.append(path, {"row": name, "lr": f"{lr:g}", "budget": args.short, "bound": f"{found:.5f}",
+                              "seconds": f"{seconds:.0f}"}, RATES)
+        return found
+
+    bounds = {lr: bound_of(lr) for lr in args.rates}
+    while (best := min(bounds, key=bounds.get)) in (min(bounds), max(bounds)):
+        further = best * 2 if best == max(bounds) else best / 2
+        bounds[further] = bound_of(further)
     print(f"{name}: bounds {', '.join(f'{lr:g}: {value:.3f}' for lr, value in bounds.items())}; takes {best:g}")
     return best
 
@@ -84,7 +93,8 @@ def best_rate(name, args, shared, path):
 def train(name, seed, budget, shared):
     """(averaged weights, schedule, bound and seconds) of a row, by its file if it is there."""
     model, schedule, state = compare.train_row(name, seed, budget, shared)
-    return model, schedule, {"bound": compare.bound(name, model, schedule, shared), "train_seconds": state["seconds"]}
+    found = compare.bound(name, model, schedule, shared, seed)
+    return model, schedule, {"bound": found, "train_seconds": state["seconds"]}
 
 
 def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator, facts):
@@ -92,7 +102,7 @@ def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator,
     path = shared.out / "tuned.csv"
     line = {"row": name, "lr": f"{lr:g}", "seed": seed, "budget": args.budget, "purpose": purpose, "calls": calls,
             "n": n} | setting
-    line = {key: str(value) for key, value in line.items()}
+    line = {key: str(value) for key, value in line.items()} | {"features": facts["features"]}
     same = [known for known in compare.read(path)
             if all(known[key] == value for key, value in line.items() if key != "purpose")]
     for known in same:
@@ -210,7 +220,7 @@ def main():
         sys.exit(2)
     facts = compare.facts_of(evaluator, shared, "tuned.py")
     references = compare.references(evaluator, shared, args.n)
-    tuning, *others = args.seeds
+    (tuning, *others), lines = args.seeds, []
     for name in args.rows:
         lr = args.rates[0] if len(args.rates) == 1 else best_rate(name, args, shared, shared.out / "rates.csv")
         options = (args, shared, evaluator, facts)
@@ -222,9 +232,8 @@ def main():
                          end="" if best["end"] == "" else default_end(calls))
             for seed in others:
                 for setting, purpose in ((best, "result"), (plain, "untuned")):
-                    measure(name, lr, seed, calls, setting, args.n, purpose, *options)
-    lines = [line for line in compare.read(shared.out / "tuned.csv") if line["budget"] == str(args.budget)]
-    text = (f"Features: {evaluator.name}. {args.n:,} samples; as many " + "; ".join(
+                    lines.append(measure(name, lr, seed, calls, setting, args.n, purpose, *options))
+    text = (f"Features: {evaluator.name}. {args.n:,} samples; " + "; ".join(
         f"{kind}: distance {found['distance']:.3f}" for kind, found in references.items()) + ".\n\n"
         + table(lines, args, "result") + "\nUntuned:\n\n" + table(lines, args, "untuned"))
     figure(lines, args, references)

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -285,6 +286,10 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     assert {"VQ-LCMD-8-ancestral-2.png", "absorbing-8-confidence-1.png", "steps.png", "collapse.png", "guidance.png",
             "samples.png"} < set(os.listdir(tmp_path / "c"))
     assert call(compare, "--n", 3) == 2 and call(compare, "--only", "nothing") == 2
+    monkeypatch.setattr(compare, "HELD_OUT", 2)
+    shared = compare.prepare(SimpleNamespace(out=tmp_path / "c", data=str(folder), root=None, device="cpu"),
+                             flags(TINY))
+    assert shared.held_out[1].tolist() == [0, 1]  # the first and the last of a set that is sorted by class
     images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
     turned = compare.Rotated(images).batch([4, 5, 7])
     assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
@@ -322,10 +327,10 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     words = ["--data", folder, "--features-of", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds",
              0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out",
              tmp_path / "c", *flags(TINY)]
+    monkeypatch.setattr(compare, "bound", lambda name, *_: abs(math.log2(compare.ROWS[name]["lr"] / 4e-2)))
     assert call(tuned, *words) == 0
     rates, lines = (compare.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
-    best = min(rates, key=lambda line: float(line["bound"]))["lr"]
-    assert len(rates) == 2 and {line["lr"] for line in lines} == {best}
+    assert [r["lr"] for r in rates] == ["0.01", "0.02", "0.04", "0.08"] and {line["lr"] for line in lines} == {"0.04"}
     tried, result = lines[:2], lines[2:]
     chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
     assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r in result] == [
