@@ -241,6 +241,10 @@ def resolve(args, source, device, fixed, by_number=True):
             low, high = LIMITS.get(name, (int(kind is int), math.inf))
             if not low <= value <= high:
                 raise UserError(f"{flag(name)} {value}: must lie between {low} and {high}")
+    if source.class_names and not config["label_drop"]:  # the null class is never trained
+        if config["guidance"] and "guidance" in given:
+            raise UserError("--label-drop 0 leaves nothing to guide away from: give --guidance 0, or drop some labels")
+        config["guidance"] = 0.0
     usual = for_gpus(DEFAULTS | PRESETS[preset], args.gpus_like)
     for batch, rate in (("batch", "lr"), ("tokenizer_batch", "tokenizer_lr")):
         if config[batch] < usual[batch] and rate not in given:  # by the rule of --gpus-like

@@ -77,6 +77,9 @@ def as_images(array, where):
     raise DataError(f"{where} has shape {array.shape}: none of its axes is 1, 3 or 4 colours")
 
 
+IMAGES = ("images", "train_images", "x_train", "data", "x", "arr_0")  # what an .npz may call them
+
+
 def read_arrays(path):
     """.npy (memory-mapped), or .npz with images and perhaps labels, and perhaps test images, under common names."""
     try:
@@ -92,12 +95,12 @@ def read_arrays(path):
     except Exception as error:  # of a damaged archive: half a dozen types
         raise DataError(f"{path} cannot be read as an array ({reason_of(error)}): make it again") from error
     splits = []
-    for images, labels in ((("images", "x_train", "data", "x", "arr_0"), ("labels", "y_train", "y", "arr_1")),
+    for images, labels in ((IMAGES, ("labels", "train_labels", "y_train", "y", "arr_1")),
                            (("test_images", "x_test"), ("test_labels", "y_test"))):
         images, labels = (next((name for name in names if name in arrays), None) for names in (images, labels))
         if images is not None:
             splits.append((as_images(arrays[images], f"{path}: {images}"), arrays.get(labels)))
-    if not splits or "x_test" in arrays and len(splits) == 1:
+    if not splits or len(splits) == 1 and {"test_images", "x_test"} & arrays.keys():
         raise DataError(f"{path} holds {printable(', '.join(arrays))[:200]}: expected images, and perhaps labels, "
                         "test_images and test_labels")
     return Arrays(path, splits)

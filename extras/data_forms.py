@@ -46,7 +46,8 @@ def arrange(names, where):
     tops = {t.lower(): t for t in {top(name) for name in names}}
     split = next((tops[t] for t in ("test", "val", "valid", "validation") if t in tops), None)
     train, test, note = range(len(names)), None, ""
-    if "train" in tops:
+    nested = all(name.count("/") > 1 for name in names if top(name).lower() == "train")
+    if "train" in tops and (split is not None or nested):  # else images lie in it, and it is a class: trains
         train = [i for i, name in enumerate(names) if top(name) == tops["train"]]
         if split is not None:
             test = [i for i, name in enumerate(names) if top(name) == split]

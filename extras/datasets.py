@@ -127,8 +127,9 @@ def find_named(name, root):
     for base in [root] if root is not None else [os.environ.get("VQLCMD_DATA"), "data", "."]:
         if base is not None:
             places += [Path(base).expanduser() / word for word in (name, *facts["also"])]
-    if root is not None:
-        places.append(Path(root).expanduser())
+    others = [word for other, facts in DATASETS.items() if other != name for word in (other, *facts["also"])]
+    if root is not None and not any((Path(root).expanduser() / word).exists() for word in others):
+        places.append(Path(root).expanduser())  # the set itself, and not a folder in which others lie
     problem, source = None, None
     for path in places:
         if path.exists():

@@ -18,6 +18,7 @@ from engine.read_back import UserError, at_most, expect, printable, read_json, r
 from engine.run import main_process_first, write_json
 from engine.status import append_row, format_metrics, trim_rows
 from extras.archives import open_npz
+from extras.data_arrays import IMAGES
 from extras.datasets import DATASETS, find
 from extras.inception import WEIGHTS_SHA256, load_inception
 from extras.sampling_options import class_labels
@@ -78,10 +79,8 @@ class Array:
 class Decoded:
     """A data.ImageSet that all processes have."""
 
-    chunk = 256
-
-    def __init__(self, dataset):
-        self.dataset, self.n, self.labels = dataset, len(dataset), dataset.labels
+    def __init__(self, dataset, chunk=256):
+        self.dataset, self.n, self.labels, self.chunk = dataset, len(dataset), dataset.labels, chunk
 
     def read(self, i, j):
         return self.dataset.batch(range(i, j))
@@ -212,16 +211,17 @@ def open_side(word, root, size, trained_on):
         try:
             with open_npz(path) as file:
                 names = set(file.files)
-            if "arr_0" not in names and not {"mu", "sigma"} <= names:
+            if not names & set(IMAGES) and not {"mu", "sigma"} <= names:
                 held = printable(", ".join(sorted(names)))[:200] or "nothing"
                 raise FIDError(f"{path} holds {held}: expected arr_0 (images), or mu and sigma (statistics)")
-            statistics = Statistics.load(path) if "mu" in names else None
+            statistics = Statistics.load(path) if {"mu", "sigma"} <= names else None
             source = Array(path) if "arr_0" in names else None
         except UserError:
             raise
         except Exception as error:  # of a damaged archive: half a dozen types
             raise FIDError(f"{path} cannot be read as an .npz ({reason_of(error)}): make it again") from error
-        return statistics, source, "statistics" if statistics else f"{source.n:,} images, {source.shape[0]} px"
+        if statistics or source and size in (None, *source.shape[:1]):
+            return statistics, source, "statistics" if statistics else f"{source.n:,} images, {source.shape[0]} px"
     source = find(word, root)
     if trained_on or word in ("toy", *DATASETS):
         size = size or source.sizes()[1]

@@ -23,8 +23,11 @@ def contact_sheet(images, path, columns=8):
 
 def save_pairs(above, below, path, columns=8):
     """Rows of images (n, 3, H, W), each over its counterpart: originals over reconstructions."""
+    columns = min(columns, len(above))
+    white = torch.full_like(above[:-len(above) % columns], 255)  # fills the last row
+    above, below = (torch.cat([images, white]) for images in (above, below))
     rows = [images[i:i + columns] for i in range(0, len(above), columns) for images in (above, below)]
-    save_grid(torch.cat(rows), path, min(columns, len(above)))
+    save_grid(torch.cat(rows), path, columns)
 
 
 def grid_page(images, columns, scale=None, row_labels=None, column_labels=None):

@@ -122,5 +122,5 @@ def main():
     args = parse_arguments()
     stopped = "stopped" if args.serve is not None else "stopped; into a folder, .zip or .npz the same command goes on"
     with report_errors("sample.py", stopped,
-                       f"lower --batch {args.batch}; the images stay the same"):
+                       "give --batch, or a lower one; the images stay the same"):
         draw(args)

@@ -65,9 +65,11 @@ def open_checkpoint(path, args, device):
     with user_error():
         check_settings(**settings)
     names = pipeline.class_names
-    if not names:
+    if not names or not pipeline.config["training"]["label_drop"]:
         if args.guidance or (getattr(args, "grid_of", None) or "").startswith("guidance"):
-            raise UserError("--guidance: this model was trained without classes, so there is nothing to guide to")
+            raise UserError("--guidance: this model was trained with"
+                            + ("out classes, so there is nothing to guide to" if not names else
+                               " --label-drop 0, so there is nothing to guide away from"))
         settings["guidance"] = 0.0
     chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
     if args.compile:

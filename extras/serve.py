@@ -67,6 +67,8 @@ def read_wishes(pipeline, settings, wishes):
         if names and not pipeline.config["training"]["label_drop"]:
             raise UserError("this model was trained with --label-drop 0 and has to know the class: choose one")
         chosen, given["guidance"] = [pipeline.model.num_classes], 0.0
+    if names and given["guidance"] and not pipeline.config["training"]["label_drop"]:
+        raise UserError("this model was trained with --label-drop 0: guidance must be 0")
     options = settings | given | {"sampler": wishes["sampler"]}
     with user_error():
         check_settings(**options)

@@ -22,6 +22,8 @@ EXAMPLES = """examples:
 
 def report(args):
     """Measures a tokenizer on held-out images, and draws some of them above their reconstructions."""
+    if args.batch < 1:
+        raise UserError("--batch must be at least 1")
     with user_error():
         device = choose_device(args.device)
     state = read_tokenizer(args.tokenizer)
@@ -42,11 +44,11 @@ def report(args):
         if args.lpips_weights:
             raise
         print(f"no LPIPS: {error}")
-    metrics = evaluate_tokenizer(model, held_out, device, lpips)
+    metrics = evaluate_tokenizer(model, held_out, device, lpips, args.batch)
     try:
         network = load_inception(find_inception(args.weights, may_download=False), device)
         statistics = [measure(pictures, network, keep=0) for pictures in
-                      (Decoded(held_out), Decoded(Reconstructions(model, held_out, device)))]
+                      (Decoded(held_out), Decoded(Reconstructions(model, held_out, device), args.batch))]
         metrics["rfid"] = compute_scores(*statistics)["fid"]
     except (FIDError, DownloadError) as error:
         print(f"no rFID: {error}")
@@ -81,8 +83,9 @@ def main():
     parser.add_argument("--weights", help="the Inception weights, for rFID (default: $FID_WEIGHTS or the cache)")
     parser.add_argument("--lpips-weights", nargs="+", metavar="FILE",
                         help="for LPIPS, as for train.py (default: those in torch's cache)")
+    parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")
     args = parser.parse_args()
-    with report_errors("vqvae.py", memory_advice="take a machine or a --device with more of it"):
+    with report_errors("vqvae.py", memory_advice="lower --batch; the measures stay the same"):
         report(args)

@@ -96,6 +96,8 @@ def test_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "c" / "val", each=4)
     split = find(str(tmp_path / "c"))
     assert split.counts() == (40, 8) and split.class_names == ["cat", "dog"]
+    trains = find(str(make_folder(tmp_path / "d", classes=("bus", "train"))))  # "train" is a class here
+    assert trains.counts() == (38, 2) and trains.class_names == ["bus", "train"]
 
 
 def test_forms(tmp_path):
@@ -111,6 +113,13 @@ def test_forms(tmp_path):
     np.save(tmp_path / "a.npy", images)
     np.save(tmp_path / "b.npy", images.transpose(0, 3, 1, 2))
     np.savez(tmp_path / "c.npz", images=images, labels=labels)
+    medical = dict(train_images=images[:30], train_labels=labels[:30, None], val_images=images[30:40],
+                   test_images=images[40:], test_labels=labels[40:, None])  # as MedMNIST names them
+    np.savez(tmp_path / "d.npz", **medical)
+    assert find(str(tmp_path / "d.npz")).counts() == (30, 4)
+    np.savez(tmp_path / "e.npz", **{name: medical[name] for name in ("test_images", "test_labels")})
+    with pytest.raises(data.DataError, match="e.npz holds test_images, test_labels: expected images"):
+        find(str(tmp_path / "e.npz"))
     for path, classes in [(write_zip(tmp_path / "a.zip", files), ["a", "b"]), (tmp_path / "c.npz", ["0", "1"]),
                           (write_zip(tmp_path / "around.zip", {f"all/{k}": v for k, v in files.items()}), ["a", "b"]),
                           (write_lmdb(tmp_path / "x_lmdb", images), []),
@@ -235,6 +244,10 @@ def test_where_names_are_looked_for(tmp_path, monkeypatch):
     for root in ("root", "root/fashion-mnist"):
         source = find("fashion-mnist", tmp_path / root)
         assert source.counts() == (12, 4) and source.name == "fashion-mnist" and source.class_names[9] == "boot"
+    write_idx(tmp_path / "sets" / "MNIST" / "raw", grey, grey, False)
+    for name in "fashion-mnist", "ffhq":  # another set that lies below --root is not taken for it
+        with pytest.raises(data.DataError, match=f"{name}: not found in"):
+            find(name, tmp_path / "sets")
 
 
 def test_what_can_be_converted(tmp_path):

@@ -207,6 +207,11 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
                     *(["--json", tmp_path / "scores.json"] if status == 0 else [])) == status, words
         return scores_of(tmp_path / "scores.json") if status == 0 else capsys.readouterr().err
 
+    for size, kind, pixels in (None, fid_sources.Array, 12), (12, fid_sources.Array, 12), (8, fid_sources.Training, 8):
+        _, source, _ = fid_sources.open_side(tmp_path / "real.npz", None, size, True)  # of another size: as trained on
+        assert type(source) is kind and source.read(0, 2).shape == (2, 3, pixels, pixels)
+    np.savez(tmp_path / "named.npz", images=arrays["real"], labels=np.arange(9) % 2)
+    assert type(fid_sources.open_side(tmp_path / "named.npz", None, 8, True)[1]) is fid_sources.Training
     baseline = score("real", "fake")
     printed = capsys.readouterr().out
     assert set(baseline) == {"fid", "sfid", "kid", "kid_std", "is", "is_std", "precision", "recall"}

@@ -122,7 +122,7 @@ def test_out_of_memory(fast, folder, run, tmp_path, capsys):
     runs_out(train, "sample_together", eval_batch, *words)
     assert call(*words) == 0 and contents(tmp_path / "a") == contents(run)
     runs_out(fid_sources, "measure", eval_batch, *words, "--eval-fid", 9)
-    words = "lower --batch 5; the images stay the same", "sample.py", run / "ckpt.pt", "--batch", 5, "--out"
+    words = "give --batch, or a lower one; the images stay", "sample.py", run / "ckpt.pt", "--batch", 5, "--out"
     runs_out(sample, "sample_tokens", *words, tmp_path / "a.png")
     runs_out(sample, "sample_tokens", *words, tmp_path / "a.npz")
     runs_out(fid_command, "measure", "lower --batch, and the score stays the same", "fid.py", folder, folder)

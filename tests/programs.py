@@ -22,6 +22,7 @@ from engine.presets import SMALL_SETS
 from engine.tokens import load_tokenizer
 from extras import foreign_checkpoint, run_page
 from extras.datasets import find
+from extras.grids import save_pairs
 from extras.toy import Toy
 from tests.common import (
     HERE,
@@ -244,6 +245,30 @@ def test_folders_that_are_no_classes(folder, run, tmp_path, capsys):
     assert "was made with classes []" in capsys.readouterr().err
     assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "t", "--no-classes") == 2
     assert "--no-classes is for images" in capsys.readouterr().err
+
+
+def test_a_null_class_that_was_never_trained(run, folder, tmp_path, capsys):
+    """--label-drop 0: nothing is guided away from it, neither by train.py nor by sample.py."""
+    words = ["--data", folder, "--out", tmp_path / "a", "--label-drop", 0, *flags(TINY)]
+    assert call("train.py", *words, "--guidance", 2) == 2 and "give --guidance 0" in capsys.readouterr().err
+    assert call("train.py", *words, "--stage", "tokenizer") == 0
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["guidance"] == 0
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    state["config"]["training"]["label_drop"] = 0.0
+    torch.save(state, tmp_path / "ckpt.pt")  # of an earlier version: it would be guided by default
+    for more, status, says in (["--guidance", 2], 2, "nothing to guide away from"), ([], 0, "guidance 0.0"):
+        assert call("sample.py", tmp_path / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png",
+                    *more) == status
+        assert says in "".join(capsys.readouterr())
+
+
+def test_pairs_of_pictures(tmp_path):
+    """Originals over reconstructions, also in a last row that is not full."""
+    above = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 64, 64)
+    save_pairs(above, above + 100, tmp_path / "a.png", 8)
+    page = np.asarray(Image.open(tmp_path / "a.png"))[32::66, 32::66, 0]
+    white = [255] * 6
+    assert page.tolist() == [[*range(8)], [*range(100, 108)], [8, 9, *white], [108, 109, *white]]
 
 
 def test_names_of_other_programs(capsys):

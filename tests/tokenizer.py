@@ -359,7 +359,8 @@ def test_evaluate():
 def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
     words = ["report", run / "tokenizer.pt", "--data", folder, "--device", "cpu", "--out", tmp_path / "a" / "r.png"]
-    assert parser_flags("vqvae.py") == sorted(["data", "root", "size", "weights", "lpips_weights", "device", "out"])
+    assert parser_flags("vqvae.py") == sorted(["data", "root", "size", "weights", "lpips_weights", "batch", "device",
+                                                  "out"])
     assert call("vqvae.py", *words) == 0
     text = capsys.readouterr().out
     metrics = torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
@@ -376,6 +377,7 @@ def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("FID_WEIGHTS")
     assert call("vqvae.py", *words) == 0 and f"no rFID: no {inception.WEIGHTS} at" in capsys.readouterr().out
     for wrong, says in ((["--size", 9], "made for images of 8 pixels"), (["--weights", "none"], None),
+                        (["--batch", 0], "--batch must be at least 1"), (["--batch", 1], None),
                         (["--root", tmp_path, "--data", "nowhere"], "no such folder")):
         assert call("vqvae.py", *words, *wrong) == (2 if says else 0)
         assert says is None or says in capsys.readouterr().err
