@@ -106,7 +106,7 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
         numbers = torch.empty(B, *shape, dtype=table.dtype, pin_memory=device.type == "cuda")
         for row, generator in zip(numbers, generators, strict=True):
             source(*shape, generator=generator, dtype=table.dtype, out=row)
-        return numbers.to(device, non_blocking=True)
+        return numbers.to(device, non_blocking=device.type != "mps")
 
     # The grid in float64: lambda is steep at both ends.
     times = torch.linspace(start, end, steps, dtype=torch.float64)

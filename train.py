@@ -95,8 +95,8 @@ def train_tokenizer(run):
     for step, images in zip(log.loop(), batches, strict=False):  # loop() ends early after Ctrl-C or kill
         lr, gan_lr = (learning_rate(step, steps, config["warmup"], config[peak]) for peak in ("tokenizer_lr", "gan_lr"))
         generator = generator_for(run.seed, "tokenizer", step)
-        outputs, losses = tokenizer_step(config, parts, images.to(device, non_blocking=True), generator, step / steps,
-                                         lr, gan_lr, run.lpips)
+        images = images.to(device, non_blocking=device.type != "mps")
+        outputs, losses = tokenizer_step(config, parts, images, generator, step / steps, lr, gan_lr, run.lpips)
         log.add(losses, outputs["tokens"])
         if step % RESTART_EVERY == RESTART_EVERY - 1 and step < last_restart:
             log.check()

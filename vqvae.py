@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import all_gather_cat, all_reduce_sum, data_parallel, optimizer_step
+from engine.distributed import all_gather_cat, all_reduce_sum, copy_from_first, data_parallel, optimizer_step
 from extras.vqgan_losses import adaptive_weight, hinge_loss
 
 
@@ -152,6 +152,7 @@ class VectorQuantizer(nn.Module):
         if self.update == "ema":
             self.running_sum.copy_(codes * self.running_count[:, None])
         self.initialised.fill_(True)
+        copy_from_first(self.state_dict().values())  # sums on a GPU differ in their last bits
 
     @torch.no_grad()
     def count(self, z, tokens):
@@ -185,6 +186,7 @@ class VectorQuantizer(nn.Module):
         if self.update == "ema":
             self.running_sum.copy_(torch.where(dead[:, None], fresh * count[:, None], self.running_sum))
         self.running_count.copy_(count)
+        copy_from_first(self.state_dict().values())
         return dead.sum()
 
 

@@ -6,6 +6,7 @@ besides is counted in: looking at the images, encoding them, evaluations, pictur
 config.json: a run that goes on keeps its plan. Called by train.py.
 """
 
+import gc
 import time
 
 import torch
@@ -47,6 +48,7 @@ def choose_steps(run, build_tokenizer, build_denoiser, build_loss, update):
         fixed += time_encoding(run, tokenizer["tokenizer"])
     per_step["steps"], more = time_denoiser(run, tokenizer["tokenizer"], patience, build_denoiser, build_loss, update)
     del tokenizer
+    gc.collect()  # what is data parallel refers to itself
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     spent = all_reduce_max(round(time.monotonic() - run.began))
@@ -104,7 +106,7 @@ def time_tokenizer(run, parts, patience):
     batches = image_batches(train, config, run.seed, 0, 200, run.device)
 
     def step(i, done):
-        images = next(batches).to(run.device, non_blocking=True)
+        images = next(batches).to(run.device, non_blocking=run.device.type != "mps")
         tokenizer_step(config, parts, images, generator_for(run.seed, "tokenizer", i), done, 0.0, 0.0, run.lpips)
 
     share = config["gan_start"] if config["gan"] else 1.0  # of the steps, before the discriminator comes in
@@ -124,7 +126,7 @@ def time_encoding(run, model):
     evaluation, _ = measure(lambda i: evaluate_tokenizer(model, few, run.device, run.lpips, batch), run.device, 0)
     encoding, _ = measure(lambda i: model.encode(test.batch(range(len(some))).to(run.device)), run.device, 0)
     images = (1 + run.config["flip"]) * len(train) + len(test)
-    return (evaluation * len(test) + encoding * images) / len(some)
+    return (evaluation * len(test) + encoding * images) / len(some) / rank_and_world()[1]
 
 
 def time_denoiser(run, tokenizer, patience, build_denoiser, build_loss, update):

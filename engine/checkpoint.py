@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config import RENAMED, TOKENIZER_OPTIONS, check_option
+from engine.distributed import all_reduce_max
 from engine.read_back import (
     ReadError,
     UserError,
@@ -182,13 +183,16 @@ def read_newest(path, expected):
         if state and expected == CHECKPOINT_FORMAT and "optimizer" not in state:
             raise UserError(f"{path} was made by --export and cannot be trained further as it is: give it to --init, "
                             "with another --out")
-        return state
     except UserError as error:
         if getattr(error, "found", None) or not older.exists():
             raise
         state = read_checkpoint(older, expected)
         print(f"{error}: going on from there, step {state['step']:,}")
-        return state | {"path": older}
+        state["path"] = older
+    step = state["step"] if state else -1
+    if all_reduce_max(step) != -all_reduce_max(-step):  # a disk that fails one of them
+        raise OSError(f"{path} could be read by some processes and not by others")
+    return state
 
 
 def restore(parts, state, init):

@@ -89,7 +89,7 @@ DEFAULTS = {name: default for name, (_, default, _) in OPTIONS.items()}
 SHARES = ("rec_fraction", "max_drop_rate", "label_drop", "max_gap", "ema_decay", "gan_start")
 LIMITS = {  # where not 0 ... inf, or 1 ... inf for whole numbers; tokens are stored in 16 bits
     "K": (2, 65536), "batch": (2, math.inf), "warmup": (0, math.inf), "micro_batch": (0, math.inf),
-    "clip": (1e-6, math.inf), "fid_every": (0, math.inf), "log_snr_min": (-math.inf, math.inf),
+    "clip": (1e-6, math.inf), "fid_every": (0, math.inf), "log_every": (1, 10000), "log_snr_min": (-math.inf, math.inf),
     "log_snr_max": (-math.inf, math.inf)} | {name: (0, 1) for name in SHARES}
 CHANGEABLE = {  # when a run goes on: how long, how fast, how often, and what helps after a loss that is not finite
     "steps", "log_every", "sample_every", "save_every", "fid_every", "sample_steps", "guidance", "sampler",

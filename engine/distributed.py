@@ -30,8 +30,8 @@ def init_distributed():
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        if (number := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+            torch.cuda.set_device(number)  # what "cuda" means from here on
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
         waiting["group"] = dist.new_group(backend="gloo", timeout=WORK_ALONE)
     return rank_and_world()
@@ -45,6 +45,11 @@ def as_one_process():
         yield
     finally:
         ALONE.pop()
+
+
+def uses_nccl():
+    """Do this process and others talk by NCCL?"""
+    return dist.is_available() and dist.is_initialized() and torch.cuda.is_available() and dist.is_nccl_available()
 
 
 def rank_and_world():
@@ -95,6 +100,13 @@ def precision(device):
 
 # ----------------------------------------------------------------------------
 # Sums and agreements.
+
+def copy_from_first(tensors):
+    """Each tensor, in place, becomes that of process 0."""
+    if rank_and_world()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
 
 def all_reduce_sum(tensors):
     """Each tensor, in place, becomes its sum over all processes; one all-reduce for all of them."""

@@ -115,7 +115,7 @@ def prepare_one(args, held):
     skipped = read_skipped(out / "skipped.txt") if stored else None
     cached = cached and not stored and not args.no_cache  # made by the first start, when each image is opened anyway
     load_images = functools.lru_cache(  # if a stage needs images at all
-        lambda: load(source, config["size"], skipped, out / CACHE, cached))
+        lambda: load(source, config["size"], skipped, out / CACHE, cached and not (out / "tokens.npy").exists()))
     if not stored and not args.no_cache and cache_plan:
         print(cache_plan)
     if rank_and_world()[0] == 0:

@@ -9,15 +9,15 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from engine.distributed import all_reduce_max, barrier, broadcast, gather, rank_and_world
-from engine.read_back import UserError, open_npy, printable, regular_file
+from engine.distributed import all_reduce_max, barrier, broadcast, gather, rank_and_world, uses_nccl
+from engine.read_back import UserError, printable, regular_file
 
 try:
     import fcntl
@@ -29,6 +29,10 @@ SIGNALS = []  # received so far; the loops look at it once per step
 
 class RunError(RuntimeError):
     """One line: why a run ended that had begun, and what to do. Exit status 1."""
+
+
+class OutOfMemory(RunError):
+    """This process's memory did not suffice; that of others may."""
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def on_out_of_memory(advice):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunError(f"not enough memory: {advice}") from error
+        raise OutOfMemory(f"not enough memory: {advice}") from error
 
 
 @contextlib.contextmanager
@@ -69,7 +73,8 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
     except UserError as error:
         message, status = "\n".join(map(printable, getattr(error, "lines", [str(error)]))), 2
     except RunError as error:
-        message, status = str(error) if rank == 0 else "", 1  # all processes have come to the same
+        alone = rank == 0 or isinstance(error, OutOfMemory)  # else all processes have come to the same
+        message, status = str(error) if alone else "", 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message, status = "", 128 + 13
@@ -83,16 +88,25 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         message, status = f"torch.compile does not work here ({reason}): leave --compile away and go on", 1
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "gloo" in str(error):
+            message, status = lost(error), 1
+        elif not uses_nccl():
             raise
-        message, status = lost(error), 1
+        else:
+            traceback.print_exc()
+            message, status = "", 1
     finally:
-        if dist.is_available() and dist.is_initialized():
+        at_once = status and uses_nccl()
+        if dist.is_available() and dist.is_initialized() and not at_once:
             dist.destroy_process_group()
     if status:
         if message:
             print(f"{program}: error: {message if status == 2 else printable(message)}", file=sys.stderr)
+        if at_once:  # NCCL's orderly end waits for the others, which wait for this process; when it dies, all end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         sys.exit(status)
 
 
@@ -131,29 +145,6 @@ def write_atomically(path, write, keep_as=None):
 
 def write_json(path, content):
     write_atomically(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def resumable_array(path, dtype, length, fill=None):
-    """A memory-mapped .npy (length,) of dtype to be filled in many steps: zeros, then fill(rows), when it is new.
-
-    The dtype should name what the rows are made from (a field's title): UserError if the file there is of another.
-    """
-    if not path.exists():
-        fresh = path.with_suffix(".new.npy")  # half a file without marks would look like a finished one
-        fresh.unlink(missing_ok=True)
-        rows = np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=(length,))
-        if fill is not None:
-            fill(rows)
-        rows.flush()
-        del rows
-        fresh.replace(path)
-    try:
-        rows = open_npy(path, "r+")
-    except UserError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it") from error
-    if rows.shape != (length,) or rows.dtype != np.dtype(dtype):
-        raise UserError(f"{path} is of other images, settings or weights: delete it, or give another --out")
-    return rows
 
 
 def look_ahead(read, items):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine.arrays import resumable_array
 from engine.checkpoint import (
     CHECKPOINT_FORMAT,
     TOKENIZER_FORMAT,
@@ -22,7 +23,7 @@ from engine.checkpoint import (
 from engine.config import OPTIONS, TOKENIZER_OPTIONS
 from engine.distributed import barrier, bf16_works, broadcast
 from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
-from engine.run import look_ahead, main_process_first, resumable_array, shared_work, write_atomically
+from engine.run import look_ahead, main_process_first, shared_work, write_atomically
 from extras.data_arrays import TokenFile, check_rows
 from extras.image_cache import remove_cache
 from extras.published_vqgan import make_tokenizer, read_geometry, read_published
@@ -173,8 +174,8 @@ def encode_tokens(run):
 
 def to_device(array, device):
     """A numpy array as a tensor on the device. The copy to a GPU starts from pinned memory, so Python need not wait."""
-    tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    tensor = torch.from_numpy(array)  # mps copies later, from memory that is free again by then (pytorch issue 189690)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=device.type != "mps")
 
 
 class TokenDataset:

@@ -17,8 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data import IN_MEMORY_BYTES, MIN_SIDE, DataError, Source, decode_all
+from engine.arrays import resumable_array
 from engine.read_back import UserError, at_most, open_npy, read_json, read_names, shown
-from engine.run import resumable_array, write_json
+from engine.run import write_json
 from engine.stored import CACHE
 
 FIELDS = ("image", "label", "split")
@@ -93,11 +94,6 @@ def save_images(source, size, path, replace=False):
             raise
         partial.unlink()
         rows = resumable_array(partial, dtype, len(items))
-    try:
-        reserve(partial)
-    except OSError:
-        partial.unlink()
-        raise
     rows["split"][wrong_rows(source, rows)] = NO_IMAGE  # those are decoded anew
     todo, bad, block = np.flatnonzero(rows["split"] == NO_IMAGE), {}, max(16, BLOCK_BYTES // dtype.itemsize)
     with tqdm(total=len(items), initial=len(items) - len(todo), desc="decoding", unit="img", leave=False,
@@ -122,13 +118,6 @@ def wrong_rows(source, rows):
     items, n = np.concatenate([source.train, source.test]), len(source.train)
     splits = np.where(np.arange(len(items)) < n, TRAINING, HELD_OUT)
     return (rows["split"] != NO_IMAGE) & ((rows["split"] != splits) | (rows["label"] != source.labels[items]))
-
-
-def reserve(path):
-    """Takes the space of a sparse file now: a disk that fills up under a memory map would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 # ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Nothing is imitated: the training steps, the bound and the sampler are those of 
 """
 
 import argparse
+import math
 from types import SimpleNamespace
 
 import torch
@@ -117,8 +118,12 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     (n_train, n_test), per, asked = counts, config["batch"] // world, config["micro_batch"]
     stages = {"tokenizer": count_tokenizer(config, models, chip, config["tokenizer_batch"] // world)
               } if trains_tokenizer else {}
+    rows = n_train * (1 + config["flip"]) + n_test
+    beside = (rows - n_test) * (2 * math.prod(models["denoiser"]["grid"]) + 8)  # tokens and labels lie on the device
     for passes in [-(-per // asked)] if asked else [n for n in PASSES if n == 1 or 2 * n <= per]:
         stages["diffusion"] = share_out(count_diffusion(config, models, chip, per, passes), world, config["fsdp"])
+        stages["diffusion"].peak["weights"] += beside
+        stages["diffusion"].total += beside
         if fits(chip, stages["diffusion"].total):
             break
     resident = max(sum(stage.peak[kind] for kind in KINDS[:4]) for stage in stages.values())
@@ -133,11 +138,11 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     def hours(name, images):
         return untrained[name].seconds * images / eval_batch / 3600
 
-    rows, evaluations = n_train * (1 + config["flip"]) + n_test, 1 + config["steps"] // config["sample_every"]
+    evaluations = 1 + config["steps"] // config["sample_every"]
     pictures = COLUMNS * min(models["denoiser"]["num_classes"] or COLUMNS, 16)
     once = (hours("bound", max(1000, min(n_test, 2000))) + hours("sampling", pictures) * config["sample_steps"]) / world
-    work = {"tokens": hours("encoding", rows), "diffusion": stages["diffusion"].seconds * config["steps"] / 3600,
-            "evaluation": once * evaluations}
+    work = {"tokens": hours("encoding", rows) / world,
+            "diffusion": stages["diffusion"].seconds * config["steps"] / 3600, "evaluation": once * evaluations}
     if trains_tokenizer:
         work = {"tokenizer": stages["tokenizer"].seconds * config["tokenizer_steps"] / 3600} | work
     share = min(1, config["sample_every"] / config["steps"])

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from engine.arrays import resumable_array
 from engine.checkpoint import digest
 from engine.distributed import broadcast
-from engine.run import main_process_first, resumable_array, shared_work, write_atomically
+from engine.run import main_process_first, shared_work, write_atomically
 from sample import sample_images
 
 

@@ -22,8 +22,9 @@ from torch.torch_version import TorchVersion
 
 import train
 import vqvae
-from engine import checkpoint, prepare, status
+from engine import arrays, checkpoint, prepare, status
 from engine import run as engine_run
+from engine.arrays import resumable_array
 from engine.checkpoint import TOKENIZER_FORMAT, previous
 from engine.config import TOKENIZER_OPTIONS
 from engine.distributed import choose_device, init_distributed
@@ -35,7 +36,6 @@ from engine.run import (
     look_ahead,
     on_signal,
     require_shared,
-    resumable_array,
     write_atomically,
 )
 from engine.status import TIMES
@@ -402,6 +402,10 @@ def test_resumable_array(tmp_path):
     with pytest.raises(OSError, match="full"):
         resumable_array(path, dtype, 4, full)
     assert not path.exists()
+    with mock.patch.object(arrays, "reserve", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(OSError, match=r"No space left on device: .*a.part.npy"):
+            resumable_array(path, dtype, 4)
+    assert not [name for name in os.listdir(tmp_path) if name != "a.part.new.npy"]
     rows = resumable_array(path, dtype, 4, lambda rows: rows["label"].fill(-1))
     assert not rows["x"].any() and (rows["label"] == -1).all()
     rows["label"][1], rows["x"][1] = 7, (3, 65535)
@@ -484,6 +488,34 @@ def test_stopped_between_training_and_fid(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_one_process_that_fails(monkeypatch, capsys):
+    """With NCCL: what went wrong is said, and the process ends at once, for the others may wait for it."""
+    ended, at_once = mock.Mock(), mock.Mock(side_effect=SystemExit)
+    monkeypatch.setattr(engine_run, "uses_nccl", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", ended)
+    monkeypatch.setattr(os, "_exit", at_once)
+    monkeypatch.setenv("RANK", "5")
+    for error, said in ((OSError(28, "No space left on device"), "No space left"), (MemoryError(), "lower this"),
+                        (UserError("a mistake"), "a mistake"), (IndexError("a bug"), "IndexError: a bug"),
+                        (RunError("the loss is not finite"), None)):  # all have come to this, and process 0 says so
+        with pytest.raises(SystemExit), engine_run.report_errors("a.py", memory_advice="lower this"):
+            raise error
+        printed = capsys.readouterr().err
+        assert said in printed if said else not printed
+    assert at_once.call_args_list == [mock.call(status) for status in (1, 1, 2, 1, 1)] and not ended.called
+    with engine_run.report_errors("a.py"):
+        pass
+    ended.assert_called_once_with()
+
+
+def test_processes_that_read_different_checkpoints(run, monkeypatch):
+    """One of them cannot read the last one, the others can: they do not go on from different steps."""
+    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda step: max(step, 4) if step > 0 else max(step, -4))
+    with pytest.raises(OSError, match="by some processes and not by others"):
+        checkpoint.read_newest(run / "ckpt.pt", checkpoint.CHECKPOINT_FORMAT)
 
 
 def test_gpu_by_number():

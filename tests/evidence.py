@@ -44,7 +44,7 @@ def test_speed_program(capsys, monkeypatch):
     assert call(speed, *flags(options)) == 0
     text = capsys.readouterr().out
     ways = dict(re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| ([\d.]+) \|", text, re.M))
-    assert len(ways) == 8 + 5 + 4 and ways["denoiser"] == "1.00" and "aten::addmm" in text
+    assert len(ways) == 8 + 5 + 4 and ways["denoiser"] == "1.00" and "aten::" in text
     model = EmbeddingDiffusion(8, (4, 4), 4, 16, 3, 2)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
             torch.nn.attention.SDPBackend.MATH):

@@ -469,7 +469,7 @@ def test_which_score_is_which(capsys):
     printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert printed == {"FID-2.5k": ["1.0000"], "sFID-2.5k": ["2.0000"], "KID-2.5k": ["3.000000", "±", "0.500000"],
                        "IS-2.5k": ["4.0000", "±", "0.1250"], "precision-2.5k": ["0.2500"], "recall-2.5k": ["0.7500"]}
-    fid.print_scores({"fid": 1.0}, 5000, 2047)
+    fid.print_scores({"fid": 1.0}, 5000, 2048)
     assert "FID-2.048k" in (said := capsys.readouterr().out) and "warning: no more than 2,048" in said
     fid.print_scores({"fid": 1.0}, None, None)
     assert capsys.readouterr().out.split() == ["FID", "1.0000"]

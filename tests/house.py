@@ -11,8 +11,8 @@ from tests.common import HERE
 # All files in order: each imports only what stands before it. What a file runs as a program, under
 # `if __name__ == "__main__"`, may come later.
 ORDER = """
-engine/distributed.py engine/read_back.py engine/run.py engine/randomness.py engine/presets.py engine/config.py
-extras/foreign_checkpoint.py engine/checkpoint.py engine/stored.py
+engine/distributed.py engine/read_back.py engine/run.py engine/arrays.py engine/randomness.py engine/presets.py
+engine/config.py extras/foreign_checkpoint.py engine/checkpoint.py engine/stored.py
 extras/page_style.py extras/svg_curves.py extras/run_facts.py extras/run_page.py engine/status.py
 engine/best.py extras/archives.py extras/downloads.py extras/grids.py extras/local_server.py
 data.py extras/image_cache.py extras/data_forms.py extras/data_lmdb.py extras/data_arrays.py extras/toy.py

@@ -24,6 +24,7 @@ import torch
 import sample
 from embedding_diffusion import EmbeddingDiffusion
 from engine import prepare, read_back, status, stored, tokens
+from engine.arrays import resumable_array
 from engine.best import Best, check_bits
 from engine.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -34,7 +35,7 @@ from engine.checkpoint import (
     read_newest,
     restore,
 )
-from engine.run import UserError, lock, report_errors, resumable_array, write_atomically
+from engine.run import UserError, lock, report_errors, write_atomically
 from extras import downloads, fid_sources, foreign_checkpoint, run_facts, run_page, vqgan_losses
 from extras.datasets import find
 from extras.sampling_options import labels_to_draw

@@ -239,6 +239,7 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("train.py", [*same, "new", "--heads", 3], "must be a multiple of heads"),
         ("train.py", [*same, "new", "--lr", "nan"], "--lr nan: must lie between"),
         ("train.py", [*same, "new", "--steps", 0], "--steps 0: must lie between 1"),
+        ("train.py", [*same, "new", "--log-every", 20000], "--log-every 20000: must lie between 1 and 10000"),
         ("train.py", [*same, "new", "--clip", 0], "--clip 0.0: must lie between"),  # 0 would train nothing
         ("train.py", [*same, "new", "--shift", 0], "shift must be positive"),
         ("train.py", [*same, "new", "--device", "abacus"], "device 'abacus' is not available here"),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from engine import budget, status
+from engine import arrays, budget, status
 from engine.run import UserError
 from engine.stored import require_same_run
 from extras import image_cache
@@ -94,7 +94,7 @@ def test_no_room_for_a_cache(folder, run, tmp_path, monkeypatch, capsys):
     for free, enough in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert image_cache.plan_cache(source, 8, out)[0] == enough
-    monkeypatch.setattr(image_cache, "reserve", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr(arrays, "reserve", mock.Mock(side_effect=OSError(28, "No space left on device")))
     sets = image_cache.load_through_cache(source, 8, None, tmp_path / "images.npy", make=True)
     assert same_sets(sets, find(folder).load(8)) and not list(tmp_path.glob("images*"))
     assert "No space left on device" in capsys.readouterr().out

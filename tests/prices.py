@@ -131,6 +131,9 @@ def test_price_decides_how_a_batch_is_split():
         return price.estimate(config | options, models, (1000, 50), chip, trains_tokenizer=False)
 
     whole = estimate()
+    more = price.estimate(config, models, (1_001_000, 50), chip, trains_tokenizer=False)  # tokens lie on the device
+    assert more.stages["diffusion"].total - whole.stages["diffusion"].total == 1_000_000 * (
+        2 * models["denoiser"]["grid"][0] ** 2 + 8)
     assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 2, {True})
     assert list(price.advice(whole, config, models)) == [] and "GiB at most" in price.summary(whole)
     peaks = [price.count_diffusion(config, models, chip, 12, n).total for n in (2, 3)]

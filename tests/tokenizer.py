@@ -106,17 +106,21 @@ def move_a_codebook(rank, world, port, folder):
     if world > 1:
         join_processes(rank, port)
         init_distributed()
+        add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
+        torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
     for update in ("ema", "gradient"):
         vq, z_e = VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4)
-        dead = []
+        dead, first = [], None
         for step in range(20):
             z = z_e[step] + (step > 9)  # the data moves, and codes die
             z = z[rank * 8 // world:(rank + 1) * 8 // world]
             vq(z, torch.Generator().manual_seed(0))
+            first = first if step else vq.codebook.detach().clone()
             vq.running_count[step % 16] *= 0
+            vq.running_count.mul_(1 + rank * 2e-7)
             dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
-        torch.save(vq.state_dict() | {"dead": dead}, folder / f"{update}{rank}of{world}.pt")
+        torch.save(vq.state_dict() | {"first": first, "dead": dead}, folder / f"{update}{rank}of{world}.pt")
     if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
         torch.distributed.destroy_process_group()
 
