@@ -273,7 +273,9 @@ def main():
         run = prepare(args, held)
         if run is None:
             return
-        config, all_of = choose_steps(run, build_tokenizer, build_denoiser, build_loss, update), args.stage == "all"
+        with on_out_of_memory("--minutes tried a step of each stage: lower --tokenizer-batch, or --micro-batch"):
+            config = choose_steps(run, build_tokenizer, build_denoiser, build_loss, update)
+        all_of = args.stage == "all"
         if all_of or args.stage == "tokenizer":
             with on_out_of_memory("choose another --out and lower --tokenizer-batch"):
                 train_tokenizer(run)

@@ -87,6 +87,8 @@ def prepare_one(args, held):
         device = choose_device(args.device)
     if args.chip:  # its presets, too
         device = torch.device("cpu" if args.chip == "cpu" else "cuda")
+    elif device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs, {torch.cuda.device_count()}: lower --nproc-per-node")
     began, source = time.monotonic(), find(args.data, args.root)
     if args.no_classes:
         if isinstance(source, TokenFile):

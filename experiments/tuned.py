@@ -156,7 +156,7 @@ def figure(lines, args, references):
         return print("no picture: pip install matplotlib, and give the same command again")
     matplotlib.use("agg")
     from matplotlib import pyplot, ticker
-    picture, panel = pyplot.subplots(figsize=(6, 4))
+    picture, panel = pyplot.subplots(figsize=(8, 4))
     for i, name in enumerate(args.rows):
         for purpose, style in (("result", "-o"), ("untuned", ":o")):
             found = {calls: [float(line["distance"]) for line in lines if (line["row"], line["purpose"], line["calls"])
@@ -175,7 +175,7 @@ def figure(lines, args, references):
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_locator(ticker.NullLocator())
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     picture.tight_layout()
     picture.savefig(Path(args.out) / "tuned.png", dpi=110)
     pyplot.close(picture)

@@ -490,6 +490,16 @@ def test_stopped_between_training_and_fid(monkeypatch):
             signal.signal(number, handler)
 
 
+def test_more_processes_than_gpus(folder, tmp_path, monkeypatch, capsys):
+    """Where there is one GPU, torchrun --nproc-per-node 2 says so; the price for eight needs none."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(prepare, "choose_device", lambda name: torch.device("cuda"))
+    words = ["--data", folder, "--out", tmp_path / "a"]
+    assert call("train.py", *words) == 2 and "more processes than GPUs, 1: lower" in capsys.readouterr().err
+    assert call("train.py", *words, "--dry-run", "--for", "h100") == 0 and not (tmp_path / "a").exists()
+
+
 def test_one_process_that_fails(monkeypatch, capsys):
     """With NCCL: what went wrong is said, and the process ends at once, for the others may wait for it."""
     ended, at_once = mock.Mock(), mock.Mock(side_effect=SystemExit)
