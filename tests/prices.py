@@ -218,7 +218,7 @@ def test_bound_in_chunks(one_thread):
                                              (3000000, 768, 400000)])
 def test_presets_suit_the_number_of_images(n, width, steps, capsys):
     """At most 500 passes, not less than a tenth of the steps; what is given wins; a name or --preset keeps its own."""
-    source = SimpleNamespace(dataset=None, sizes=lambda: (256, 300, 400), counts=lambda: (n, 100))
+    source = SimpleNamespace(dataset=None, class_names=[], sizes=lambda: (256, 300, 400), counts=lambda: (n, 100))
     args, gpu = SimpleNamespace(preset=None, gpus_like=1, **dict.fromkeys(OPTIONS)), torch.device("cuda")
     config = resolve(args, source, gpu, {})
     assert (config["width"], config["heads"], config["steps"]) == (width, width // 64, steps)
