@@ -9,7 +9,8 @@ its network and settings are taken from there, too). In the run directory:
 
     tokens/                          tokenizer and tokens
     classifier.pt                    whose features measure
-    ROW-SEED-BUDGET.pt               weights, and the table's collapse over training; spaces in ROW become _
+    ROW-SEED-BUDGET.pt               weights, and the table's collapse over training; spaces in ROW become _; while it
+                                     trains, ROW-SEED-BUDGET.partial.pt, from which the same command goes on
     ROW-BUDGET-SAMPLER-STEPS.png     samples of a row, seed 0
     results.csv                      a line per row, seed, sampler, steps and guidance
     results.md, *.png                tables, curves, and samples of every row side by side
@@ -27,6 +28,7 @@ Bound: bits per token of held-out images.
 import argparse
 import copy
 import csv
+import functools
 import json
 import math
 import platform
@@ -120,6 +122,7 @@ ROWS = {  # what differs from train.py's settings; "loss": another objective, "f
 METHODS = list(ROWS)[:12]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
+SAVE_EVERY = 1000  # training steps
 HELD_OUT, DRAWS = 2000, 5  # images of the bound, draws for each: one standard error is 0.01 to 0.02 bit
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
            "agreement", "bound", "rank", "smallest", "mean_distance", "train_seconds", "sample_seconds", "features",
@@ -185,8 +188,15 @@ def train_row(name, seed, budget, shared):
         return ema, schedule, state
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99),
                                   weight_decay=config["weight_decay"], fused=True)
-    curve, start = [], time.perf_counter()
-    for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
+    training, partial = {"model": model, "ema": ema, "optimizer": optimizer}, path.with_suffix(".partial.pt")
+    curve, first, before, start = [], 0, 0.0, time.perf_counter()
+    if partial.exists():  # it was stopped: go on there
+        saved = torch.load(partial, map_location=device, weights_only=True)
+        curve, first, before = saved["curve"], saved["step"], saved["seconds"]
+        for key, part in training.items():
+            part.load_state_dict(saved[key])
+    for step in tqdm(range(first, budget), f"{name}, seed {seed}", initial=first, total=budget, leave=False,
+                     disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, budget, config["warmup"], config["lr"])
         x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion", step))
         loss = baselines.objective(config, model, ema, schedule, x, labels,
@@ -195,10 +205,15 @@ def train_row(name, seed, budget, shared):
         update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
         if (step + 1) % max(budget // POINTS, 1) == 0 or step == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < budget:
+            saved = {key: part.state_dict() for key, part in training.items()} | {
+                "curve": curve, "step": step + 1, "seconds": before + time.perf_counter() - start}
+            write_atomically(partial, functools.partial(torch.save, saved))
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"{name}, seed {seed}: the loss is no longer finite")
-    state = {"ema": ema.state_dict(), "curve": curve, "seconds": time.perf_counter() - start}
-    write_atomically(path, lambda partial: torch.save(state, partial))
+    state = {"ema": ema.state_dict(), "curve": curve, "seconds": before + time.perf_counter() - start}
+    write_atomically(path, functools.partial(torch.save, state))
+    partial.unlink(missing_ok=True)
     return ema, schedule, state
 
 

@@ -97,10 +97,10 @@ def train(name, seed, budget, shared):
     return model, schedule, {"bound": found, "train_seconds": state["seconds"]}
 
 
-def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator, facts):
+def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluator, facts):
     """One line of tuned.csv, from the file if it is there."""
     path = shared.out / "tuned.csv"
-    line = {"row": name, "lr": f"{lr:g}", "seed": seed, "budget": args.budget, "purpose": purpose, "calls": calls,
+    line = {"row": name, "lr": f"{lr:g}", "seed": seed, "budget": budget, "purpose": purpose, "calls": calls,
             "n": n} | setting
     line = {key: str(value) for key, value in line.items()} | {"features": facts["features"]}
     same = [known for known in compare.read(path)
@@ -112,7 +112,7 @@ def measure(name, lr, seed, calls, setting, n, purpose, args, shared, evaluator,
         compare.append(path, same[0] | {"purpose": purpose}, COLUMNS)
         return same[0]
     trained = with_rate(name, lr)
-    model, schedule, trained_facts = train(trained, seed, args.budget, shared)
+    model, schedule, trained_facts = train(trained, seed, budget, shared)
     start = time.perf_counter()
     images = compare.draw(trained, model, schedule, shared, n, **setting)
     seconds = time.perf_counter() - start
@@ -186,6 +186,8 @@ def parse_arguments():
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--budget", type=int, default=1500, help="training steps of every row (default: 1500)")
+    parser.add_argument("--tuned-at", type=int, metavar="STEPS", help="choose the settings of sampling after as many "
+                        "training steps, for a long training (default: --budget)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", choices=list(compare.ROWS),
                         default=["VQ-LCMD", "absorbing"], help="of compare.py (default: VQ-LCMD absorbing)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
@@ -203,8 +205,9 @@ def parse_arguments():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     args, words = parser.parse_known_args()
-    if len(args.seeds) < 2 or min([args.budget, args.short, args.classifier_steps, *args.calls]) < 1 or min(
-            args.n, args.tune_n) < 4 or min(args.rates) <= 0:
+    args.tuned_at = args.budget if args.tuned_at is None else args.tuned_at
+    if len(args.seeds) < 2 or min([args.budget, args.tuned_at, args.short, args.classifier_steps, *args.calls]) < 1 or (
+            min(args.n, args.tune_n) < 4 or min(args.rates) <= 0):
         parser.error("--seeds: at least two; steps, calls: at least 1; --n, --tune-n: at least 4; --rates: above 0")
     args.out = args.out or f"runs/compare-{Path(args.data).stem}"
     return args, words
@@ -223,16 +226,16 @@ def main():
     (tuning, *others), lines = args.seeds, []
     for name in args.rows:
         lr = args.rates[0] if len(args.rates) == 1 else best_rate(name, args, shared, shared.out / "rates.csv")
-        options = (args, shared, evaluator, facts)
+        options = (shared, evaluator, facts)
         for calls in args.calls:
             found = settings(compare.ROWS[name].get("loss"), calls, shared.classes)
-            best = min(found, key=lambda setting: float(measure(name, lr, tuning, calls, setting, args.tune_n, "tried",
-                                                                *options)["distance"]))
+            best = min(found, key=lambda setting: float(measure(name, lr, tuning, args.tuned_at, calls, setting,
+                                                                args.tune_n, "tried", *options)["distance"]))
             plain = dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=1.0, gumbel=1.0,
                          end="" if best["end"] == "" else default_end(calls))
             for seed in others:
                 for setting, purpose in ((best, "result"), (plain, "untuned")):
-                    lines.append(measure(name, lr, seed, calls, setting, args.n, purpose, *options))
+                    lines.append(measure(name, lr, seed, args.budget, calls, setting, args.n, purpose, *options))
     text = (f"Features: {evaluator.name}. {args.n:,} samples; " + "; ".join(
         f"{kind}: distance {found['distance']:.3f}" for kind, found in references.items()) + ".\n\n"
         + table(lines, args, "result") + "\nUntuned:\n\n" + table(lines, args, "untuned"))
