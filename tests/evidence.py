@@ -1,5 +1,6 @@
 """The experiments: baselines by enumeration, the Markov chain, the comparison, the speed program."""
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -290,6 +291,25 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     shared = compare.prepare(SimpleNamespace(out=tmp_path / "c", data=str(folder), root=None, device="cpu"),
                              flags(TINY))
     assert shared.held_out[1].tolist() == [0, 1]  # the first and the last of a set that is sorted by class
+    name, objective, seen = "gap at most 0.1", compare.baselines.objective, []
+    path = compare.weights_of(shared.out, name, 0, TINY["steps"])
+    whole = torch.load(path, weights_only=True)
+    path.unlink()
+
+    def stop_at_the_sixth(*args):
+        seen.append(args)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return objective(*args)
+
+    monkeypatch.setattr(compare, "SAVE_EVERY", 3)
+    monkeypatch.setattr(compare.baselines, "objective", stop_at_the_sixth)
+    for _ in range(2):  # stopped in the sixth step; then it goes on after the third
+        with contextlib.suppress(KeyboardInterrupt):
+            _, _, state = compare.train_row(name, 0, TINY["steps"], shared)
+    assert len(seen) == 6 + TINY["steps"] - 3 and state["curve"] == whole["curve"]
+    assert all(torch.equal(state["ema"][key], value) for key, value in whole["ema"].items())
+    assert path.exists() and not list(shared.out.glob("*.partial.pt"))
     images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
     turned = compare.Rotated(images).batch([4, 5, 7])
     assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
@@ -339,5 +359,10 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     assert call(tuned, *words) == 0 and (tmp_path / "c" / "tuned.csv").read_text() == before
     assert "| VQ-LCMD |" in (tmp_path / "c" / "tuned.md").read_text()
     assert f"{folder.name}'s classes" in lines[0]["features"] and not lines[0]["agreement"]
+    assert call(tuned, *words, "--budget", 3, "--tuned-at", 2) == 0  # longer, settings of the shorter one
+    more = compare.read(tmp_path / "c" / "tuned.csv")[len(lines):]
+    assert [(m["purpose"], m["budget"], m["seed"], m["temperature"]) for m in more] == [
+        ("result", "3", "1", chosen), ("untuned", "3", "1", "1.0")]
+    assert call(tuned, *words, "--tuned-at", 0) == 2
     assert call(tuned, *words, "--features-of", folder / os.listdir(folder)[0]) == 2
     assert "has no classes" in capsys.readouterr().err and call(tuned, "--seeds", 0) == 2

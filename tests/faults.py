@@ -290,6 +290,8 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/baselines.py", "a linear number of masks", "math.cos((steps - i + 1) / steps * math.pi / 2)", "(1 - (steps - i + 1) / steps)", "most_confident"),
     ("experiments/baselines.py", "calls for nothing", "left - 1), 0)", "left), 0)", "most_confident"),
     ("experiments/baselines.py", "time of the step, not of what is masked", "masks.float().mean(1), labels", "torch.full((n,), i / steps, device=device), labels", "most_confident"),
+    ("experiments/compare.py", "a row that was stopped forgets its optimizer", '{"model": model, "ema": ema, "optimizer": optimizer}, path', '{"model": model, "ema": ema}, path', "test_compare"),
+    ("experiments/tuned.py", "a longer training is tuned again", "measure(name, lr, tuning, args.tuned_at, calls", "measure(name, lr, tuning, args.budget, calls", "test_tuned"),
     ("experiments/compare.py", "held out: the first rows of a set that is sorted", "held_out[spread_out(len(held_out), HELD_OUT)]", "held_out[:HELD_OUT]", "test_compare"),
     ("experiments/baselines.py", "noise of the confidence does not fall", "gumbel * (i - 1) / steps * noise", "gumbel * noise", "most_confident"),
     ("experiments/baselines.py", "label drop ignored", "labels = torch.where(drop, model.num_classes, labels)", "labels = torch.where(drop, labels, labels)", "objective_of_every"),

@@ -233,7 +233,7 @@ def no_graphs_yet():
 
 
 @pytest.mark.parametrize("backend, options, micro_batch, graphs", [
-    ("aot_eager", {"bf16": True}, 0, 1), ("eager", {}, 4, 1), ("eager", {"recompute": True}, 3, 2)])
+    ("aot_eager", {"bf16": True}, 4, 1), ("eager", {"recompute": True}, 3, 2)])
 def test_gpu_loss_compiles_to_one_graph(one_thread, no_graphs_yet, backend, options, micro_batch, graphs):
     """Forward and backward, whatever the data. Passes of unequal size, 8 images by 3, make a second graph, at once,
     for all sizes. The gradient is that of the loss as it is written."""

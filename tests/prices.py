@@ -122,7 +122,18 @@ def test_price_has_the_types_of_a_gpu():
     assert {torch.float32, torch.bfloat16} == set(expected)
 
 
-def test_price_decides_how_a_batch_is_split():
+@pytest.fixture
+def counted_once(monkeypatch):
+    """A count takes a quarter of a second, and knows nothing of the memory that there is."""
+    for name in ("count_diffusion", "count_untrained"):
+        def count(config, models, chip, *sizes, known, f):
+            key = str((config["batch"], models, *sizes))
+            return copy.deepcopy(known.get(key) or known.setdefault(key, f(config, models, chip, *sizes)))
+
+        monkeypatch.setattr(price, name, functools.partial(count, known={}, f=getattr(price, name)))
+
+
+def test_price_decides_how_a_batch_is_split(counted_once):
     """The fewest passes that fit; what is asked for is kept; what cannot fit is answered."""
     config = DEFAULTS | TINY | dict(size=16, K=1024, width=32, batch=12, eval_batch=2, activation_checkpointing=False)
     models, chip = describe_models(config, 3), copy.copy(CPU)
@@ -150,7 +161,7 @@ def test_price_decides_how_a_batch_is_split():
         found, config | {"batch": 3}, models)] == ["the tokenizer's batch", "the denoiser"]
 
 
-def test_price_makes_a_run_fit(undone, run, folder, monkeypatch, capsys):
+def test_price_makes_a_run_fit(counted_once, undone, run, folder, monkeypatch, capsys):
     """A machine with too little memory: the batch is split, the result and what is stored are the same."""
     models, split = describe_models(DEFAULTS | PRESETS["32-cpu"] | TINY, 2), []
     peaks = [price.count_diffusion(DEFAULTS | TINY, models, CPU, 6, n).total for n in (1, 3)]  # 2: gradients weigh more
@@ -158,7 +169,8 @@ def test_price_makes_a_run_fit(undone, run, folder, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "find_price", FIND_PRICE)
     monkeypatch.setattr(price, "fits", lambda chip, peak: peak < peaks[0])
     monkeypatch.setattr(train, "compute_gradient", lambda *args: split.append(args[3]) or compute_gradient(*args))
-    assert call("train.py", "--data", folder, "--out", undone, "--stage", "diffusion", *flags(TINY)) == 0
+    assert call("train.py", "--data", folder, "--out", undone, "--stage", "diffusion",
+                *flags(TINY | {"eval_batch": 2})) == 0
     said = capsys.readouterr().out
     assert split == [2] * TINY["steps"] and "the batch in passes of 2 images" in said
     assert json.loads((undone / "config.json").read_text())["micro_batch"] == 0
