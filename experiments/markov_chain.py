@@ -108,9 +108,8 @@ class Chain:
         return -log_p.mean() / N, 0.5 * np.abs(counts / counts.sum() - self.bigrams).sum()
 
 
-def run(options, seed, steps, samples, chain, show):
-    """Trains and measures one row with one seed -> {measure: value}."""
-    options = DEFAULTS | options
+def train(options, seed, steps, chain, show):
+    """One row with one seed -> (averaged weights, schedule). options: all, as in DEFAULTS."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
@@ -129,6 +128,13 @@ def run(options, seed, steps, samples, chain, show):
         optimizer.step()
         decay = min(options["ema_decay"], (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    return ema, schedule
+
+
+def run(options, seed, steps, samples, chain, show):
+    """Trains and measures one row with one seed -> {measure: value}."""
+    options = DEFAULTS | options
+    ema, schedule = train(options, seed, steps, chain, show)
     collapse, kind = collapse_diagnostics(ema.table()), options.get("loss")
     found = {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
     x = torch.from_numpy(chain.draw(5 * samples, np.random.default_rng(10 ** 6)))

@@ -15,6 +15,7 @@ from unittest import mock
 import baselines
 import collapse
 import compare
+import excess
 import first_hour
 import in_parts
 import markov_chain
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import speed
 import torch
+import torch.nn.functional as F
 import tuned
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -314,6 +316,46 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     turned = compare.Rotated(images).batch([4, 5, 7])
     assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))
     assert torch.equal(turned[2].rot90(1, (1, 2)), turned[0]) and len(compare.Rotated(images)) == 12
+
+
+class Oracle(EmbeddingDiffusion):
+    """Answers with the true posterior, of noise or of masks."""
+
+    def __init__(self, chain):
+        super().__init__(10, (1, 6), 8, width=8, depth=1, heads=1)
+        self.chain = chain
+
+    def forward(self, z, log_snr, labels, mask=None, table=None):
+        own = self.log_likelihood(z, log_snr, self.table()).double()
+        if mask is not None:  # what is not masked is known
+            own = torch.where(mask[..., None], 0.0, 100.0 * F.one_hot(own.argmax(-1), self.K))
+        return excess.true_posterior(self.chain, own)[0].float()
+
+
+def test_excess(tmp_path, monkeypatch, capsys):
+    """The true posterior by enumeration; with it nothing is lost, and the bounds are as tight as they can be."""
+    chain = markov_chain.Chain()
+    own = 2 * torch.randn(2, 3, 10, generator=seeded(3), dtype=torch.float64)
+    x = torch.cartesian_prod(*[torch.arange(10)] * 3)                                              # all (1000, 3)
+    joint = excess.log_prior(chain, x) + own.gather(2, x.T.expand(2, 3, 1000)).sum(1)              # (2, 1000)
+    close(joint.exp().sum(1).log(), excess.true_posterior(chain, own)[1])
+    marginals = torch.stack([joint.softmax(1) @ F.one_hot(x[:, i], 10).double() for i in range(3)], 1)
+    close(excess.true_posterior(chain, own)[0].exp(), marginals)
+    torch.manual_seed(0)
+    for options, log_snr_max, least in (({}, 7.0, 0.0), ({}, -1.0, 0.01), ({"loss": "absorbing"}, 7.0, 0.0)):
+        found = excess.measure(options, Oracle(chain), ShiftedCosine(1.0, -10.0, log_snr_max), chain, 4000)
+        assert max(abs(found[name]) for name in ("KL", "excess", *excess.QUARTERS)) < 1e-5  # rounding of float32
+        assert least <= found["TC"] + 1e-6 and (least > 0) == (found["TC"] > 1e-3)
+        assert abs(found["check"]) < 4 * found["error"] < 0.2
+    words = ["--steps", 1, "--samples", 50, "--out", tmp_path]
+    assert call(excess, *words) == 0
+    lines, before = compare.read(tmp_path / "excess.csv"), (tmp_path / "excess.csv").read_text()
+    assert [line["row"] for line in lines] == ["train.py's defaults", "discrete: absorbing"]
+    for line in lines:  # an untrained network knows nothing, and the parts add up
+        assert float(line["excess"]) > 0.5
+        close(float(line["excess"]), sum(float(line[name]) for name in excess.QUARTERS), rtol=0, atol=1e-4)
+    assert call(excess, *words) == 0 and (tmp_path / "excess.csv").read_text() == before
+    assert "| discrete: absorbing | 1 |" in capsys.readouterr().out and call(excess, "--steps", 0) == 2
 
 
 def test_collapse(tmp_path, monkeypatch, capsys):

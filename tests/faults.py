@@ -290,6 +290,8 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/baselines.py", "a linear number of masks", "math.cos((steps - i + 1) / steps * math.pi / 2)", "(1 - (steps - i + 1) / steps)", "most_confident"),
     ("experiments/baselines.py", "calls for nothing", "left - 1), 0)", "left), 0)", "most_confident"),
     ("experiments/baselines.py", "time of the step, not of what is masked", "masks.float().mean(1), labels", "torch.full((n,), i / steps, device=device), labels", "most_confident"),
+    ("experiments/excess.py", "messages from the right are left out", "now + backward[-1])[:, None, :], 2))", "now)[:, None, :], 2))", "test_excess"),
+    ("experiments/excess.py", "masks count alike at all times", "* masked).mean(1) / t", "* masked).mean(1)", "test_excess"),
     ("experiments/compare.py", "a row that was stopped forgets its optimizer", '{"model": model, "ema": ema, "optimizer": optimizer}, path', '{"model": model, "ema": ema}, path', "test_compare"),
     ("experiments/tuned.py", "a longer training is tuned again", "measure(name, lr, tuning, args.tuned_at, calls", "measure(name, lr, tuning, args.budget, calls", "test_tuned"),
     ("experiments/compare.py", "held out: the first rows of a set that is sorted", "held_out[spread_out(len(held_out), HELD_OUT)]", "held_out[:HELD_OUT]", "test_compare"),
