@@ -320,7 +320,7 @@ def check():
 
 
 def copy_tree(target):
-    shutil.copytree(HERE, target, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs", "data", ".*_cache"))
+    shutil.copytree(HERE, target, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs", "data", ".*_cache", "*.part"))
     return target
 
 
