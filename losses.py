@@ -263,9 +263,9 @@ def collapse_diagnostics(table):
     smallest, total, K = math.inf, 0.0, len(table)
     for start in range(0, K, 1024):  # in blocks: all K^2 distances at once are 34 GB for 65,536 codes
         # Not by |a|^2 - 2 a.b + |b|^2, which cannot tell two merged rows.
-        block = torch.cdist(table[start:start + 1024], table, compute_mode="donot_use_mm_for_euclid_dist")
-        total += float(block.sum())
-        block.diagonal(start).fill_(math.inf)
+        block = torch.cdist(table[start:start + 1024], table[start:], compute_mode="donot_use_mm_for_euclid_dist")
+        total += float(block[:, :1024].sum()) + 2 * float(block[:, 1024:].sum())
+        block.fill_diagonal_(math.inf)
         smallest = min(smallest, float(block.min()))
     return {"effective_rank": float(torch.special.entr(p).sum().exp()),
             "smallest_distance": smallest, "mean_distance": total / (K * (K - 1))}
