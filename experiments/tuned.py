@@ -42,12 +42,12 @@ def settings(kind, calls, classes):
     """What is tried with a number of calls: dicts of sampler, steps, guidance, temperature, gumbel, end."""
     found, discrete = [], kind in compare.baselines.KINDS
     for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
-        for omega in (0.0, 0.5, 1.0, 2.0) if classes else (0.0,):
+        for omega in (0.0, 0.25, 0.5, 1.0, 2.0) if classes else (0.0,):
             steps = calls // 2 if omega else calls
             if not steps:
                 continue
             for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
-                    0.5, 0.6, 0.7, 0.8, 1.0):
+                    0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
                 # Gumbel noise matters to decoding by confidence alone, the time at which tokens are drawn to few steps
                 # of continuous diffusion alone: without guidance more than one value of either.
                 gumbels = (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,)

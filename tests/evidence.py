@@ -384,8 +384,8 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
         returncode=call("train.py", *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
     monkeypatch.setattr(compare, "kernel_distance", functools.partial(compare.kernel_distance, subsets=2))
     some = tuned.settings("absorbing", 4, True)
-    assert {s["steps"] * (2 if s["guidance"] else 1) for s in some} == {4} and len(some) == 27
-    assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 5
+    assert {s["steps"] * (2 if s["guidance"] else 1) for s in some} == {4} and len(some) == 31
+    assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 6
     assert {s["end"] for s in tuned.settings(None, 4, False)} == {0.05, 0.15, 0.3}  # of continuous diffusion alone
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
         dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0, end=0.3) for t in (0.5, 1.0)])
