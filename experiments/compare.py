@@ -59,7 +59,7 @@ from extras.grids import save_grid  # noqa: E402
 from extras.inception import find_inception, load_inception  # noqa: E402
 from extras.metrics import kernel_distance, precision_recall  # noqa: E402
 from fid import frechet_distance  # noqa: E402
-from losses import collapse_diagnostics, held_out_bound  # noqa: E402
+from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics, held_out_bound  # noqa: E402
 from sample import sample_tokens  # noqa: E402
 from schedule import ShiftedCosine  # noqa: E402
 from train import learning_rate, update  # noqa: E402
@@ -123,6 +123,8 @@ METHODS = list(ROWS)[:12]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
 SAVE_EVERY = 1000  # training steps
+SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min", "log_snr_max", "batch",
+            "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights that have a file
 HELD_OUT, DRAWS = 2000, 5  # images of the bound, draws for each: one standard error is 0.01 to 0.02 bit
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
            "agreement", "bound", "rank", "smallest", "mean_distance", "train_seconds", "sample_seconds", "features",
@@ -171,10 +173,22 @@ def picture_of(out, name, budget, sampler, steps):
     return out / f"{name.replace(' ', '_')}-{budget}-{sampler}-{steps}.png"
 
 
+def load_weights(path, settings, device):
+    """What train_row stored, or the end of the program if it was made with other settings than these."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, value in state.get("settings", settings).items():
+        if value != settings[name]:
+            print(f"error: {path} was made with --{name.replace('_', '-')} {value}, not {settings[name]}: give another "
+                  "--out, or remove it", file=sys.stderr)
+            sys.exit(2)
+    return state
+
+
 def train_row(name, seed, budget, shared):
     """The averaged weights of one row and how its table fared, from its file if they are there."""
     path = weights_of(shared.out, name, seed, budget)
     config, device = shared.config | ROWS[name], shared.device
+    settings = {key: config[key] for key in SETTINGS}
     models = describe_models(config, len(shared.classes))
     torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
     model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device))
@@ -183,7 +197,7 @@ def train_row(name, seed, budget, shared):
     model.to(device).embedding.requires_grad_(not config.get("frozen", False))
     ema, schedule = copy.deepcopy(model).requires_grad_(False).eval(), ShiftedCosine(**models["schedule"])
     if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = load_weights(path, settings, device)
         ema.load_state_dict(state["ema"])
         return ema, schedule, state
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99),
@@ -191,7 +205,7 @@ def train_row(name, seed, budget, shared):
     training, partial = {"model": model, "ema": ema, "optimizer": optimizer}, path.with_suffix(".partial.pt")
     curve, first, before, start = [], 0, 0.0, time.perf_counter()
     if partial.exists():  # it was stopped: go on there
-        saved = torch.load(partial, map_location=device, weights_only=True)
+        saved = load_weights(partial, settings, device)
         curve, first, before = saved["curve"], saved["step"], saved["seconds"]
         for key, part in training.items():
             part.load_state_dict(saved[key])
@@ -207,11 +221,13 @@ def train_row(name, seed, budget, shared):
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < budget:
             saved = {key: part.state_dict() for key, part in training.items()} | {
-                "curve": curve, "step": step + 1, "seconds": before + time.perf_counter() - start}
+                "settings": settings, "curve": curve, "step": step + 1,
+                "seconds": before + time.perf_counter() - start}
             write_atomically(partial, functools.partial(torch.save, saved))
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"{name}, seed {seed}: the loss is no longer finite")
-    state = {"ema": ema.state_dict(), "curve": curve, "seconds": before + time.perf_counter() - start}
+    state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
+             "seconds": before + time.perf_counter() - start}
     write_atomically(path, functools.partial(torch.save, state))
     partial.unlink(missing_ok=True)
     return ema, schedule, state

@@ -312,6 +312,10 @@ def test_compare(folder, run, tmp_path, monkeypatch, capsys):
     assert len(seen) == 6 + TINY["steps"] - 3 and state["curve"] == whole["curve"]
     assert all(torch.equal(state["ema"][key], value) for key, value in whole["ema"].items())
     assert path.exists() and not list(shared.out.glob("*.partial.pt"))
+    shared.config["clip"] = 2.0
+    with pytest.raises(SystemExit):
+        compare.train_row(name, 0, TINY["steps"], shared)
+    assert "--clip 1.0, not 2.0" in capsys.readouterr().err
     images = data.ImageSet([0] * 3, [], 4, pixels=torch.arange(3 * 48).view(3, 3, 4, 4).to(torch.uint8))
     turned = compare.Rotated(images).batch([4, 5, 7])
     assert torch.equal(turned[0], images.batch([1])[0]) and torch.equal(turned[1], turned[0].rot90(1, (1, 2)))

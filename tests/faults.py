@@ -292,6 +292,7 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/baselines.py", "time of the step, not of what is masked", "masks.float().mean(1), labels", "torch.full((n,), i / steps, device=device), labels", "most_confident"),
     ("experiments/excess.py", "messages from the right are left out", "now + backward[-1])[:, None, :], 2))", "now)[:, None, :], 2))", "test_excess"),
     ("experiments/excess.py", "masks count alike at all times", "* masked).mean(1) / t", "* masked).mean(1)", "test_excess"),
+    ("experiments/compare.py", "weights of other settings are taken", "if value != settings[name]:", "if False:", "test_compare"),
     ("experiments/compare.py", "a row that was stopped forgets its optimizer", '{"model": model, "ema": ema, "optimizer": optimizer}, path', '{"model": model, "ema": ema}, path', "test_compare"),
     ("experiments/tuned.py", "a longer training is tuned again", "measure(name, lr, tuning, args.tuned_at, calls", "measure(name, lr, tuning, args.budget, calls", "test_tuned"),
     ("experiments/compare.py", "held out: the first rows of a set that is sorted", "held_out[spread_out(len(held_out), HELD_OUT)]", "held_out[:HELD_OUT]", "test_compare"),
