@@ -123,8 +123,8 @@ METHODS = list(ROWS)[:12]
 GUIDANCE, GUIDED_STEPS = (0.5, 1.0, 2.0, 4.0), 16  # of the sweep; omega = 0 is measured with the others
 POINTS = 20  # of the curves over training
 SAVE_EVERY = 1000  # training steps
-SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min", "log_snr_max", "batch",
-            "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights that have a file
+SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min", "log_snr_max",
+            "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights that have a file
 HELD_OUT, DRAWS = 2000, 5  # images of the bound, draws for each: one standard error is 0.01 to 0.02 bit
 COLUMNS = ["row", "seed", "budget", "sampler", "steps", "guidance", "n", "distance", "kid", "precision", "recall",
            "agreement", "bound", "rank", "smallest", "mean_distance", "train_seconds", "sample_seconds", "features",
