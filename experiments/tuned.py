@@ -8,7 +8,7 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
        while it is the largest or the smallest that was tried, twice or half of it is tried, too
     2. training with it, once per seed
     3. sampling: for each number of calls of the network (--calls) every setting of SETTINGS is drawn from the first
-       seed, and the one with the least distance is taken
+       seed, after --tuned-at steps of training, and the one with the least distance is taken
     4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain step per
        call, no guidance, temperature 1
 

@@ -336,7 +336,7 @@ class Oracle(EmbeddingDiffusion):
         return excess.true_posterior(self.chain, own)[0].float()
 
 
-def test_excess(tmp_path, monkeypatch, capsys):
+def test_excess(tmp_path, capsys):
     """The true posterior by enumeration; with it nothing is lost, and the bounds are as tight as they can be."""
     chain = markov_chain.Chain()
     own = 2 * torch.randn(2, 3, 10, generator=seeded(3), dtype=torch.float64)
