@@ -116,30 +116,37 @@ def draw(p, generator):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0):
-    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid. analytic: as in loss."""
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0,
+           guided_below=1.0):
+    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid. analytic: as in loss.
+
+    guided_below: omega counts for t up to this time only, as the interval of sample.sample_tokens.
+    """
     device = generator.device
     start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
     start[-1] = KINDS[kind][1]
     x = draw(start.expand(n, model.N, -1), generator)
     for i in range(steps, 0, -1):
         t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
-        p = predict(model, schedule, x, t, labels, guidance, kind if analytic else None, temperature).exp()
+        omega = guidance if i / steps <= guided_below else 0.0
+        p = predict(model, schedule, x, t, labels, omega, kind if analytic else None, temperature).exp()
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
     return x
 
 
 @torch.no_grad()
-def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0, gumbel=1.0):
+def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0, gumbel=1.0,
+                         guided_below=1.0):
     """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
 
-    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise. guided_below: as in sample, t the steps left.
     """
     device, left = generator.device, model.N
     x = torch.full((n, model.N), model.K, device=device)
     for i in range(steps, 0, -1):
         masks = x == model.K                                                                       # (n, N)
-        log_p = predict(model, schedule, x, masks.float().mean(1), labels, guidance, temperature=temperature)
+        omega = guidance if i / steps <= guided_below else 0.0
+        log_p = predict(model, schedule, x, masks.float().mean(1), labels, omega, temperature=temperature)
         drawn = draw(log_p.exp(), generator)
         noise = -torch.empty(n, model.N, device=device).exponential_(generator=generator).log()
         confidence = log_p.gather(-1, drawn[..., None])[..., 0] + gumbel * (i - 1) / steps * noise

@@ -261,10 +261,10 @@ def settings_of(name, seed, steps, classes):
 
 
 def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature=1.0, gumbel=1.0, end=None,
-         batch=250):
+         guided_below=1.0, batch=250):
     """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
 
-    gumbel: of decoding by confidence alone. end: of sample_tokens alone.
+    gumbel: of decoding by confidence alone. end: of sample_tokens alone. guided_below: guidance at t up to this alone.
     """
     kind, images = ROWS[name].get("loss"), []
     for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
@@ -272,7 +272,8 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature
         labels = indices % max(len(shared.classes), 1)
         if kind in baselines.KINDS:
             generator = torch.Generator(shared.device).manual_seed(start)
-            options = dict(labels=labels if shared.classes else None, guidance=guidance, temperature=temperature)
+            options = dict(labels=labels if shared.classes else None, guidance=guidance, temperature=temperature,
+                           guided_below=guided_below)
             tokens = (baselines.sample_by_confidence(model, schedule, len(labels), steps, generator, gumbel=gumbel,
                                                      **options)
                       if sampler == "confidence" else
@@ -280,7 +281,7 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature
                                        analytic=ROWS[name].get("analytic", False), **options))
         else:
             tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
-                                   sampler, temperature=temperature, end=end)
+                                   sampler, temperature=temperature, end=end, interval=(0.0, guided_below))
         images.append(shared.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 

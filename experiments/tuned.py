@@ -12,7 +12,9 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
     4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain step per
        call, no guidance, temperature 1
 
-Calls are counted the same for all: a guided step is two. A setting that needs more calls than there are is left out.
+Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
+interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. While the strongest guidance that was tried is
+the best, twice as much is tried, too. A setting that needs more calls than there are is left out.
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
 step 4, tuned.png is their picture. The same command again does what is missing.
@@ -26,25 +28,39 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import compare  # noqa: E402
 
 from sample import default_end  # noqa: E402
 
-COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "temperature", "gumbel",
-           "end", "n", "distance", "kid", "precision", "recall", "agreement", "bound", "train_seconds",
-           "sample_seconds", "features", "commit", "device", "command"]
+COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "guided_below",
+           "temperature", "gumbel", "end", "n", "distance", "kid", "precision", "recall", "agreement", "bound",
+           "train_seconds", "sample_seconds", "features", "commit", "device", "command"]
 RATES = ["row", "lr", "budget", "bound", "seconds"]
+OMEGAS = (0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-def settings(kind, calls, classes):
-    """What is tried with a number of calls: dicts of sampler, steps, guidance, temperature, gumbel, end."""
+def most_steps(calls, guided_below, discrete):
+    """(steps, guided ones among them): as many as calls allow, where a step at t <= guided_below is two."""
+    for steps in range(calls, 0, -1):
+        times = ([i / steps for i in range(1, steps + 1)] if discrete else  # as in baselines.sample, in sample_tokens
+                 torch.linspace(1.0, default_end(steps), steps, dtype=torch.float64).tolist())
+        guided = sum(t <= guided_below for t in times)
+        if steps + guided <= calls:
+            return steps, guided
+    return 0, 0
+
+
+def settings(kind, calls, classes, omegas=OMEGAS):
+    """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has them."""
     found, discrete = [], kind in compare.baselines.KINDS
     for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
-        for omega in (0.0, 0.25, 0.5, 1.0, 2.0) if classes else (0.0,):
-            steps = calls // 2 if omega else calls
-            if not steps:
+        for omega, guided_below in itertools.product(omegas if classes else (0.0,), (1.0, 0.5)):
+            steps, guided = most_steps(calls, guided_below, discrete) if omega else (calls, 0)
+            if (omega > 0) != (guided > 0) or (not omega and guided_below < 1):
                 continue
             for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
                     0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
@@ -53,8 +69,8 @@ def settings(kind, calls, classes):
                 gumbels = (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,)
                 ends = (default_end(steps), *((0.15, 0.3) if 1 < steps < 16 and not omega else ()))
                 for gumbel, end in itertools.product(gumbels, [""] if discrete else ends):
-                    found.append(dict(sampler=sampler, steps=steps, guidance=omega, temperature=temperature,
-                                      gumbel=gumbel, end=end))
+                    found.append(dict(sampler=sampler, steps=steps, guidance=omega, guided_below=guided_below,
+                                      temperature=temperature, gumbel=gumbel, end=end))
     return found
 
 
@@ -123,6 +139,18 @@ def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluato
     return line
 
 
+def best_setting(name, lr, args, calls, *options):
+    """Step 3: the setting with the least distance on the first seed."""
+    omegas = list(OMEGAS)
+    while True:
+        found = settings(compare.ROWS[name].get("loss"), calls, options[0].classes, omegas)
+        best = min(found, key=lambda setting: float(measure(name, lr, args.seeds[0], args.tuned_at, calls, setting,
+                                                            args.tune_n, "tried", *options)["distance"]))
+        if best["guidance"] < omegas[-1]:
+            return best
+        omegas.append(2 * omegas[-1])
+
+
 def table(lines, args, purpose):
     """Markdown: distance per row and number of calls, mean ± half the range over the seeds, and the settings taken."""
     out = ["| row | rate | bits per token ≤ |" + "".join(f" {calls} calls |" for calls in args.calls),
@@ -138,8 +166,9 @@ def table(lines, args, purpose):
             words = ""
             if some and purpose == "result":
                 line = some[0]
+                below = "" if float(line["guided_below"]) == 1 else f" at t ≤ {line['guided_below']}"
                 end = f", end {float(line['end']):.2g}" if line["end"] else ""
-                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']}{end})"
+                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']}{below}{end})"
             cells.append(compare.spread([float(line["distance"]) for line in some], 3) + words)
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
@@ -217,23 +246,23 @@ def main():
     args, words = parse_arguments()
     try:
         shared = compare.prepare(args, words)
+        if any(list(line) != COLUMNS for line in compare.read(shared.out / "tuned.csv")):
+            raise ValueError(f"{shared.out / 'tuned.csv'} is of an earlier version: give another --out")
         evaluator = compare.Evaluator(shared, args.classifier_steps, compare.other_set(args, shared))
     except ValueError as error:
         print(f"tuned.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     facts = compare.facts_of(evaluator, shared, "tuned.py")
     references = compare.references(evaluator, shared, args.n)
-    (tuning, *others), lines = args.seeds, []
+    lines = []
     for name in args.rows:
         lr = args.rates[0] if len(args.rates) == 1 else best_rate(name, args, shared, shared.out / "rates.csv")
         options = (shared, evaluator, facts)
         for calls in args.calls:
-            found = settings(compare.ROWS[name].get("loss"), calls, shared.classes)
-            best = min(found, key=lambda setting: float(measure(name, lr, tuning, args.tuned_at, calls, setting,
-                                                                args.tune_n, "tried", *options)["distance"]))
-            plain = dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=1.0, gumbel=1.0,
+            best = best_setting(name, lr, args, calls, *options)
+            plain = dict(sampler="ancestral", steps=calls, guidance=0.0, guided_below=1.0, temperature=1.0, gumbel=1.0,
                          end="" if best["end"] == "" else default_end(calls))
-            for seed in others:
+            for seed in args.seeds[1:]:
                 for setting, purpose in ((best, "result"), (plain, "untuned")):
                     lines.append(measure(name, lr, seed, args.budget, calls, setting, args.n, purpose, *options))
     text = (f"Features: {evaluator.name}. {args.n:,} samples; " + "; ".join(

@@ -4,6 +4,8 @@ The transition matrices are written out here, (K + 1, K + 1), and the steps betw
 """
 
 import itertools
+import math
+from types import SimpleNamespace
 from unittest import mock
 
 import baselines
@@ -12,9 +14,12 @@ import pytest
 import scipy.special
 import torch
 import torch.nn.functional as F
+import tuned
 
 import losses
 from engine.config import DEFAULTS
+from engine.randomness import image_generators
+from sample import sample_tokens
 from schedule import ShiftedCosine, alpha_sigma
 from tests.common import close, seeded
 from tests.exact import chi_square, small_model
@@ -110,7 +115,7 @@ def test_bound_by_enumeration(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", SHARES)
 def test_samples_by_enumeration(kind):
-    """Two guided tokens in three steps: 4,000 samples follow the product of the (K + 1)^2 x (K + 1)^2 matrices."""
+    """Two tokens in three steps, the last two guided: 4,000 samples follow the product of three matrices."""
     model, K, steps, n = network(K=3, grid=(1, 2)), 3, 3, 4000
     kind_of, states = None if kind == "absorbing" else kind, list(itertools.product(range(K + 1), repeat=2))
     _, b, c = SHARES[kind](1)
@@ -119,23 +124,23 @@ def test_samples_by_enumeration(kind):
     for i in range(steps, 0, -1):
         t, s = i / steps, (i - 1) / steps
         back, matrix = steps_back(kind, K, t, s), np.zeros((len(states), len(states)))
-        p = predicted(model, torch.tensor(states), torch.full((len(states),), t), torch.ones(len(states)).long(), 0.7,
-                      kind_of, 1.6)
+        p = predicted(model, torch.tensor(states), torch.full((len(states),), t), torch.ones(len(states)).long(),
+                      0.7 * (i < 3), kind_of, 1.6)
         for row, state in enumerate(states):
             if now[row]:
                 matrix[row] = np.outer(*(mixed(back, p[row, j], state[j]) for j in (0, 1))).ravel()
         now = now @ matrix
     assert now.sum() == pytest.approx(1)
     drawn = baselines.sample(kind, model, LEVELS, n, steps, seeded(0), torch.ones(n).long(), 0.7, kind_of is not None,
-                             1.6)
+                             1.6, 0.7)
     counts = torch.bincount(drawn @ torch.tensor([K + 1, 1]), minlength=(K + 1) ** 2).numpy()
     assert not counts[now < 1e-9].any() and (now > 1e-9).sum() == K * K
     assert chi_square(counts[now > 1e-9], n * now[now > 1e-9]) > 1e-3
 
 
-@pytest.mark.parametrize("temperature, gumbel, masks", [
-    (1.0, 0.0, [6, 5, 4, 2]), (0.7, 2.0, [6, 5, 4, 2]), (1.0, 0.0, [6, 5, 4, 3, 2, 1, 0])])
-def test_most_confident_tokens_are_kept(temperature, gumbel, masks):
+@pytest.mark.parametrize("temperature, gumbel, masks, below", [
+    (1.0, 0.0, [6, 5, 4, 2], 1.0), (0.7, 2.0, [6, 5, 4, 2], 0.5), (1.0, 0.0, [6, 5, 4, 3, 2, 1, 0], 1.0)])
+def test_most_confident_tokens_are_kept(temperature, gumbel, masks, below):
     """With the likeliest code in the place of the draw: which positions are decoded in which step, image by image.
 
     No call is for nothing while there are masks, though the cosine would have it.
@@ -151,13 +156,14 @@ def test_most_confident_tokens_are_kept(temperature, gumbel, masks):
     with mock.patch.object(baselines, "draw", lambda p, generator: p.argmax(-1)), mock.patch.object(
             baselines, "predict", watched):
         found = baselines.sample_by_confidence(model, LEVELS, n, steps, seeded(3), labels, 1.5, temperature,
-                                               gumbel)
+                                               gumbel, below)
     x, generator = torch.full((n, 6), 5), seeded(3)
     for i in range(steps):
         assert torch.equal(visited[i], x)
         t, noise = 1 - i / steps, torch.empty(n, 6).exponential_(generator=generator)
         left = (masks[1:] + [0])[i]
-        every = predicted(model, x, torch.full((n,), masks[i] / 6), labels, 1.5, temperature=temperature)
+        every = predicted(model, x, torch.full((n,), masks[i] / 6), labels, 1.5 * (t <= below),
+                          temperature=temperature)
         for row, p in enumerate(every):
             open_ = [j for j in range(6) if x[row, j] == 5]
             score = {j: np.log(p[j].max()) - gumbel * (t - 1 / steps) * float(noise[row, j].log()) for j in open_}
@@ -204,3 +210,27 @@ def test_objective_of_every_row():
         assert torch.equal(found, expected), options
         if options:
             assert not torch.equal(found, baselines.objective({}, model, ema, LEVELS, x, labels, seeded(1), 0.5))
+
+
+@pytest.mark.parametrize("kind", [None, "absorbing"])
+def test_guided_steps_are_two_calls(kind, monkeypatch):
+    """As many steps as calls allow, counted at the network; twice the guidance is tried while the strongest is best."""
+    model, labels, n = network(), torch.tensor([0, 1]), []
+    monkeypatch.setattr(type(model), "forward", lambda self, z, *_, **__: n.append(len(z)) or torch.zeros(
+        *z.shape[:2], self.K))
+    for calls, below in itertools.product((2, 4, 8, 13, 16, 50), (1.0, 0.5)):
+        steps, guided = tuned.most_steps(calls, below, kind is not None)
+        for count, more in ((steps, 0), (steps + 1, 1)):
+            n.clear()
+            if kind:
+                baselines.sample(kind, model, LEVELS, 2, count, seeded(0), labels, 1.0, guided_below=below)
+            else:
+                sample_tokens(model, LEVELS, labels, image_generators(0, range(2)), count, 1.0, "ancestral",
+                              interval=(0.0, below))
+            assert sum(n) / 2 > calls if more else sum(n) / 2 == steps + guided <= calls
+    wanted = []
+    monkeypatch.setattr(tuned, "measure", lambda *a: wanted.append(a[5]["guidance"]) or {"distance": abs(
+        math.log2((a[5]["guidance"] + 0.01) / 7)) + (a[5]["guided_below"] == 1)})
+    best = tuned.best_setting("VQ-LCMD", 1, SimpleNamespace(seeds=[0], tuned_at=1, tune_n=1), 8,
+                              SimpleNamespace(classes=["a"]))
+    assert (best["guidance"], best["guided_below"], max(wanted)) == (8, 0.5, 16)

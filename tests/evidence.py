@@ -388,11 +388,13 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
         returncode=call("train.py", *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
     monkeypatch.setattr(compare, "kernel_distance", functools.partial(compare.kernel_distance, subsets=2))
     some = tuned.settings("absorbing", 4, True)
-    assert {s["steps"] * (2 if s["guidance"] else 1) for s in some} == {4} and len(some) == 31
+    assert len(some) == 47 and {(s["steps"], s["guided_below"]) for s in some if s["guidance"]} == {(2, 1.0), (3, 0.5)}
+    assert {(s["steps"], s["guided_below"]) for s in some if not s["guidance"]} == {(4, 1.0)}
     assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 6
     assert {s["end"] for s in tuned.settings(None, 4, False)} == {0.05, 0.15, 0.3}  # of continuous diffusion alone
-    monkeypatch.setattr(tuned, "settings", lambda kind, calls, classes: [
-        dict(sampler="ancestral", steps=calls, guidance=0.0, temperature=t, gumbel=1.0, end=0.3) for t in (0.5, 1.0)])
+    monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
+        dict(sampler="ancestral", steps=calls, guidance=0.0, guided_below=1.0, temperature=t, gumbel=1.0, end=0.3)
+        for t in (0.5, 1.0)])
     words = ["--data", folder, "--features-of", folder, "--budget", 2, "--short", 1, "--rates", 1e-2, 2e-2, "--seeds",
              0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD", "--classifier-steps", 2, "--out",
              tmp_path / "c", *flags(TINY)]
@@ -414,4 +416,7 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
         ("result", "3", "1", chosen), ("untuned", "3", "1", "1.0")]
     assert call(tuned, *words, "--tuned-at", 0) == 2
     assert call(tuned, *words, "--features-of", folder / os.listdir(folder)[0]) == 2
-    assert "has no classes" in capsys.readouterr().err and call(tuned, "--seeds", 0) == 2
+    (tmp_path / "c" / "tuned.csv").write_text(before.replace("guided_below,", "").replace(",1.0,", ",", 1))
+    assert call(tuned, *words) == 2
+    said = capsys.readouterr().err
+    assert "is of an earlier version" in said and "has no classes" in said and call(tuned, "--seeds", 0) == 2
