@@ -60,10 +60,10 @@ def agreement(classifier, images, labels, device):
 def read_checkpoint_and_data(args):
     """(pipeline, training images, held-out images) of args.checkpoint, --data, --root and --device; ValueError."""
     pipeline = load_checkpoint(args.checkpoint, choose_device(args.device))
-    train, test = find(args.data, args.root).load(pipeline.tokenizer.size)
-    if train.class_names != pipeline.class_names:
+    source = find(args.data, args.root)
+    if source.class_names != pipeline.class_names:
         raise ValueError(f"--data {args.data} has other classes than {args.checkpoint}")
-    return pipeline, train, test
+    return pipeline, *source.load(pipeline.tokenizer.size)
 
 
 def main():
