@@ -130,6 +130,7 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
         t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
         omega = guidance if i / steps <= guided_below else 0.0
         p = predict(model, schedule, x, t, labels, omega, kind if analytic else None, temperature).exp()
+        p = p.clamp(min=1e-30)  # strong guidance may leave nothing in float32 for the code that is there
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)
     return x
 

@@ -138,6 +138,20 @@ def test_samples_by_enumeration(kind):
     assert chi_square(counts[now > 1e-9], n * now[now > 1e-9]) > 1e-3
 
 
+@pytest.mark.parametrize("kind", SHARES)
+def test_strong_guidance(kind, monkeypatch):
+    """Where all of p_theta underflows but for one code, a step is still a draw; what is no mask stays, if it must."""
+    model, n, seen = network(K=5, grid=(2, 3)), 64, []
+    monkeypatch.setattr(type(model), "forward", lambda self, z, log_snr, labels, **_: torch.where(
+        torch.arange(5) == len(seen) % 5, 40.0, 0.0) * (labels < 2)[:, None, None] + torch.zeros(*z.shape[:2], 5))
+    draw = baselines.draw
+    monkeypatch.setattr(baselines, "draw", lambda p, generator: seen.append(draw(p, generator)) or seen[-1])
+    found = baselines.sample(kind, model, LEVELS, n, 4, seeded(0), torch.zeros(n).long(), 8.0)
+    assert found.min() >= 0 and found.max() < 5 and len(seen) == 5
+    for before, after in itertools.pairwise(seen if kind == "absorbing" else []):
+        assert torch.equal(after[before < 5], before[before < 5])
+
+
 @pytest.mark.parametrize("temperature, gumbel, masks, below", [
     (1.0, 0.0, [6, 5, 4, 2], 1.0), (0.7, 2.0, [6, 5, 4, 2], 0.5), (1.0, 0.0, [6, 5, 4, 3, 2, 1, 0], 1.0)])
 def test_most_confident_tokens_are_kept(temperature, gumbel, masks, below):
