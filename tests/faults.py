@@ -299,7 +299,7 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/tuned.py", "guided at t below the bound alone", "t <= guided_below for", "t < guided_below for", "guided_steps"),
     ("experiments/tuned.py", "guidance at the end of the grid", 'if best["guidance"] < omegas[-1]:', "if True:", "guided_steps"),
     ("experiments/baselines.py", "strong guidance leaves nothing", "p = p.clamp(min=1e-30)", "p = p.clamp(min=0.0)", "strong_guidance"),
-    ("experiments/baselines.py", "discrete samples guided always", "omega = guidance if i / steps <= guided_below else 0.0\n        p =", "omega = guidance\n        p =", "by_enumeration"),
+    ("experiments/baselines.py", "discrete samples guided always", "omega = guidance if i / steps <= guided_below else 0.0\n        p =", "omega = guidance\n        p =", "guided_steps"),
     ("experiments/baselines.py", "decoding by confidence guided always", "omega = guidance if i / steps <= guided_below else 0.0\n        log_p", "omega = guidance\n        log_p", "most_confident"),
     ("experiments/compare.py", "held out: the first rows of a set that is sorted", "held_out[spread_out(len(held_out), HELD_OUT)]", "held_out[:HELD_OUT]", "test_compare"),
     ("experiments/baselines.py", "noise of the confidence does not fall", "gumbel * (i - 1) / steps * noise", "gumbel * noise", "most_confident"),
