@@ -40,7 +40,7 @@ COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps"
            "temperature", "gumbel", "end", "n", "distance", "kid", "precision", "recall", "agreement", "bound",
            "train_seconds", "sample_seconds", "features", "commit", "device", "command"]
 RATES = ["row", "lr", "budget", "bound", "seconds"]
-OMEGAS = (0.0, 0.25, 0.5, 1.0, 2.0)
+OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
 
 
 def most_steps(calls, guided_below, discrete):
@@ -58,9 +58,9 @@ def settings(kind, calls, classes, omegas=OMEGAS):
     """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has them."""
     found, discrete = [], kind in compare.baselines.KINDS
     for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
-        for omega, guided_below in itertools.product(omegas if classes else (0.0,), (1.0, 0.5)):
+        for omega, guided_below in [(0.0, 1.0), *itertools.product(omegas if classes else (), (1.0, 0.5))]:
             steps, guided = most_steps(calls, guided_below, discrete) if omega else (calls, 0)
-            if (omega > 0) != (guided > 0) or (not omega and guided_below < 1):
+            if omega and not guided:
                 continue
             for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
                     0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
