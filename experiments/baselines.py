@@ -140,7 +140,8 @@ def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guid
                          guided_below=1.0):
     """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
 
-    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise. guided_below: as in sample, t the steps left.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise. guided_below: as in sample; t is the
+    share of the steps that is left.
     """
     device, left = generator.device, model.N
     x = torch.full((n, model.N), model.K, device=device)

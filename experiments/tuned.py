@@ -7,7 +7,7 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
     1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out bound wins;
        while it is the largest or the smallest that was tried, twice or half of it is tried, too
     2. training with it, once per seed
-    3. sampling: for each number of calls of the network (--calls) every setting of SETTINGS is drawn from the first
+    3. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the first
        seed, after --tuned-at steps of training, and the one with the least distance is taken
     4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain step per
        call, no guidance, temperature 1
@@ -247,7 +247,7 @@ def main():
     try:
         shared = compare.prepare(args, words)
         if any(list(line) != COLUMNS for line in compare.read(shared.out / "tuned.csv")):
-            raise ValueError(f"{shared.out / 'tuned.csv'} is of an earlier version: give another --out")
+            raise ValueError(f"{shared.out / 'tuned.csv'} is of an earlier version: rename it, the weights stay")
         evaluator = compare.Evaluator(shared, args.classifier_steps, compare.other_set(args, shared))
     except ValueError as error:
         print(f"tuned.py: error: {error}", file=sys.stderr)
