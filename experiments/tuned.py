@@ -63,11 +63,11 @@ def settings(kind, calls, classes, omegas=OMEGAS):
             if omega and not guided:
                 continue
             for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
-                    0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+                    0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
                 # Gumbel noise matters to decoding by confidence alone, the time at which tokens are drawn to few steps
                 # of continuous diffusion alone: without guidance more than one value of either.
                 gumbels = (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,)
-                ends = (default_end(steps), *((0.15, 0.3) if 1 < steps < 16 and not omega else ()))
+                ends = (default_end(steps), *((0.15, 0.3, 0.45) if 1 < steps < 16 and not omega else ()))
                 for gumbel, end in itertools.product(gumbels, [""] if discrete else ends):
                     found.append(dict(sampler=sampler, steps=steps, guidance=omega, guided_below=guided_below,
                                       temperature=temperature, gumbel=gumbel, end=end))
