@@ -19,6 +19,7 @@ bounds -log p(x_0) from above; nothing is left at t = 1. For T -> infinity the a
 -log p(x_i | x_t) / t over masked positions. T = 1000 here, within 1 / T of it.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -115,10 +116,17 @@ def draw(p, generator):
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
+def time_grid(steps, end=None):
+    """The t of every call of sample: uniform from 1 to end, or None: to 1 / steps."""
+    if end is None:
+        return [i / steps for i in range(steps, 0, -1)]
+    return torch.linspace(1.0, end, steps, dtype=torch.float64).tolist()
+
+
 @torch.no_grad()
 def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0,
-           guided_below=1.0):
-    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on a uniform grid. analytic: as in loss.
+           guided_below=1.0, end=None):
+    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on time_grid(steps, end), then to t = 0. analytic: as in loss.
 
     guided_below: omega counts for t up to this time only, as the interval of sample.sample_tokens.
     """
@@ -126,9 +134,9 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
     start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
     start[-1] = KINDS[kind][1]
     x = draw(start.expand(n, model.N, -1), generator)
-    for i in range(steps, 0, -1):
-        t, s = (torch.full((n,), j / steps, device=device) for j in (i, i - 1))
-        omega = guidance if i / steps <= guided_below else 0.0
+    for now, then in itertools.pairwise([*time_grid(steps, end), 0.0]):
+        t, s = (torch.full((n,), j, device=device) for j in (now, then))
+        omega = guidance if now <= guided_below else 0.0
         p = predict(model, schedule, x, t, labels, omega, kind if analytic else None, temperature).exp()
         p = p.clamp(min=1e-30)  # strong guidance may leave nothing in float32 for the code that is there
         x = draw(reverse(kind, p, x, t[:, None], s[:, None]), generator)

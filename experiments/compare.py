@@ -264,7 +264,7 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature
          guided_below=1.0, batch=250):
     """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
 
-    gumbel: of decoding by confidence alone. end: of sample_tokens alone. guided_below: guidance at t up to this alone.
+    gumbel: of decoding by confidence alone; end: of the other ways. guided_below: guidance at t up to this alone.
     """
     kind, images = ROWS[name].get("loss"), []
     for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
@@ -278,7 +278,7 @@ def draw(name, model, schedule, shared, n, sampler, steps, guidance, temperature
                                                      **options)
                       if sampler == "confidence" else
                       baselines.sample(kind, model, schedule, len(labels), steps, generator,
-                                       analytic=ROWS[name].get("analytic", False), **options))
+                                       analytic=ROWS[name].get("analytic", False), end=end or None, **options))
         else:
             tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
                                    sampler, temperature=temperature, end=end, interval=(0.0, guided_below))

@@ -14,7 +14,9 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
 interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. While the strongest guidance that was tried is
-the best, twice as much is tried, too. A setting that needs more calls than there are is left out.
+the best, twice as much is tried, too. A setting that needs more calls than there are is left out. `end` is the time of
+the last call, where all tokens that are left are drawn: sample.default_end for VQ-LCMD, 1 / steps for discrete
+diffusion, and later ones in few calls.
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
 step 4, tuned.png is their picture. The same command again does what is missing.
@@ -43,11 +45,11 @@ RATES = ["row", "lr", "budget", "bound", "seconds"]
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
 
 
-def most_steps(calls, guided_below, discrete):
+def most_steps(calls, guided_below, discrete, end=None):
     """(steps, guided ones among them): as many as calls allow, where a step at t <= guided_below is two."""
     for steps in range(calls, 0, -1):
-        times = ([i / steps for i in range(1, steps + 1)] if discrete else  # as in baselines.sample, in sample_tokens
-                 torch.linspace(1.0, default_end(steps), steps, dtype=torch.float64).tolist())
+        times = compare.baselines.time_grid(steps, end) if discrete else torch.linspace(  # as in sample_tokens
+            1.0, default_end(steps) if end is None else end, steps, dtype=torch.float64).tolist()
         guided = sum(t <= guided_below for t in times)
         if steps + guided <= calls:
             return steps, guided
@@ -57,20 +59,20 @@ def most_steps(calls, guided_below, discrete):
 def settings(kind, calls, classes, omegas=OMEGAS):
     """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has them."""
     found, discrete = [], kind in compare.baselines.KINDS
-    for sampler in ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",):
-        for omega, guided_below in [(0.0, 1.0), *itertools.product(omegas if classes else (), (1.0, 0.5))]:
-            steps, guided = most_steps(calls, guided_below, discrete) if omega else (calls, 0)
-            if omega and not guided:
-                continue
-            for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
-                    0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-                # Gumbel noise matters to decoding by confidence alone, the time at which tokens are drawn to few steps
-                # of continuous diffusion alone: without guidance more than one value of either.
-                gumbels = (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,)
-                ends = (default_end(steps), *((0.15, 0.3, 0.45) if 1 < steps < 16 and not omega else ()))
-                for gumbel, end in itertools.product(gumbels, [""] if discrete else ends):
-                    found.append(dict(sampler=sampler, steps=steps, guidance=omega, guided_below=guided_below,
-                                      temperature=temperature, gumbel=gumbel, end=end))
+    for sampler, (omega, guided_below), end in itertools.product(
+            ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",),
+            [(0.0, 1.0), *itertools.product(omegas if classes else (), (1.0, 0.5))],
+            (None, 0.3, 0.45, 0.6) if calls <= 8 else (None, 0.3) if calls <= 16 else (None,)):
+        steps, guided = most_steps(calls, guided_below, discrete, end) if omega else (calls, 0)
+        if (omega and not guided) or (end and (steps == 1 or sampler == "confidence")):
+            continue
+        for temperature in (0.8, 1.0) if omega else (0.6, 0.7, 0.8, 0.9, 1.0) if discrete else (
+                0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+            # Gumbel noise matters to decoding by confidence alone.
+            for gumbel in (1.0, 4.0) if sampler == "confidence" and not omega else (1.0,):
+                found.append(dict(sampler=sampler, steps=steps, guidance=omega, guided_below=guided_below,
+                                  temperature=temperature, gumbel=gumbel,
+                                  end=end or ("" if discrete else default_end(steps))))
     return found
 
 
@@ -261,7 +263,7 @@ def main():
         for calls in args.calls:
             best = best_setting(name, lr, args, calls, *options)
             plain = dict(sampler="ancestral", steps=calls, guidance=0.0, guided_below=1.0, temperature=1.0, gumbel=1.0,
-                         end="" if best["end"] == "" else default_end(calls))
+                         end="" if compare.ROWS[name].get("loss") in compare.baselines.KINDS else default_end(calls))
             for seed in args.seeds[1:]:
                 for setting, purpose in ((best, "result"), (plain, "untuned")):
                     lines.append(measure(name, lr, seed, args.budget, calls, setting, args.n, purpose, *options))

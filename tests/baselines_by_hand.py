@@ -113,26 +113,26 @@ def test_bound_by_enumeration(kind, monkeypatch):
     assert len(set(numbers.tolist())) == 5
 
 
+@pytest.mark.parametrize("end", [None, 0.55])
 @pytest.mark.parametrize("kind", SHARES)
-def test_samples_by_enumeration(kind):
-    """Two tokens in three steps, the last two guided: 4,000 samples follow the product of three matrices."""
+def test_samples_by_enumeration(kind, end):
+    """Two tokens in three steps, the last one or two guided: 4,000 samples follow the product of three matrices."""
     model, K, steps, n = network(K=3, grid=(1, 2)), 3, 3, 4000
     kind_of, states = None if kind == "absorbing" else kind, list(itertools.product(range(K + 1), repeat=2))
     _, b, c = SHARES[kind](1)
     one = np.array([b / K] * K + [c])
     now = np.outer(one, one).ravel()
-    for i in range(steps, 0, -1):
-        t, s = i / steps, (i - 1) / steps
+    for t, s in ((1, 0.775), (0.775, 0.55), (0.55, 0)) if end else ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
         back, matrix = steps_back(kind, K, t, s), np.zeros((len(states), len(states)))
         p = predicted(model, torch.tensor(states), torch.full((len(states),), t), torch.ones(len(states)).long(),
-                      0.7 * (i < 3), kind_of, 1.6)
+                      0.7 * (t < 0.7), kind_of, 1.6)
         for row, state in enumerate(states):
             if now[row]:
                 matrix[row] = np.outer(*(mixed(back, p[row, j], state[j]) for j in (0, 1))).ravel()
         now = now @ matrix
     assert now.sum() == pytest.approx(1)
     drawn = baselines.sample(kind, model, LEVELS, n, steps, seeded(0), torch.ones(n).long(), 0.7, kind_of is not None,
-                             1.6, 0.7)
+                             1.6, 0.7, end)
     counts = torch.bincount(drawn @ torch.tensor([K + 1, 1]), minlength=(K + 1) ** 2).numpy()
     assert not counts[now < 1e-9].any() and (now > 1e-9).sum() == K * K
     assert chi_square(counts[now > 1e-9], n * now[now > 1e-9]) > 1e-3
@@ -232,15 +232,16 @@ def test_guided_steps_are_two_calls(kind, monkeypatch):
     model, labels, n = network(), torch.tensor([0, 1]), []
     monkeypatch.setattr(type(model), "forward", lambda self, z, *_, **__: n.append(len(z)) or torch.zeros(
         *z.shape[:2], self.K))
-    for calls, below in itertools.product((2, 4, 8, 13, 16, 50), (1.0, 0.5)):
-        steps, guided = tuned.most_steps(calls, below, kind is not None)
+    for calls, below, end in itertools.product((2, 4, 8, 13, 16, 50), (1.0, 0.5), (None, 0.3)):
+        steps, guided = tuned.most_steps(calls, below, kind is not None, end)
         for count, more in ((steps, 0), (steps + 1, 1)):
             n.clear()
             if kind:
-                baselines.sample(kind, model, LEVELS, 2, count, seeded(0), labels, 1.0, guided_below=below)
+                baselines.sample(kind, model, LEVELS, 2, count, seeded(0), labels, 1.0, guided_below=below,
+                                 end=end)
             else:
                 sample_tokens(model, LEVELS, labels, image_generators(0, range(2)), count, 1.0, "ancestral",
-                              interval=(0.0, below))
+                              interval=(0.0, below), end=end)
             assert sum(n) / 2 > calls if more else sum(n) / 2 == steps + guided <= calls
     wanted = []
     monkeypatch.setattr(tuned, "measure", lambda *a: wanted.append(a[5]["guidance"]) or {"distance": abs(

@@ -389,11 +389,12 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
         returncode=call("train.py", *words[2:]) if words[1].endswith("train.py") else 0, stdout="abc\n")))
     monkeypatch.setattr(compare, "kernel_distance", functools.partial(compare.kernel_distance, subsets=2))
     some = tuned.settings("absorbing", 4, True)
-    assert len(some) == 47 and {(s["steps"], s["guided_below"]) for s in some if s["guidance"]} == {(2, 1.0), (3, 0.5)}
+    assert len(some) == 102 and {(s["steps"], s["guided_below"]) for s in some if s["guidance"]} == {(2, 1.0), (3, 0.5)}
     assert {(s["steps"], s["guided_below"]) for s in some if not s["guidance"]} == {(4, 1.0)}
     assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1, False)) == 7
-    ends = {s["end"] for s in tuned.settings(None, 4, False)}
-    assert ends == {0.05, 0.15, 0.3, 0.45} and {s["end"] for s in some} == {""}  # of continuous diffusion alone
+    ends = [{s["end"] for s in tuned.settings(*of, False)} for of in ((None, 4), ("uniform", 8), (None, 16), (None, 2))]
+    assert ends == [{0.05, 0.3, 0.45, 0.6}, {"", 0.3, 0.45, 0.6}, {0.0, 0.3}, {0.2, 0.3, 0.45, 0.6}]
+    assert {s["end"] for s in some if s["sampler"] == "confidence"} == {""}
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
         dict(sampler="ancestral", steps=calls, guidance=0.0, guided_below=1.0, temperature=t, gumbel=1.0, end=0.3)
         for t in (0.5, 1.0)])

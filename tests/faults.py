@@ -296,6 +296,8 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/compare.py", "a row that was stopped forgets its optimizer", '{"model": model, "ema": ema, "optimizer": optimizer}, path', '{"model": model, "ema": ema}, path', "test_compare"),
     ("experiments/tuned.py", "a longer training is tuned again", "args.seeds[0], args.tuned_at, calls", "args.seeds[0], args.budget, calls", "test_tuned"),
     ("experiments/tuned.py", "a guided step counts once", "if steps + guided <= calls:", "if steps <= calls:", "guided_steps"),
+    ("experiments/tuned.py", "calls of another grid", "time_grid(steps, end) if", "time_grid(steps) if", "guided_steps"),
+    ("experiments/baselines.py", "tokens drawn at 1 / steps, whatever the end", "torch.linspace(1.0, end, steps", "torch.linspace(1.0, 1 / steps, steps", "enumeration"),
     ("experiments/tuned.py", "guided at t below the bound alone", "t <= guided_below for", "t < guided_below for", "guided_steps"),
     ("experiments/tuned.py", "guidance at the end of the grid", 'if best["guidance"] < omegas[-1]:', "if True:", "guided_steps"),
     ("experiments/baselines.py", "strong guidance leaves nothing", "p = p.clamp(min=1e-30)", "p = p.clamp(min=0.0)", "strong_guidance"),
