@@ -31,8 +31,8 @@ def add_sampling_flags(parser, n, batch):
                         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     parser.add_argument("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
     parser.add_argument("--end", type=float, metavar="T", help="stop at this time (1 is noise, 0 the image) and draw "
-                        "the tokens there. A little before 0 the network still has a choice, and few steps do not make "
-                        "all images alike (default: 0; for 2 to 15 steps 0.8 / steps^2)")
+                        "the tokens there. Before 0 the network still has a choice, and few steps do not make "
+                        "all images alike (default: 0; for 2 to 15 steps 0.8 / steps^2, guided 0.3)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the "
                         "first (default: in the checkpoint)")
     parser.add_argument("--class", dest="classes", metavar="NAME[,NAME]", help="only these classes, by name or number "

@@ -19,7 +19,7 @@ import tuned
 import losses
 from engine.config import DEFAULTS
 from engine.randomness import image_generators
-from sample import sample_tokens
+from sample import default_end, sample_tokens
 from schedule import ShiftedCosine, alpha_sigma
 from tests.common import close, seeded
 from tests.exact import chi_square, small_model
@@ -241,7 +241,7 @@ def test_guided_steps_are_two_calls(kind, monkeypatch):
                                  end=end)
             else:
                 sample_tokens(model, LEVELS, labels, image_generators(0, range(2)), count, 1.0, "ancestral",
-                              interval=(0.0, below), end=end)
+                              interval=(0.0, below), end=default_end(count) if end is None else end)
             assert sum(n) / 2 > calls if more else sum(n) / 2 == steps + guided <= calls
     wanted = []
     monkeypatch.setattr(tuned, "measure", lambda *a: wanted.append(a[5]["guidance"]) or {"distance": abs(

@@ -114,12 +114,15 @@ def test_sampling_options(one_thread):
     """temperature, interval and end: nothing at their defaults, else exactly what they say."""
     model = small_model(num_classes=2, grid=(4, 4))
     plain, calls, _ = drawn(model, 5, 2.0)
-    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.8 / 25)[0])
+    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.3)[0])
     assert [len(z) for z, *_ in calls] == [6] * 5
     # few steps end before 0, in proportion to where they start; one step has nowhere to go, and many end at 0
     assert [drawn(model, steps)[2][-1][0] for steps in (1, 2, 4, 16)] == pytest.approx([1, 0.2, 0.05, 0], abs=1e-15)
+    ends = [drawn(model, steps, 0.1)[2][-1][0] for steps in (1, 2, 15, 16)]
+    assert ends == pytest.approx([1, 0.3, 0.3, 0], abs=1e-15)
     init = torch.zeros(1, 16, dtype=torch.int64), 0.5
-    assert drawn(model, 2, init=init)[2][-1][0] == pytest.approx(0.1, abs=1e-15)
+    for omega, end in ((0, 0.1), (-0.5, 0.1), (1.0, 0.15)):
+        assert drawn(model, 2, omega, init=init)[2][-1][0] == pytest.approx(end, abs=1e-15)
     # omega counts at t = 1, 3/4, 1/2, 1/4, 0 in the interval only; elsewhere there is one pass, not two
     tokens, calls, _ = drawn(model, 5, 2.0, interval=(0.3, 0.45), end=0.0)
     assert torch.equal(tokens, drawn(model, 5, 0.0, end=0.0)[0]) and [len(z) for z, *_ in calls] == [3] * 5

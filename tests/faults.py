@@ -122,6 +122,7 @@ FAULTS = [Fault(*words) for words in [
     ("sample.py", "ancestral without noise", "return mean + std * eps\n", "return mean\n", "one_step_back"),
     ("sample.py", "DDIM with the noise of time t", "alpha_s[:, None, None] * e_hat + sigma_s[:, None, None] * eps_hat", "alpha_s[:, None, None] * e_hat + sigma_t[:, None, None] * eps_hat", "one_step_back"),
     ("sample.py", "the early end for many steps too", "if 1 < steps < 16 else 0.0", "if 1 < steps else 0.0", "sampling_options"),
+    ("sample.py", "guided steps end like others", "0.3 if guidance > 0 else", "0.3 if guidance > 1 else", "sampling_options"),
     ("sample.py", "temperature multiplied", "(logits if temperature == 1 else logits / temperature)", "(logits if temperature == 1 else logits * temperature)", "sampling_options"),
     ("sample.py", "guidance outside of its interval", "omega = guidance if interval[0] <= t <= interval[1] else 0.0", "omega = guidance", "sampling_options"),
     ("sample.py", "known tokens are drawn", "p = torch.where(inpaint[..., None] < 0, p, one_hot)", "p = torch.where(inpaint[..., None] < -1, one_hot, p)", "inpainted or known_tokens"),
