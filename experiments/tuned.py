@@ -14,9 +14,9 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
 interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. While the strongest guidance that was tried is
-the best, twice as much is tried, too. A setting that needs more calls than there are is left out. `end` is the time of
-the last call, where all tokens that are left are drawn: sample.default_end for VQ-LCMD, 1 / steps for discrete
-diffusion, and later ones in few calls.
+the best, twice as much is tried, too (up to --most-guidance). A setting that needs more calls than there are is left
+out. `end` is the time of the last call, where all tokens that are left are drawn: 0.8 / steps^2 for VQ-LCMD, 1 / steps
+for discrete diffusion, and in few calls larger ones, too.
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
 step 4, tuned.png is their picture. The same command again does what is missing.
@@ -143,12 +143,12 @@ def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluato
 
 def best_setting(name, lr, args, calls, *options):
     """Step 3: the setting with the least distance on the first seed."""
-    omegas = list(OMEGAS)
+    omegas = [omega for omega in OMEGAS if omega <= args.most_guidance]
     while True:
         found = settings(compare.ROWS[name].get("loss"), calls, options[0].classes, omegas)
         best = min(found, key=lambda setting: float(measure(name, lr, args.seeds[0], args.tuned_at, calls, setting,
                                                             args.tune_n, "tried", *options)["distance"]))
-        if best["guidance"] < omegas[-1]:
+        if best["guidance"] < max(omegas, default=1) or 2 * omegas[-1] > args.most_guidance:
             return best
         omegas.append(2 * omegas[-1])
 
@@ -228,6 +228,8 @@ def parse_arguments():
     parser.add_argument("--short", type=int, default=600, help="steps of step 1 (default: 600)")
     parser.add_argument("--calls", type=int, nargs="+", default=[4, 8, 16, 50], metavar="N",
                         help="of the network per image (default: 4 8 16 50)")
+    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no stronger one: "
+                        "some features like what looks bad (default: twice as much while the strongest is best)")
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the feature network (default: 1500)")

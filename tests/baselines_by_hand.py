@@ -226,8 +226,9 @@ def test_objective_of_every_row():
             assert not torch.equal(found, baselines.objective({}, model, ema, LEVELS, x, labels, seeded(1), 0.5))
 
 
-@pytest.mark.parametrize("kind", [None, "absorbing"])
-def test_guided_steps_are_two_calls(kind, monkeypatch):
+@pytest.mark.parametrize("kind, most, found", [(None, math.inf, (8, 0.5, 16)), ("absorbing", 4, (4, 0.5, 4)),
+                                               (None, 0.1, (0, 1, 0))])
+def test_guided_steps_are_two_calls(kind, most, found, monkeypatch):
     """As many steps as calls allow, counted at the network; twice the guidance is tried while the strongest is best."""
     model, labels, n = network(), torch.tensor([0, 1]), []
     monkeypatch.setattr(type(model), "forward", lambda self, z, *_, **__: n.append(len(z)) or torch.zeros(
@@ -246,6 +247,6 @@ def test_guided_steps_are_two_calls(kind, monkeypatch):
     wanted = []
     monkeypatch.setattr(tuned, "measure", lambda *a: wanted.append(a[5]["guidance"]) or {"distance": abs(
         math.log2((a[5]["guidance"] + 0.01) / 7)) + (a[5]["guided_below"] == 1)})
-    best = tuned.best_setting("VQ-LCMD", 1, SimpleNamespace(seeds=[0], tuned_at=1, tune_n=1), 8,
+    best = tuned.best_setting("VQ-LCMD", 1, SimpleNamespace(seeds=[0], tuned_at=1, tune_n=1, most_guidance=most), 8,
                               SimpleNamespace(classes=["a"]))
-    assert (best["guidance"], best["guided_below"], max(wanted)) == (8, 0.5, 16)
+    assert (best["guidance"], best["guided_below"], max(wanted)) == found
