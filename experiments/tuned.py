@@ -13,10 +13,10 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
        call, no guidance, temperature 1
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
-interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. While the strongest guidance that was tried is
-the best, twice as much is tried, too (up to --most-guidance). A setting that needs more calls than there are is left
-out. `end` is the time of the last call, where all tokens that are left are drawn: 0.8 / steps^2 for VQ-LCMD, 1 / steps
-for discrete diffusion, and in few calls larger ones, too.
+interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. A setting that needs more calls than there are
+is left out. `end` is the time of the last call, where all tokens that are left are drawn: 0.8 / steps^2 for VQ-LCMD, 1
+/ steps for discrete diffusion, and in few calls larger ones, too. While the strongest guidance or the largest end that
+was tried is the best, a larger one is tried, too (up to --most-guidance).
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
 step 4, tuned.png is their picture. The same command again does what is missing.
@@ -43,6 +43,7 @@ COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps"
            "train_seconds", "sample_seconds", "features", "commit", "device", "command"]
 RATES = ["row", "lr", "budget", "bound", "seconds"]
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
+ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)  # beside the method's own: the first three in up to 8 calls, the first in up to 16
 
 
 def most_steps(calls, guided_below, discrete, end=None):
@@ -56,13 +57,17 @@ def most_steps(calls, guided_below, discrete, end=None):
     return 0, 0
 
 
-def settings(kind, calls, classes, omegas=OMEGAS):
+def first_ends(calls):
+    return ENDS[:3 if calls <= 8 else 1 if calls <= 16 else 0]
+
+
+def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
     """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has them."""
     found, discrete = [], kind in compare.baselines.KINDS
     for sampler, (omega, guided_below), end in itertools.product(
             ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",),
             [(0.0, 1.0), *itertools.product(omegas if classes else (), (1.0, 0.5))],
-            (None, 0.3, 0.45, 0.6) if calls <= 8 else (None, 0.3) if calls <= 16 else (None,)):
+            (None, *(first_ends(calls) if ends is None else ends))):
         steps, guided = most_steps(calls, guided_below, discrete, end) if omega else (calls, 0)
         if (omega and not guided) or (end and (steps == 1 or sampler == "confidence")):
             continue
@@ -144,13 +149,17 @@ def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluato
 def best_setting(name, lr, args, calls, *options):
     """Step 3: the setting with the least distance on the first seed."""
     omegas = [omega for omega in OMEGAS if omega <= args.most_guidance]
+    ends = first_ends(calls)
     while True:
-        found = settings(compare.ROWS[name].get("loss"), calls, options[0].classes, omegas)
+        found = settings(compare.ROWS[name].get("loss"), calls, options[0].classes, omegas, ends)
         best = min(found, key=lambda setting: float(measure(name, lr, args.seeds[0], args.tuned_at, calls, setting,
                                                             args.tune_n, "tried", *options)["distance"]))
-        if best["guidance"] < max(omegas, default=1) or 2 * omegas[-1] > args.most_guidance:
+        if best["guidance"] == max(omegas, default=1) and 2 * omegas[-1] <= args.most_guidance:
+            omegas.append(2 * omegas[-1])
+        elif ends and best["end"] == ends[-1] < ENDS[-1]:
+            ends = ENDS[:len(ends) + 1]
+        else:
             return best
-        omegas.append(2 * omegas[-1])
 
 
 def table(lines, args, purpose):
