@@ -114,10 +114,16 @@ def best_rate(name, args, shared, path):
 
 @functools.lru_cache(maxsize=1)
 def train(name, seed, budget, shared):
-    """(averaged weights, schedule, bound and seconds) of a row, by its file if it is there."""
+    """(averaged weights, schedule, seconds) of a row, by its file if it is there."""
     model, schedule, state = compare.train_row(name, seed, budget, shared)
-    found = compare.bound(name, model, schedule, shared, seed)
-    return model, schedule, {"bound": found, "train_seconds": state["seconds"]}
+    return model, schedule, state["seconds"]
+
+
+@functools.cache
+def bound(name, seed, budget, shared):
+    """Held-out bits per token of a row."""
+    model, schedule, _ = train(name, seed, budget, shared)
+    return compare.bound(name, model, schedule, shared, seed)
 
 
 def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluator, facts):
@@ -135,11 +141,12 @@ def measure(name, lr, seed, budget, calls, setting, n, purpose, shared, evaluato
         compare.append(path, same[0] | {"purpose": purpose}, COLUMNS)
         return same[0]
     trained = with_rate(name, lr)
-    model, schedule, trained_facts = train(trained, seed, budget, shared)
+    model, schedule, train_seconds = train(trained, seed, budget, shared)
     start = time.perf_counter()
     images = compare.draw(trained, model, schedule, shared, n, **setting)
     seconds = time.perf_counter() - start
-    found = evaluator(images) | trained_facts | {"sample_seconds": seconds}
+    found = evaluator(images) | {"bound": bound(trained, seed, budget, shared), "train_seconds": train_seconds,
+                                 "sample_seconds": seconds}
     line |= {key: f"{value:.5f}" for key, value in found.items()} | facts
     compare.append(path, line, COLUMNS)
     print(f"{trained}, seed {seed}, {calls} calls, {setting}: distance {found['distance']:.3f}", flush=True)
@@ -185,6 +192,34 @@ def table(lines, args, purpose):
     return "\n".join(out) + "\n"
 
 
+def curves(panel, lines, rows, calls, references):
+    """Distance against calls into one panel of matplotlib, both axes logarithmic.
+
+    references: {words: {"distance": ...}}, a line each where it is not far below everything else.
+    """
+    from matplotlib import ticker
+    for i, name in enumerate(rows):
+        for purpose, style in (("result", "-o"), ("untuned", ":o")):
+            found = {number: [float(line["distance"]) for line in lines if (line["row"], line["purpose"], line["calls"])
+                              == (name, purpose, str(number))] for number in calls}
+            found = {number: values for number, values in found.items() if values}
+            means = [sum(values) / len(values) for values in found.values()]
+            ranges = [[m - min(v) for m, v in zip(means, found.values(), strict=True)],
+                      [max(v) - m for m, v in zip(means, found.values(), strict=True)]]
+            panel.errorbar(list(found), means, ranges, fmt=style, color=f"C{i}", capsize=3,
+                           label=name + (", at its best" if purpose == "result" else ", untuned"))
+    panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
+              xticks=calls)
+    least = panel.get_ylim()[0]
+    for style, (kind, found) in zip((":", "-"), references.items(), strict=True):
+        if found["distance"] > least / 4:
+            panel.axhline(found["distance"], color="grey", lw=1, ls=style, label=kind)
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_locator(ticker.NullLocator())
+
+
 def figure(lines, args, references):
     """tuned.png: distance against calls, each row at its best and untuned; bars are the range over the seeds.
 
@@ -195,26 +230,9 @@ def figure(lines, args, references):
     except ImportError:
         return print("no picture: pip install matplotlib, and give the same command again")
     matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
     picture, panel = pyplot.subplots(figsize=(8, 4))
-    for i, name in enumerate(args.rows):
-        for purpose, style in (("result", "-o"), ("untuned", ":o")):
-            found = {calls: [float(line["distance"]) for line in lines if (line["row"], line["purpose"], line["calls"])
-                             == (name, purpose, str(calls))] for calls in args.calls}
-            found = {calls: values for calls, values in found.items() if values}
-            means = [sum(values) / len(values) for values in found.values()]
-            ranges = [[m - min(v) for m, v in zip(means, found.values(), strict=True)],
-                      [max(v) - m for m, v in zip(means, found.values(), strict=True)]]
-            panel.errorbar(list(found), means, ranges, fmt=style, color=f"C{i}", capsize=3,
-                           label=name + (", at its best" if purpose == "result" else ", untuned"))
-    for style, (kind, found) in zip((":", "-"), references.items(), strict=True):
-        panel.axhline(found["distance"], color="grey", lw=1, ls=style, label=kind)
-    panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
-              xticks=args.calls)
-    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.set_minor_locator(ticker.NullLocator())
+    curves(panel, lines, args.rows, args.calls, references)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     picture.tight_layout()
     picture.savefig(Path(args.out) / "tuned.png", dpi=110)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,6 +24,7 @@ import noise_levels
 import numpy as np
 import pytest
 import speed
+import tables
 import torch
 import torch.nn.functional as F
 import tuned
@@ -36,6 +38,8 @@ from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, forkserver, parser_flags, seeded
 from tests.exact import chi_square
 from vqvae import VQVAE
+
+compare.DRAWS = 64  # of the bound: tests of the programs need no precision
 
 
 def test_speed_program(capsys, monkeypatch):
@@ -435,3 +439,25 @@ def test_while_the_largest_is_best_a_larger_one_is_tried(calls, most, end, omega
     args = SimpleNamespace(most_guidance=most, seeds=[0], tuned_at=1, tune_n=4)
     best = tuned.best_setting("VQ-LCMD", 0.1, args, calls, SimpleNamespace(classes=2))
     assert (best["end"], best["guidance"]) == taken
+
+
+def test_the_tables_of_the_experiments(tmp_path, capsys):
+    """Every line of the tables that the CSV files give stands in the README, and none of them is empty."""
+    text = (Path(tables.__file__).parent / "README.md").read_text()
+    assert call(tables) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 30 and [line for line in lines if line not in text] == []
+    assert all(re.fullmatch(r"\d\.\d\d( ± 0\.\d\d)?", line.split(" | ")[1]) for line in lines
+               if not line.startswith(("| ---", "| at its best", "| untuned", "| tuned on")))
+    tables.draw(tmp_path / "tuned.png")
+    with Image.open(tmp_path / "tuned.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+def test_the_words_of_a_setting():
+    """Only what is not plain is said; the default end of VQ-LCMD is, discrete diffusion has none to say."""
+    line = dict(steps="4", guidance="0.0", guided_below="1.0", temperature="1.0", sampler="ancestral", end="0.05")
+    assert tables.words(line, False) == "4 steps, τ 1" and tables.words(line, True) == "4 steps, τ 1, end 0.05"
+    assert tables.words(line | {"guidance": "2.0", "guided_below": "0.5", "end": "0.3"}, False) == (
+        "4 steps, ω 2 at t ≤ 0.5, τ 1, end 0.3")
+    assert tables.words(line | {"sampler": "confidence", "end": ""}, True) == "4 steps, τ 1, by confidence"

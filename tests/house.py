@@ -87,12 +87,16 @@ def test_the_table_of_lines():
 
 
 def test_links_lead_somewhere():
-    """Every relative link and every file in backquotes of the READMEs is there."""
+    """Every relative link, the heading it names, and every file in backquotes of the READMEs is there."""
     for readme in ["README.md", *files("*/*.md")]:
         text, folder = (HERE / readme).read_text(), (HERE / readme).parent
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
             if "://" not in target:
-                assert (folder / target).exists(), f"{readme} links to {target}, which is not there"
+                path = folder / target if target else HERE / readme
+                assert path.exists(), f"{readme} links to {target}, which is not there"
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if heading else []
+                slugs = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+                assert not heading or heading in slugs, f"{readme} links to {target}#{heading}, which is not there"
         for name in re.findall(r"`((?:engine|extras|experiments|tests)/\w+\.\w+)`", text):
             assert (HERE / name).exists(), f"{readme} names {name}, which is not there"
 
