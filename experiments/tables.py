@@ -31,8 +31,8 @@ def load(name, budget):
 
 def bits(name, row, budget):
     """Held-out bits per token, mean ± half the range over the seeds that bounds.csv has."""
-    return compare.spread([float(line["bound"]) for line in compare.read(HERE / "bounds.csv") if ROWS.get(line["row"])
-                           == row and (line["set"], line["budget"]) == (name, str(budget)) and line["seed"] != "9"])
+    return compare.spread([float(line["bound"]) for line in compare.read(HERE / "bounds.csv")
+                           if (line["set"], ROWS.get(line["row"]), line["budget"]) == (name, row, str(budget))])
 
 
 def words(line, discrete):
