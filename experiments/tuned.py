@@ -15,7 +15,7 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
 interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. A setting that needs more calls than there are
 is left out. `end` is the time of the last call, where all tokens that are left are drawn: 0.8 / steps^2 for VQ-LCMD, 1
-/ steps for discrete diffusion, and in few calls larger ones, too. While the strongest guidance or the largest end that
+/ steps for discrete diffusion, and larger ones, too. While the strongest guidance or the largest end that
 was tried is the best, a larger one is tried, too (up to --most-guidance).
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
@@ -43,7 +43,7 @@ COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps"
            "train_seconds", "sample_seconds", "features", "commit", "device", "command"]
 RATES = ["row", "lr", "budget", "bound", "seconds"]
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
-ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)  # beside the method's own: the first three in up to 8 calls, the first in up to 16
+ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)  # beside the method's own: the first three in up to 8 calls, else the first
 
 
 def most_steps(calls, guided_below, discrete, end=None):
@@ -58,7 +58,7 @@ def most_steps(calls, guided_below, discrete, end=None):
 
 
 def first_ends(calls):
-    return ENDS[:3 if calls <= 8 else 1 if calls <= 16 else 0]
+    return ENDS[:3 if calls <= 8 else 1]
 
 
 def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
@@ -163,7 +163,7 @@ def best_setting(name, lr, args, calls, *options):
                                                             args.tune_n, "tried", *options)["distance"]))
         if best["guidance"] == max(omegas, default=1) and 2 * omegas[-1] <= args.most_guidance:
             omegas.append(2 * omegas[-1])
-        elif ends and best["end"] == ends[-1] < ENDS[-1]:
+        elif best["end"] == ends[-1] < ENDS[-1]:
             ends = ENDS[:len(ends) + 1]
         else:
             return best

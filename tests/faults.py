@@ -302,7 +302,7 @@ FAULTS = [Fault(*words) for words in [
     ("experiments/tuned.py", "guided at t below the bound alone", "t <= guided_below for", "t < guided_below for", "guided_steps"),
     ("experiments/tuned.py", "guidance at the end of the grid", 'if best["guidance"] == max(omegas, default=1) and', "if False and", "larger_one_is_tried"),
     ("experiments/tuned.py", "more guidance than allowed", "and 2 * omegas[-1] <= args.most_guidance:", "and True:", "larger_one_is_tried"),
-    ("experiments/tuned.py", "an end at the edge of what is tried is taken", 'elif ends and best["end"] == ends[-1] < ENDS[-1]:', "elif False:", "larger_one_is_tried"),
+    ("experiments/tuned.py", "an end at the edge of what is tried is taken", 'elif best["end"] == ends[-1] < ENDS[-1]:', "elif False:", "larger_one_is_tried"),
     ("experiments/tuned.py", "the first of the larger ends is taken", 'best["end"] == ends[-1] < ENDS[-1]', 'best["end"] == ends[0] < ENDS[-1]', "larger_one_is_tried"),
     ("experiments/tables.py", "a tried setting counts as a result", '(line["row"], line["purpose"]) == (row, purpose)', '(line["row"], line["purpose"][:1]) == (row, purpose[:1])', "tables_of_the_experiments"),
     ("experiments/tables.py", "VQ-LCMD's own end is said", "or not math.isclose", "or math.isclose", "words_of_a_setting"),
