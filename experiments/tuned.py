@@ -15,8 +15,8 @@ All other words go to train.py, as in compare.py, whose run directory (--out) th
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a limited
 interval, Kynkaanniemi et al. 2024), which leaves calls for more steps. A setting that needs more calls than there are
 is left out. `end` is the time of the last call, where all tokens that are left are drawn: 0.8 / steps^2 for VQ-LCMD, 1
-/ steps for discrete diffusion, and larger ones, too. While the strongest guidance or the largest end that
-was tried is the best, a larger one is tried, too (up to --most-guidance).
+/ steps for discrete diffusion, and larger ones, too. While the strongest guidance or the largest end that was tried is
+the best, a larger one is tried, too (up to --most-guidance).
 tuned.csv has a line per row, seed and setting: `purpose` says whether it was tried in step 3 or is a result of step 4,
 tuned or not; rates.csv has the bounds of step 1. tuned.md has the tables, mean and half the range over the seeds of
 step 4, tuned.png is their picture. The same command again does what is missing.
