@@ -354,10 +354,13 @@ class Evaluator:
         some = spread_out(len(shared.images), 10000)
         self.real = torch.cat([self.features(shared.images.batch(part)) for part in np.array_split(some, 10)])
 
-    def __call__(self, images, labels=None):
+    def __call__(self, images, labels=None, distance_alone=False):
         fake = self.features(images)
         statistics = [value for f in (self.real, fake) for value in (f.mean(0).numpy(), np.cov(f.numpy().T))]
-        found = {"distance": frechet_distance(*statistics), "kid": kernel_distance(self.real, fake)[0]}
+        found = {"distance": frechet_distance(*statistics)}
+        if distance_alone:
+            return found
+        found["kid"] = kernel_distance(self.real, fake)[0]
         if len(fake) > 3:
             found |= dict(zip(("precision", "recall"), precision_recall(self.real, fake), strict=True))
         if self.classifier is not None:

@@ -413,6 +413,7 @@ def test_tuned(folder, tmp_path, monkeypatch, capsys):
     chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
     assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r in result] == [
         ("result", "1", "4", chosen), ("untuned", "1", "4", "1.0")] and (tmp_path / "c" / "tuned.png").exists()
+    assert not any(line["kid"] for line in tried) and all(line["kid"] and line["precision"] for line in result)
     before = (tmp_path / "c" / "tuned.csv").read_text()
     assert call(tuned, *words) == 0 and (tmp_path / "c" / "tuned.csv").read_text() == before
     assert "| VQ-LCMD |" in (tmp_path / "c" / "tuned.md").read_text()
