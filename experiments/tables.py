@@ -53,7 +53,8 @@ def words(line, discrete):
 def table(name, lines, purpose, budget):
     """Markdown: mean ± half the range over the seeds; one seed has no ±. "–" is what was not measured."""
     calls = [number for number in CALLS if any(line["calls"] == str(number) for line in lines)]
-    out = ["| " + " | ".join(["at its best" if purpose == "result" else purpose, "bits per token",
+    title = purpose if purpose != "result" else "at its best" if budget == 4800 else "settings of 4,800 steps"
+    out = ["| " + " | ".join([title, "bits per token",
                               *(f"{number} calls" for number in calls)]) + " |", "|" + " --- |" * (2 + len(calls))]
     for row in ROWS.values():
         mine = [line for line in lines if (line["row"], line["purpose"]) == (row, purpose)]
