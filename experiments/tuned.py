@@ -58,6 +58,7 @@ def most_steps(calls, guided_below, discrete, end=None):
 
 
 def first_ends(calls):
+    """The larger times of the last call that are always tried."""
     return ENDS[:3 if calls <= 8 else 1]
 
 
