@@ -8,7 +8,6 @@ larger grid has replaced has the purpose "result, smaller grid" and does not cou
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -35,27 +34,12 @@ def bits(name, row, budget):
                            if (line["set"], ROWS.get(line["row"]), line["budget"]) == (name, row, str(budget))])
 
 
-def words(line, discrete):
-    """The settings of a line, where they are not the plain ones."""
-    said, guidance = [f"{line['steps']} steps"], float(line["guidance"])
-    if guidance:
-        limited = "" if float(line["guided_below"]) == 1 else f" at t ≤ {line['guided_below']}"
-        said.append(f"ω {guidance:g}{limited}")
-    said.append(f"τ {float(line['temperature']):g}")
-    if line["sampler"] == "confidence":
-        said.append("by confidence")
-    own = None if discrete else tuned.default_end(int(line["steps"]))
-    if line["end"] and (discrete or not math.isclose(float(line["end"]), own, abs_tol=1e-9)):
-        said.append(f"end {float(line['end']):g}")
-    return ", ".join(said)
-
-
 def table(name, lines, purpose, budget):
     """Markdown: mean ± half the range over the seeds; one seed has no ±. "–" is what was not measured."""
     calls = [number for number in CALLS if any(line["calls"] == str(number) for line in lines)]
     title = purpose if purpose != "result" else "at its best" if budget == 4800 else "settings of 4,800 steps"
-    out = ["| " + " | ".join([title, "bits per token",
-                              *(f"{number} calls" for number in calls)]) + " |", "|" + " --- |" * (2 + len(calls))]
+    out = ["| " + " | ".join([title, "bits per token", *(f"{number} calls" for number in calls)]) + " |",
+           "|" + " --- |" * (2 + len(calls))]
     for row in ROWS.values():
         mine = [line for line in lines if (line["row"], line["purpose"]) == (row, purpose)]
         cells = []
@@ -63,7 +47,7 @@ def table(name, lines, purpose, budget):
             here = [line for line in mine if line["calls"] == str(number)]
             cell = compare.spread([float(line["distance"]) for line in here], SETS[name][1]) or "–"
             if here and purpose != "untuned":
-                settings = {words(line, row != "VQ-LCMD") for line in here}
+                settings = {tuned.words(line, row != "VQ-LCMD") for line in here}
                 assert len(settings) == 1, f"{name}, {row}, {number} calls: several results, {settings}"
                 cell += f" ({settings.pop()})"
             cells.append(cell)

@@ -170,6 +170,17 @@ def best_setting(name, lr, args, calls, *options):
             return best
 
 
+def words(line, discrete):
+    """The settings of a line. An end is named where it is not the method's own: for VQ-LCMD, what sample.py takes."""
+    guidance, steps = float(line["guidance"]), int(line["steps"])
+    limited = "" if float(line["guided_below"]) == 1 else f" at t ≤ {line['guided_below']}"
+    own = None if discrete else default_end(steps, guidance)
+    named = line["end"] and (discrete or not math.isclose(float(line["end"]), own, abs_tol=1e-9))
+    return ", ".join([f"{steps} steps", *[f"ω {guidance:g}{limited}"] * (guidance != 0),
+                      f"τ {float(line['temperature']):g}", *["by confidence"] * (line["sampler"] == "confidence"),
+                      *[f"end {float(line['end'] or 0):.2g}"] * bool(named)])
+
+
 def table(lines, args, purpose):
     """Markdown: distance per row and number of calls, mean ± half the range over the seeds, and the settings taken."""
     out = ["| row | rate | bits per token ≤ |" + "".join(f" {calls} calls |" for calls in args.calls),
@@ -182,13 +193,9 @@ def table(lines, args, purpose):
         cells = [name, mine[0]["lr"], compare.spread(list(bounds.values()))]
         for calls in args.calls:
             some = [line for line in mine if line["calls"] == str(calls)]
-            words = ""
-            if some and purpose == "result":
-                line = some[0]
-                below = "" if float(line["guided_below"]) == 1 else f" at t ≤ {line['guided_below']}"
-                end = f", end {float(line['end']):.2g}" if line["end"] else ""
-                words = f" ({line['sampler'][:4]}., τ {line['temperature']}, ω {line['guidance']}{below}{end})"
-            cells.append(compare.spread([float(line["distance"]) for line in some], 3) + words)
+            discrete = compare.ROWS[name].get("loss") in compare.baselines.KINDS
+            said = f" ({words(some[0], discrete)})" if some and purpose == "result" else ""
+            cells.append(compare.spread([float(line["distance"]) for line in some], 3) + said)
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing.forkserver
 import os
 import pickle
+import random
 import signal
 import socket
 import struct
@@ -126,6 +127,17 @@ def start_processes(function, *args, n=1, wait=None):
             process.join(wait)
         assert [process.exitcode for process in processes] == [0] * n
     return processes
+
+
+def free_ports(n):
+    """n ports that processes may listen on later. Not from those that the system gives away meanwhile, to outgoing
+    connections and to servers that ask for any: on Linux these begin at 32768, elsewhere higher up."""
+    ports = []
+    while len(ports) < n:
+        port = random.SystemRandom().randrange(20000, 32000)  # not by a seed, which two processes may share
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports += [port] * (port not in ports)
+    return ports
 
 
 def join_processes(rank, port):

@@ -40,7 +40,18 @@ from engine.run import (
 )
 from engine.status import TIMES
 from extras.vqgan_losses import PatchDiscriminator
-from tests.common import TINY, call, close, contents, flags, join_processes, piped, start_processes, weights_of
+from tests.common import (
+    TINY,
+    call,
+    close,
+    contents,
+    flags,
+    free_ports,
+    join_processes,
+    piped,
+    start_processes,
+    weights_of,
+)
 
 LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
 
@@ -75,12 +86,6 @@ def test_passes_and_recomputation(undone, run, folder, capsys):
     with mock.patch.object(torch, "__version__", TorchVersion("2.7.1+cpu")), mock.patch.object(
             prepare, "rank_and_world", lambda: (0, 2)):
         assert call("train.py", *words, "--fsdp") == 2 and "--fsdp needs PyTorch 2.8" in capsys.readouterr().err
-
-
-def free_ports(n):
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
-        return [server.getsockname()[1] for server in servers]
 
 
 def one_of_two(rank, jobs, elsewhere):

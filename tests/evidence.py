@@ -456,9 +456,11 @@ def test_the_tables_of_the_experiments(tmp_path, capsys):
 
 
 def test_the_words_of_a_setting():
-    """Only what is not plain is said; the default end of VQ-LCMD is, discrete diffusion has none to say."""
+    """An end is named where sample.py would take another; discrete diffusion, whose own has no number, names any."""
     line = dict(steps="4", guidance="0.0", guided_below="1.0", temperature="1.0", sampler="ancestral", end="0.05")
-    assert tables.words(line, False) == "4 steps, τ 1" and tables.words(line, True) == "4 steps, τ 1, end 0.05"
-    assert tables.words(line | {"guidance": "2.0", "guided_below": "0.5", "end": "0.3"}, False) == (
-        "4 steps, ω 2 at t ≤ 0.5, τ 1, end 0.3")
-    assert tables.words(line | {"sampler": "confidence", "end": ""}, True) == "4 steps, τ 1, by confidence"
+    assert tuned.words(line, False) == "4 steps, τ 1" and tuned.words(line, True) == "4 steps, τ 1, end 0.05"
+    assert tuned.words(line | {"end": "0.0"}, False) == "4 steps, τ 1, end 0"
+    guided = line | {"guidance": "2.0", "guided_below": "0.5"}
+    assert tuned.words(guided | {"end": "0.3"}, False) == "4 steps, ω 2 at t ≤ 0.5, τ 1"
+    assert tuned.words(guided, False) == "4 steps, ω 2 at t ≤ 0.5, τ 1, end 0.05"
+    assert tuned.words(line | {"sampler": "confidence", "end": ""}, True) == "4 steps, τ 1, by confidence"

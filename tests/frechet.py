@@ -7,7 +7,6 @@ import http.server
 import json
 import re
 import shutil
-import socket
 import threading
 import urllib.request
 import zipfile
@@ -37,6 +36,7 @@ from tests.common import (
     contents,
     f64,
     flags,
+    free_ports,
     join_processes,
     make_folder,
     parser_flags,
@@ -302,10 +302,8 @@ def test_two_processes_share_the_work(fast, weights, tmp_path):
             Image.fromarray(image[:40 + i]).save(tmp_path / name / f"{i}.png")
     words = [tmp_path / "real", tmp_path / "fake", "--weights", weights, "--json"]
     assert call("fid.py", *words, tmp_path / "one.json") == 0
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    start_processes(fid_of_two, port, inception.WEIGHTS_SHA256, [*words, tmp_path / "two.json"], tmp_path / "said", n=2,
-                    wait=120)
+    start_processes(fid_of_two, *free_ports(1), inception.WEIGHTS_SHA256, [*words, tmp_path / "two.json"],
+                    tmp_path / "said", n=2, wait=120)
     assert scores_of(tmp_path / "two.json") == pytest.approx(scores_of(tmp_path / "one.json"), rel=1e-4)
     said = [(tmp_path / f"said.{rank}").read_text().count("FID-4 ") for rank in range(2)]
     assert said == [2, 0]  # FID and sFID, printed once

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import socket
 import zipfile
 from unittest import mock
 
@@ -19,7 +18,7 @@ from extras import sample_command, sample_files
 from extras.datasets import find
 from extras.sampling_options import class_labels, parse_classes
 from sample import load_checkpoint, sample_images
-from tests.common import HERE, TINY, call, flags, noise, parser_flags, seeded, write_images
+from tests.common import HERE, TINY, call, flags, free_ports, noise, parser_flags, seeded, write_images
 
 
 def test_every_flag_of_sample_does_something(run, tmp_path, capsys):
@@ -132,8 +131,7 @@ def test_special_pictures_alone(run, tmp_path, capsys, monkeypatch):
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     assert call("sample.py", tmp_path / "ckpt.pt", "--vary", tmp_path / "image.png") == 2
     assert "trained with --label-drop 0" in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    [port] = free_ports(1)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
         monkeypatch.setenv(name, str(value))
     with mock.patch.object(sample_command, "check_arguments", side_effect=lambda *_: 1 / 0) as early:

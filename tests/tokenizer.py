@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import socket
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -35,6 +34,7 @@ from tests.common import (
     close,
     contents,
     flags,
+    free_ports,
     join_processes,
     noise,
     parser_flags,
@@ -128,9 +128,7 @@ def move_a_codebook(rank, world, port, folder):
 def test_one_codebook_in_two_processes(one_thread, tmp_path):
     """Start, running means and restarts see the whole batch: two processes (gloo) hold bit for bit the same codebook,
     and one process with the whole batch the same up to the order of its sums."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    start_processes(move_a_codebook, 2, port, tmp_path, n=2, wait=60)
+    start_processes(move_a_codebook, 2, *free_ports(1), tmp_path, n=2, wait=60)
     move_a_codebook(0, 1, None, tmp_path)
     for update in ("ema", "gradient"):
         one, first, second = (torch.load(tmp_path / f"{update}{name}.pt", weights_only=True)
