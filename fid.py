@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from engine.distributed import all_reduce_sum, gather, rank_and_world
-from engine.run import UserError, look_ahead, write_atomically
+from engine.process import UserError, look_ahead, write_atomically
 from extras.archives import read_statistics
 from extras.inception import WEIGHTS_SHA256
 from extras.metrics import inception_score, kernel_distance, precision_recall

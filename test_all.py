@@ -2,15 +2,12 @@
 them put an exact denoiser in the network's place (tests/exact.py): for tokens of known probabilities the true posterior
 is Bayes' rule, so every expectation has one right value, found by quadrature or a chi-square test.
 
-At the end the rest of the tests is taken in from tests/, so that `pytest test_all.py` runs everything: the programs, as
-their users run them, every flag, data, FID, the engine, what is said of bad input, and the experiments.
+tests/ has the rest, which `pytest` runs too: the programs, every flag, data, FID, the engine, and bad input.
 """
 
 import copy
 import itertools
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,10 +22,8 @@ from embedding_diffusion import EmbeddingDiffusion, normalise
 from engine.randomness import image_generators
 from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
 
-sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
-pytest.register_assert_rewrite("tests")
-from tests.common import close, f64, seeded  # noqa: E402
-from tests.exact import (  # noqa: E402
+from tests.common import close, f64, seeded
+from tests.exact import (
     BPSK,
     PAIR,
     THREE,
@@ -372,29 +367,3 @@ def test_nearest_and_ema():
     vq.eval()(z_e + 1)
     assert torch.equal(vq.codebook, before)
 
-
-# ----------------------------------------------------------------------------
-# The rest.
-
-from tests.baselines_by_hand import *  # noqa: E402, F403
-from tests.by_hand import *  # noqa: E402, F403
-from tests.data_sets import *  # noqa: E402, F403
-from tests.denoiser import *  # noqa: E402, F403
-from tests.earlier_versions import *  # noqa: E402, F403
-from tests.engine_room import *  # noqa: E402, F403
-from tests.evidence import *  # noqa: E402, F403
-from tests.fixtures import *  # noqa: E402, F403
-from tests.frechet import *  # noqa: E402, F403
-from tests.gpu_readiness import *  # noqa: E402, F403
-from tests.house import *  # noqa: E402, F403
-from tests.lying_data import *  # noqa: E402, F403
-from tests.lying_files import *  # noqa: E402, F403
-from tests.mishaps import *  # noqa: E402, F403
-from tests.pages import *  # noqa: E402, F403
-from tests.photos import *  # noqa: E402, F403
-from tests.prices import *  # noqa: E402, F403
-from tests.programs import *  # noqa: E402, F403
-from tests.sampling import *  # noqa: E402, F403
-from tests.security import *  # noqa: E402, F403
-from tests.serving import *  # noqa: E402, F403
-from tests.tokenizer import *  # noqa: E402, F403

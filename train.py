@@ -34,7 +34,7 @@ from engine.config import parse_arguments
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
-from engine.run import on_out_of_memory, release_signals, report_errors, write_json
+from engine.process import on_out_of_memory, release_signals, report_errors, write_json
 from engine.status import StatusLog, format_metrics, log_bound
 from engine.tokens import encode_tokens, load_tokenizer, read_tokens
 from extras.datasets import DATASETS

@@ -4,7 +4,7 @@ import torch
 
 from engine.distributed import rank_and_world
 from engine.randomness import batch_indices, generator_for
-from engine.run import look_ahead
+from engine.process import look_ahead
 
 
 def image_batches(dataset, config, seed, start, steps, device):

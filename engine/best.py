@@ -16,7 +16,7 @@ from tqdm import tqdm
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
 from engine.distributed import barrier, rank_and_world
 from engine.read_back import ReadError, UserError, check_tensor, expect, shown
-from engine.run import write_atomically
+from engine.process import write_atomically
 
 RISE, TWICE = 4, 2
 

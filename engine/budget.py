@@ -16,7 +16,7 @@ from engine.batches import image_batches
 from engine.distributed import all_reduce_max, compute_gradient, rank_and_world
 from engine.randomness import generator_for
 from engine.read_back import UserError, read_json
-from engine.run import write_json
+from engine.process import write_json
 from extras.data_arrays import TokenFile
 from extras.tokenizer_metrics import evaluate_tokenizer
 from losses import NOISE_ARGS, held_out_bound, sample_noise

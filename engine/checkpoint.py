@@ -25,7 +25,7 @@ from engine.read_back import (
     read_names,
     shown,
 )
-from engine.run import write_atomically
+from engine.process import write_atomically
 from extras.foreign_checkpoint import CheckpointError, read_object
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"  # ckpt.pt

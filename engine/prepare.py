@@ -23,7 +23,7 @@ from engine.checkpoint import (
 from engine.config import describe_models, flag, resolve
 from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
 from engine.read_back import UserError
-from engine.run import (
+from engine.process import (
     catch_signals,
     in_turns,
     lock,

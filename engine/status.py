@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.checkpoint import save_checkpoint
 from engine.distributed import all_reduce_max, all_reduce_sum, barrier, rank_and_world
 from engine.read_back import UserError, read_bytes, shown
-from engine.run import RunError, leave, stop_asked, write_atomically
+from engine.process import RunError, leave, stop_asked, write_atomically
 from extras.run_facts import read_columns, seconds_per_step
 from extras.run_page import update_page
 

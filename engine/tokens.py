@@ -23,7 +23,7 @@ from engine.checkpoint import (
 from engine.config import OPTIONS, TOKENIZER_OPTIONS
 from engine.distributed import barrier, bf16_works, broadcast
 from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
-from engine.run import look_ahead, main_process_first, shared_work, write_atomically
+from engine.process import look_ahead, main_process_first, shared_work, write_atomically
 from extras.data_arrays import TokenFile, check_rows
 from extras.image_cache import remove_cache
 from extras.published_vqgan import make_tokenizer, read_geometry, read_published

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.distributed import choose_device
-from engine.run import UserError, report_errors, user_error, write_atomically, write_json
+from engine.process import UserError, report_errors, user_error, write_atomically, write_json
 
 
 def finding(what, found, predicted="", good=None):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import DEFAULTS, PRESETS, TOKENIZER_OPTIONS  # noqa: E402
 from engine.distributed import bf16_works, choose_device  # noqa: E402
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for  # noqa: E402
-from engine.run import write_atomically  # noqa: E402
+from engine.process import write_atomically  # noqa: E402
 from extras.datasets import find  # noqa: E402
 from extras.grids import save_grid  # noqa: E402
 from extras.tokenizer_metrics import usage_and_perplexity  # noqa: E402

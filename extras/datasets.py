@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import DataError
 from engine.read_back import UserError, regular_file
-from engine.run import report_errors
+from engine.process import report_errors
 from extras.data_arrays import read_arrays, read_cifar, read_idx
 from extras.data_forms import Folder, Zip
 from extras.data_lmdb import Lmdb

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.run import UserError
+from engine.process import UserError
 
 
 class DownloadError(UserError):
@@ -87,7 +87,7 @@ def find_weights(name, url, sha256, instead, given=None, may_download=True):
 
 
 if __name__ == "__main__":
-    from engine.run import report_errors
+    from engine.process import report_errors
     from extras.inception import find_inception
     from extras.vqgan_losses import find_lpips
     with report_errors("downloads.py"):

@@ -8,7 +8,7 @@ float32 again, so nothing is computed in half precision.
 import torch
 
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
-from engine.run import UserError, write_atomically
+from engine.process import UserError, write_atomically
 
 KEPT = ("format", "config", "tokenizer", "ema", "class_names", "class_counts", "sampling", "metrics", "step")
 

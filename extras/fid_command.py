@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from engine.distributed import choose_device, init_distributed, precision, rank_and_world
-from engine.run import in_turns, report_errors, user_error, write_json
+from engine.process import in_turns, report_errors, user_error, write_json
 from extras.fid_sources import Decoded, Samples, cached_statistics, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
 from extras.sampling_options import OPTIONAL, add_sampling_flags, check_flags, labels_to_draw, open_checkpoint

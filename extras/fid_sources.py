@@ -15,7 +15,7 @@ from tqdm import tqdm
 import data
 from engine.distributed import barrier, broadcast, gather, rank_and_world
 from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
-from engine.run import main_process_first, write_json
+from engine.process import main_process_first, write_json
 from engine.status import append_row, format_metrics, trim_rows
 from extras.archives import open_npz
 from extras.data_arrays import IMAGES

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.run import write_atomically
+from engine.process import write_atomically
 
 
 def contact_sheet(images, path, columns=8):

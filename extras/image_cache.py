@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import IN_MEMORY_BYTES, MIN_SIDE, DataError, Source, decode_all
 from engine.arrays import resumable_array
 from engine.read_back import UserError, at_most, open_npy, read_json, read_names, shown
-from engine.run import write_json
+from engine.process import write_json
 from engine.stored import CACHE
 
 FIELDS = ("image", "label", "split")

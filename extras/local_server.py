@@ -18,7 +18,7 @@ import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
-from engine.run import UserError, is_out_of_memory
+from engine.process import UserError, is_out_of_memory
 
 PATIENCE = 10.0  # seconds in which a whole request has to come, and each line of an answer to go
 LARGEST_BODY = 8 << 20  # bytes

@@ -7,7 +7,7 @@ Called by fid.compute_scores.
 import numpy as np
 import torch
 
-from engine.run import UserError
+from engine.process import UserError
 
 
 def kernel_distance(real, fake, subsets=100, size=1000):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import DataError, load_image
 from engine.randomness import image_generators
-from engine.run import UserError, user_error, write_atomically
+from engine.process import UserError, user_error, write_atomically
 from extras.grids import grid_page, save_grid
 from sample import COLUMNS, check_settings, sample_images
 

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 
-from engine import run as engine_run
+from engine import process as engine_process
 from engine.checkpoint import rename
 from engine.read_back import ReadError, UserError, check_nesting, no_file, read_json
-from engine.run import lock
+from engine.process import lock
 from engine.stored import check_stored
 
 LARGEST = 1 << 28  # bytes of a CSV file
@@ -99,7 +99,7 @@ def read_run(out):
 
 def in_use(out):
     """Does a process work in this run directory? None where locks cannot tell."""
-    if engine_run.fcntl is None or not (out / ".lock").exists():
+    if engine_process.fcntl is None or not (out / ".lock").exists():
         return None
     try:
         lock(out).close()

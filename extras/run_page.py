@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.distributed import rank_and_world
-from engine.run import RunError, UserError, report_errors, user_error, write_atomically, write_json
+from engine.process import RunError, UserError, report_errors, user_error, write_atomically, write_json
 from extras.page_style import SCRIPT, STYLE
 from extras.run_facts import in_use, last, read_run
 from extras.svg_curves import Html, chart, number, tag

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.distributed import choose_device, init_distributed, precision, rank_and_world
-from engine.run import UserError, report_errors, user_error
+from engine.process import UserError, report_errors, user_error
 from extras.export import export
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.arrays import resumable_array
 from engine.checkpoint import digest
 from engine.distributed import broadcast
-from engine.run import main_process_first, shared_work, write_atomically
+from engine.process import main_process_first, shared_work, write_atomically
 from sample import sample_images
 
 

@@ -12,7 +12,7 @@ import re
 import numpy as np
 import torch
 
-from engine.run import UserError, user_error
+from engine.process import UserError, user_error
 from extras.price import fitting_batch
 from sample import SAMPLERS, check_settings, load_checkpoint
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.config import DEFAULTS
-from engine.run import report_errors, user_error
+from engine.process import report_errors, user_error
 from schedule import ShiftedCosine, alpha_sigma
 
 COLOURS = ["#c0392b", "#d98c00", "#2e8b57", "#2d6cb5", "#7d4fa3", "#555555"]

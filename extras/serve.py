@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import load_image
-from engine.run import UserError, user_error
+from engine.process import UserError, user_error
 from extras.local_server import LARGEST_BODY, Server
 from sample import SAMPLERS, check_settings, sample_images
 

@@ -3,7 +3,7 @@
 import argparse
 
 from engine.distributed import choose_device
-from engine.run import UserError, report_errors, user_error
+from engine.process import UserError, report_errors, user_error
 from engine.tokens import read_tokenizer
 from extras.datasets import find
 from extras.downloads import DownloadError

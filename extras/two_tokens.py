@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import DEFAULTS
-from engine.run import report_errors, user_error
+from engine.process import report_errors, user_error
 from losses import sample_z_s
 from schedule import ShiftedCosine, alpha_sigma
 

@@ -35,7 +35,7 @@ import extras.tokenizer_report
 import extras.two_tokens
 import train
 from engine import prepare
-from engine import run as engine_run
+from engine import process as engine_process
 from engine.status import TIMES
 
 close = torch.testing.assert_close
@@ -88,7 +88,7 @@ def call(program, *words):
     program: its file, such as "train.py"; of an experiment the module.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    engine_run.SIGNALS.clear()
+    engine_process.SIGNALS.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
     try:

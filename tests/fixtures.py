@@ -28,12 +28,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "pets")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(folder, tmp_path_factory):
     """A complete tiny run: its directory."""
     out = tmp_path_factory.mktemp("run") / "pets"
@@ -94,7 +94,7 @@ def server():
         web.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A file of random weights in the published layout, taken for the published one, and no way to a network."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
@@ -155,7 +155,7 @@ class Program(torch.nn.Module):
             self.training = not self.training
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hostile_files(tmp_path_factory):
     """{name: file} of programs that pose as checkpoints. Their targets lie beside them."""
     folder = tmp_path_factory.mktemp("hostile")

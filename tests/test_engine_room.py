@@ -23,13 +23,13 @@ from torch.torch_version import TorchVersion
 import train
 import vqvae
 from engine import arrays, checkpoint, prepare, status
-from engine import run as engine_run
+from engine import process as engine_process
 from engine.arrays import resumable_array
 from engine.checkpoint import TOKENIZER_FORMAT, previous
 from engine.config import TOKENIZER_OPTIONS
 from engine.distributed import choose_device, init_distributed
 from engine.randomness import batch_indices
-from engine.run import (
+from engine.process import (
     RunError,
     UserError,
     lock,
@@ -222,7 +222,7 @@ def test_one_process_per_run(folder, run, tmp_path, capsys):
         holder.kill()
         holder.join()
         assert call("train.py", *words) == 0
-    with mock.patch.object(engine_run, "fcntl", None):  # Windows: no lock, but it works
+    with mock.patch.object(engine_process, "fcntl", None):  # Windows: no lock, but it works
         assert call("train.py", *words) == 0
 
 
@@ -341,14 +341,14 @@ def status_of_two(rank, port, out):
             if log.due("save_every"):
                 log.save(out / folder / "tokenizer.pt", {"format": TOKENIZER_FORMAT})
             if step + 1 == stop_at and rank == 1:
-                engine_run.SIGNALS.append(signal.SIGTERM)
+                engine_process.SIGNALS.append(signal.SIGTERM)
         log.save(out / folder / "tokenizer.pt", {"format": TOKENIZER_FORMAT})
         log.leave_if_stopped()
 
     part("whole")
     with pytest.raises(SystemExit, match="143"):
         part("stopped", stop_at=3)
-    engine_run.SIGNALS.clear()
+    engine_process.SIGNALS.clear()
     state = torch.load(out / "stopped" / "tokenizer.pt", weights_only=True)
     assert state["step"] == 3 and len(state["history"]) == 3
     part("stopped", state)
@@ -464,7 +464,7 @@ def test_atomic_writes(error, tmp_path):
 
 def test_stopping_twice(folder, tmp_path):
     """A second Ctrl-C ends a run at once; a second kill, as schedulers send it, does not keep it from saving."""
-    with mock.patch.object(engine_run, "SIGNALS", [signal.SIGTERM]) as received:
+    with mock.patch.object(engine_process, "SIGNALS", [signal.SIGTERM]) as received:
         on_signal(signal.SIGTERM, None)
         on_signal(signal.SIGINT, None)
         with pytest.raises(KeyboardInterrupt):
@@ -483,12 +483,12 @@ def test_stopped_between_training_and_fid(monkeypatch):
     """Ctrl-C during the last evaluation: the run ends before the long FID begins, with the shell's status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        monkeypatch.setattr(engine_run, "SIGNALS", [])
-        engine_run.release_signals()
+        monkeypatch.setattr(engine_process, "SIGNALS", [])
+        engine_process.release_signals()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        monkeypatch.setattr(engine_run, "SIGNALS", [signal.SIGINT])
+        monkeypatch.setattr(engine_process, "SIGNALS", [signal.SIGINT])
         with pytest.raises(SystemExit) as stopped:
-            engine_run.release_signals()
+            engine_process.release_signals()
         assert stopped.value.code == 130
     finally:
         for number, handler in handlers.items():
@@ -508,7 +508,7 @@ def test_more_processes_than_gpus(folder, tmp_path, monkeypatch, capsys):
 def test_one_process_that_fails(monkeypatch, capsys):
     """With NCCL: what went wrong is said, and the process ends at once, for the others may wait for it."""
     ended, at_once = mock.Mock(), mock.Mock(side_effect=SystemExit)
-    monkeypatch.setattr(engine_run, "uses_nccl", lambda: True)
+    monkeypatch.setattr(engine_process, "uses_nccl", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", ended)
     monkeypatch.setattr(os, "_exit", at_once)
@@ -516,12 +516,12 @@ def test_one_process_that_fails(monkeypatch, capsys):
     for error, said in ((OSError(28, "No space left on device"), "No space left"), (MemoryError(), "lower this"),
                         (UserError("a mistake"), "a mistake"), (IndexError("a bug"), "IndexError: a bug"),
                         (RunError("the loss is not finite"), None)):  # all have come to this, and process 0 says so
-        with pytest.raises(SystemExit), engine_run.report_errors("a.py", memory_advice="lower this"):
+        with pytest.raises(SystemExit), engine_process.report_errors("a.py", memory_advice="lower this"):
             raise error
         printed = capsys.readouterr().err
         assert said in printed if said else not printed
     assert at_once.call_args_list == [mock.call(status) for status in (1, 1, 2, 1, 1)] and not ended.called
-    with engine_run.report_errors("a.py"):
+    with engine_process.report_errors("a.py"):
         pass
     ended.assert_called_once_with()
 

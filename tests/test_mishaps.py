@@ -19,7 +19,7 @@ from PIL import Image
 import sample
 import train
 from engine import tokens
-from engine.run import RunError, on_out_of_memory
+from engine.process import RunError, on_out_of_memory
 from extras import fid_command, fid_sources
 from tests.common import HERE, TINY, call, contents, flags, piped, start_processes
 from vqvae import VQVAE

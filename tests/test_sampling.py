@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import load_image
 from engine.randomness import image_generators
-from engine.run import UserError
+from engine.process import UserError
 from extras import export as export_module
 from extras import sample_command, sample_files
 from extras.datasets import find

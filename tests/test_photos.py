@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from engine import arrays, budget, status
-from engine.run import UserError
+from engine.process import UserError
 from engine.stored import require_same_run
 from extras import image_cache
 from extras.data_forms import Folder, Zip

@@ -24,7 +24,7 @@ from PIL import Image
 import data
 import fid
 import sample
-from engine.run import UserError
+from engine.process import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
 from extras.downloads import DownloadError

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 import train
-from engine.run import lock
+from engine.process import lock
 from extras import run_page
 from extras.page_style import SCRIPT, STYLE
 from extras.svg_curves import VOID, chart, log_ticks, number, short, tag, thin, ticks
 from tests.common import TINY, call, contents, flags
-from tests.earlier_versions import make_old
 
 
 class Page(html.parser.HTMLParser):

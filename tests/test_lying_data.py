@@ -20,12 +20,12 @@ from PIL import Image
 
 import data
 from engine import read_back
-from engine.run import UserError
+from engine.process import UserError
 from extras import archives, fid_sources, foreign_checkpoint, image_cache
 from extras.datasets import find
 from tests.common import noise, png, write_cifar, write_idx, write_images, write_zip
 from tests.fixtures import Pixels
-from tests.lying_files import DEEP_HEADER, NASTY, bounded, device, header, npy, pipe, put, refused
+from tests.test_lying_files import DEEP_HEADER, NASTY, bounded, device, header, npy, pipe, put, refused
 
 UNPACKED = 16 << 20
 

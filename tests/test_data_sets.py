@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from engine.run import UserError
+from engine.process import UserError
 from engine.stored import read_skipped
 from extras.archives import open_image
 from extras.data_forms import Folder

@@ -35,7 +35,7 @@ from engine.checkpoint import (
     read_newest,
     restore,
 )
-from engine.run import UserError, lock, report_errors, write_atomically
+from engine.process import UserError, lock, report_errors, write_atomically
 from extras import downloads, fid_sources, foreign_checkpoint, run_facts, run_page, vqgan_losses
 from extras.datasets import find
 from extras.sampling_options import labels_to_draw
@@ -179,7 +179,7 @@ def nested(depth, twice=False):
     return inner
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def honest():
     """The state of an honest ckpt.pt, with an optimizer that did one step."""
     torch.manual_seed(0)
