@@ -29,22 +29,22 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
 from engine.best import Best
 from engine.budget import DRAWS, FINAL_DRAWS, choose_steps
-from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, load_optimizer, previous, read_newest, restore
+from engine.build import load_tokenizer, make_pipeline, make_tokenizer, restore
+from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, previous, read_newest
 from engine.config import parse_arguments
 from engine.distributed import bf16_works, compute_gradient, full_state_dict, init_distributed, place, rank_and_world
 from engine.prepare import prepare
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.process import on_out_of_memory, release_signals, report_errors, write_json
 from engine.status import StatusLog, format_metrics, log_bound
-from engine.tokens import encode_tokens, load_tokenizer, read_tokens
+from engine.tokens import encode_tokens, read_tokens
 from extras.datasets import DATASETS
 from extras.fid_sources import evaluate_during, evaluate_run
 from extras.grids import save_grid, save_pairs
-from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import make_discriminator
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics, held_out_bits, mean_bound, sample_noise, training_loss
-from sample import COLUMNS, default_labels, make_pipeline, sample_together
+from sample import COLUMNS, default_labels, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
 
@@ -149,7 +149,7 @@ def build_denoiser(run, tokenizer, state):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"],
                                   fused=True)
     if state:
-        load_optimizer(optimizer, model, state, device, config["fsdp"])
+        restore({"optimizer": optimizer}, state, {})
     return model, ema, optimizer
 
 

@@ -13,14 +13,15 @@ import torch
 
 from data import ImageSet
 from engine.batches import image_batches
+from engine.build import make_pipeline
 from engine.distributed import all_reduce_max, compute_gradient, rank_and_world
+from engine.process import write_json
 from engine.randomness import generator_for
 from engine.read_back import UserError, read_json
-from engine.process import write_json
 from extras.data_arrays import TokenFile
 from extras.tokenizer_metrics import evaluate_tokenizer
 from losses import NOISE_ARGS, held_out_bound, sample_noise
-from sample import COLUMNS, default_labels, make_pipeline, sample_together
+from sample import COLUMNS, default_labels, sample_together
 from schedule import ShiftedCosine
 from vqvae import tokenizer_step
 

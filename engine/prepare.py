@@ -12,17 +12,16 @@ from types import SimpleNamespace
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import make_tokenizer, options_of, read_tokenizer, restore
 from engine.checkpoint import (
     CHECKPOINT_FORMAT,
     TOKENIZER_FORMAT,
     digest,
     read_checkpoint,
-    restore,
     save_checkpoint,
 )
 from engine.config import describe_models, flag, resolve
 from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
-from engine.read_back import UserError
 from engine.process import (
     catch_signals,
     in_turns,
@@ -34,8 +33,8 @@ from engine.process import (
     write_atomically,
     write_json,
 )
+from engine.read_back import UserError
 from engine.stored import CACHE, keep_promises, read_config, read_skipped, require_same_run, write_skipped
-from engine.tokens import options_of, read_tokenizer
 from extras.data_arrays import TokenFile
 from extras.datasets import find
 from extras.fid_sources import FEW
@@ -44,7 +43,6 @@ from extras.image_cache import load_through_cache, plan_cache
 from extras.inception import find_inception
 from extras.meta_count import chip_of
 from extras.price import advice, estimate, report, summary
-from extras.published_vqgan import make_tokenizer
 from extras.run_page import page_of_a_run
 from extras.sampling_options import WNID
 from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips

@@ -6,7 +6,6 @@ Called by engine/prepare.py and extras/run_facts.py.
 import math
 from pathlib import Path
 
-from engine.checkpoint import rename
 from engine.config import CHANGEABLE, OPTIONS, check_option, flag
 from engine.read_back import UserError, expect, printable, read_bytes, read_json, read_names, shown
 
@@ -17,7 +16,7 @@ def read_config(out):
     """What an earlier start of this run was asked for; {} if there was none."""
     path = out / "config.json"
     if path.exists():
-        return check_stored(path, rename(read_json(path)))
+        return check_stored(path, read_json(path))
     early = ("skipped.txt", "data.png", "config.json", ".lock",  # .part: of a run that was killed
              *(CACHE.replace(".npy", ending) for ending in (".npy", ".part.npy", ".part.new.npy")))
     if out.exists() and any(p.name.removesuffix(".part") not in early for p in out.iterdir()):

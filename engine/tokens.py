@@ -1,73 +1,23 @@
-"""Stage 2 and its files: a tokenizer is read, every image encoded once, and the tokens are served in batches.
+"""Stage 2 and its files: every image is encoded once, and the tokens are served in batches.
 
 tokens.npy has one structured row per image: x (N,) uint16, label int32, test bool; the title of the field x names the
 tokenizer by its hash, because tokens of one tokenizer mean nothing to another. Called by train.py.
 """
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine.arrays import resumable_array
-from engine.checkpoint import (
-    CHECKPOINT_FORMAT,
-    TOKENIZER_FORMAT,
-    CheckpointError,
-    digest,
-    read_checkpoint,
-    read_newest,
-)
-from engine.config import OPTIONS, TOKENIZER_OPTIONS
-from engine.distributed import barrier, bf16_works, broadcast
-from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
+from engine.build import load_tokenizer
+from engine.checkpoint import digest
+from engine.distributed import barrier, broadcast
 from engine.process import look_ahead, main_process_first, shared_work, write_atomically
+from engine.read_back import ReadError, UserError, open_npy
 from extras.data_arrays import TokenFile, check_rows
 from extras.image_cache import remove_cache
-from extras.published_vqgan import make_tokenizer, read_geometry, read_published
-
-
-def read_tokenizer(file):
-    """What --tokenizer names, in the form of tokenizer.pt: another run's tokenizer.pt or ckpt.pt, or a VQGAN."""
-    try:
-        state = read_checkpoint(file, TOKENIZER_FORMAT, CHECKPOINT_FORMAT)
-    except CheckpointError as error:
-        if error.found or not Path(file).is_file():
-            raise
-        weights = read_published(file)
-        shapes = {name: list(value.shape) for name, value in weights.items()}
-        return {"format": TOKENIZER_FORMAT, "config": {"published": shapes}, "tokenizer": weights, "step": 0,
-                "metrics": {}}
-    if state["format"] == CHECKPOINT_FORMAT:
-        state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"], "tokenizer": state["tokenizer"],
-                 "step": state["config"]["training"]["tokenizer_steps"],
-                 "metrics": state["metrics"]["tokenizer"] if state["metrics"] else {"taken from": str(file)}}
-    config, where = state["config"], f"{file}: tokenizer"
-    sizes = {"size": read_geometry(config["published"])[0]} if "published" in config else {}
-    check_weights(where, on_meta(where, lambda: make_tokenizer(sizes | config)).state_dict(), state["tokenizer"])
-    if not state["metrics"]:
-        raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
-    return state
-
-
-def options_of(tokenizer):
-    """What a tokenizer of read_tokenizer decides: {option: value}."""
-    if "published" in tokenizer["config"]:
-        return dict(zip(("f", "K", "code_dim"), read_geometry(tokenizer["config"]["published"]), strict=True))
-    return {option: tokenizer["config"].get(name, OPTIONS[option][1]) for name, option in TOKENIZER_OPTIONS.items()}
-
-
-def load_tokenizer(config, out, device):
-    """(tokenizer in eval mode, its metrics) from the complete tokenizer.pt of a run directory."""
-    path = out / "tokenizer.pt"
-    state = read_newest(path, TOKENIZER_FORMAT)
-    if not state or not state["metrics"]:
-        raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
-    tokenizer = load_weights(f"{state['path']}: tokenizer", lambda: make_tokenizer(config, bf16_works(device)),
-                             state["tokenizer"])
-    return tokenizer.to(device).eval(), state["metrics"]
 
 
 def open_tokens(path):
