@@ -19,21 +19,17 @@ A third sampler, with one call of the network per step, is a function like ances
 branch in the loop of sample_tokens, and its name in engine/config.OPTIONS["sampler"].
 """
 
+
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from embedding_diffusion import EmbeddingDiffusion
-from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
 from engine.config import OPTIONS
-from engine.distributed import all_gather_cat, bf16_works, rank_and_world
+from engine.distributed import all_gather_cat, rank_and_world
 from engine.randomness import image_generators
-from engine.read_back import load_weights, on_meta
-from extras.published_vqgan import make_tokenizer
-from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
+from schedule import add_noise, alpha_sigma, posterior
 
 SAMPLERS = OPTIONS["sampler"][0]  # "ancestral", "ddim"
 COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
@@ -183,27 +179,6 @@ def sample_together(pipeline, labels, **options):
 def default_labels(n, num_classes):
     """(n,) labels: rows of COLUMNS images of one class, class after class; zeros without classes."""
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
-
-
-def make_pipeline(tokenizer, model, schedule, device, **more):
-    """All that sample_images needs, by name."""
-    return SimpleNamespace(tokenizer=tokenizer, model=model, schedule=schedule, device=device, **more)
-
-
-def load_checkpoint(path, device):
-    """The pipeline: tokenizer, model (EMA weights), schedule, class_names, sampling, config, step, ..."""
-    checkpoint = read_checkpoint(path, CHECKPOINT_FORMAT)
-    config = checkpoint["config"]
-    tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), checkpoint["tokenizer"])
-    model = load_weights(f"{path}: ema", lambda: EmbeddingDiffusion(**config["denoiser"]), checkpoint["ema"])
-    schedule = on_meta(f"{path}: schedule", lambda: ShiftedCosine(**config["schedule"]))
-    tokens, classes = math.prod(tokenizer.grid), len(checkpoint["class_names"])
-    if (tokenizer.K, tokens, classes) != (model.K, model.N, model.num_classes):
-        raise CheckpointError(f"{path}: tokenizer, denoiser and class names do not belong together: it is damaged")
-    tokenizer.bf16 = model.bf16 = bf16_works(device)
-    more = {name: checkpoint[name] for name in ("config", "class_names", "sampling", "step")}
-    more["class_counts"] = checkpoint.get("class_counts")  # of the training set; None in files of earlier versions
-    return make_pipeline(tokenizer.to(device).eval(), model.to(device).eval(), schedule, device, **more)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from engine.build import load_checkpoint
 from engine.distributed import barrier, broadcast, gather, rank_and_world
 from engine.read_back import UserError, at_most, expect, printable, read_json, read_npy_header, reason_of, shown
 from engine.process import main_process_first, write_json
@@ -23,7 +24,7 @@ from extras.datasets import DATASETS, find
 from extras.inception import WEIGHTS_SHA256, load_inception
 from extras.sampling_options import class_labels
 from fid import MIN_IMAGES, REAL_KEPT, FIDError, Statistics, compute_scores, measure, print_scores
-from sample import load_checkpoint, sample_images
+from sample import sample_images
 
 FEW = MIN_IMAGES  # samples of an evaluation during training
 
@@ -105,7 +106,7 @@ class Training(Decoded):
 
 
 class Samples:
-    """Images of labels (n,) that a pipeline (sample.load_checkpoint) draws: image i is sample.py's image i.
+    """Images of labels (n,) that a pipeline (engine.build.load_checkpoint) draws: image i is sample.py's image i.
 
     chunk: images at a time. settings: of sample_images.
     """
