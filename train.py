@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 import torch
-from engine.build import load_tokenizer, make_pipeline, make_tokenizer
+from engine.build import load_tokenizer, make_pipeline, make_tokenizer, restore
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
@@ -64,7 +64,7 @@ def build_tokenizer(run, state):
         parts["optimizer"] = AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
         if run.config["gan"]:
             parts |= build_discriminator(run.config, model.bf16, run.device)
-    checkpoint.restore(parts, state, run.init)
+    restore(parts, state, run.init)
     return parts
 
 
@@ -155,7 +155,7 @@ def build_denoiser(run, tokenizer, state):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config["weight_decay"], fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    checkpoint.restore(parts, state, run.init)
+    restore(parts, state, run.init)
     return parts
 
 

@@ -27,7 +27,9 @@ def make_pipeline(tokenizer, model, schedule, device, **more):
 
 
 def load_checkpoint(path, device):
-    """The pipeline of a ckpt.pt: tokenizer, model (its averaged weights), schedule, class_names, sampling, ..."""
+    """The pipeline of a ckpt.pt: tokenizer, model (its averaged weights), schedule, class_names, sampling,
+    ...
+    """
     state = read_checkpoint(path, CHECKPOINT_FORMAT)
     config = state["config"]
     tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), state["tokenizer"])
@@ -42,7 +44,8 @@ def load_checkpoint(path, device):
 
 
 def read_tokenizer(file):
-    """What --tokenizer names, as tokenizer.pt holds it: another run's tokenizer.pt or ckpt.pt, or a VQGAN's."""
+    """What --tokenizer names, as tokenizer.pt holds it: another run's tokenizer.pt or ckpt.pt, or a VQGAN's.
+    """
     content = read_torch(file)
     if not checkpoint.is_own(content):
         weights = first_stage(file, checkpoint.tensors_of(file, content))
@@ -84,7 +87,8 @@ def load_tokenizer(config, out, device):
 # Weights for models that are there.
 
 def restore(parts, state, init):
-    """Loads {name: model or optimizer} from a checkpoint's `state`; without one, models from `init` (--init)."""
+    """Loads {name: model or optimizer} from a checkpoint's `state`; without one, models from `init` (--init).
+    """
     for name, part in parts.items():
         if state:
             if "optimizer" in name and name not in state:

@@ -1,15 +1,17 @@
 """Checkpoints: written atomically with the one before kept, read without executing anything in them."""
 
 import hashlib
+import math
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from tqdm import tqdm
 
 from engine.config import TOKENIZER_OPTIONS, check_option
-from engine.distributed import all_reduce_max
+from engine.distributed import all_reduce_max, barrier, rank_and_world
 from engine.process import write_atomically
 from engine.validate import UserError, check_file, check_finite, check_unpacked, expect, printable, reading
 
@@ -121,12 +123,55 @@ def previous(path):
     return path.with_suffix(".previous.pt")
 
 
-def save_checkpoint(path, content):
-    write_atomically(path, lambda partial: torch.save(content, partial), keep_as=previous(path))
+def save(path, content, last=False):
+    """Writes a checkpoint and keeps the one before, unless it is the last of its stage. All ranks call this.
+    """
+    if rank_and_world()[0] == 0:
+        write_atomically(path, lambda partial: torch.save(content, partial), keep_as=previous(path))
+        if last:
+            previous(path).unlink(missing_ok=True)
+    barrier()
+
+
+def save_best(path, content, batch):
+    """Writes best.pt if none of an earlier step has fewer held-out bits, in the mean over the draws of both.
+
+    content: a checkpoint with "step" and "bits" (draws,). Of two evaluations of unequal length, whole batches
+    of draws have the same noise.
+    """
+    if rank_and_world()[0] == 0:
+        best = read_torch(path) if path.exists() else {"step": math.inf}
+        if best["step"] < content["step"]:  # a later one is of a course that was rolled back
+            bits, least = content["bits"], best["bits"]
+            n = len(bits) if len(bits) == len(least) else min(len(bits), len(least)) // batch * batch
+            if not bits[:n].mean() < least[:n].mean():
+                tqdm.write(f"held-out bits were fewer at step {best['step']:,}: {path} keeps that network")
+                return barrier()
+        content = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
+        write_atomically(path, lambda partial: torch.save(content, partial))
+    barrier()
+
+
+def tokenizer_state(run, parts):
+    """What tokenizer.pt holds beside the log's state. With metrics it is complete."""
+    weights = {name: part.state_dict() for name, part in parts.items()}
+    return {"format": TOKENIZER_FORMAT, "config": run.models["tokenizer"], "metrics": {}} | weights
+
+
+def denoiser_state(run, pipeline, parts, begin):
+    """What ckpt.pt holds beside the log's state: all that sample.py needs, and what training needs to
+    continue.
+    """
+    return {"format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
+            "tokenizer": pipeline.tokenizer.state_dict(), "ema": parts["ema"].state_dict(), "metrics": {},
+            "class_names": run.source.class_names, "class_counts": pipeline.class_counts,
+            "sampling": pipeline.sampling, "begin": begin,
+            "model": parts["model"].state_dict(), "optimizer": parts["optimizer"].state_dict()}
 
 
 def read_newest(path, expected):
-    """The newest checkpoint of a run, with its "path": the one before, if the last cannot be read; or None."""
+    """The newest checkpoint of a run, with its "path": the one before, if the last cannot be read; or None.
+    """
     state, older = None, previous(path)
     if path.exists() or older.exists():
         try:
@@ -152,7 +197,8 @@ def digest(weights):
 
 
 def export(checkpoint, out):
-    """Writes `checkpoint` anew to `out`, to be shared: without what only training needs, in half precision."""
+    """Writes `checkpoint` anew to `out`, to be shared: without what only training needs, in half precision.
+    """
     if out.suffix != ".pt" or out.exists():
         raise UserError(f"--export {out}: give a name that ends in .pt and is not there already")
     kept, state = {"format": CHECKPOINT_FORMAT}, read_checkpoint(checkpoint, CHECKPOINT_FORMAT)

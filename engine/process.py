@@ -71,13 +71,9 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
         reason = str(error).strip().splitlines()[0]
         message, status = f"torch.compile does not work here ({reason}): leave --compile away and go on", 1
     if message:
-        print(f"{program}: error: {printable_lines(message)}", file=sys.stderr)
+        print(f"{program}: error: {printable(message)}", file=sys.stderr)
     if status:
         sys.exit(status)
-
-
-def printable_lines(message):
-    return "\n".join(map(printable, message.split("\n")))
 
 
 # ----------------------------------------------------------------------------

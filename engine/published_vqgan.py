@@ -1,5 +1,6 @@
-"""Published tokenizers: the VQGANs of taming-transformers (Esser et al. 2021) and the vq-f4, f8, f16 first stages
-of latent-diffusion (Rombach et al. 2022), which share one layout. Called by engine/build.py for --tokenizer FILE.
+"""Published tokenizers: the VQGANs of taming-transformers (Esser et al. 2021) and the vq-f4, f8, f16 first
+stages of latent-diffusion (Rombach et al. 2022), which share one layout. Called by engine/build.py for
+--tokenizer FILE.
 """
 
 import torch
@@ -13,8 +14,8 @@ from vqvae import VQVAE, to_float
 class PublishedVQGAN(nn.Module):
     """A published first stage, to encode and decode with. The same interface as VQVAE, without training.
 
-    shapes: {published name: shape} of its weights. There is no other configuration: levels, attention and widths
-    are read off them. size: pixels a side.
+    shapes: {published name: shape} of its weights. There is no other configuration: levels, attention and
+    widths are read off them. size: pixels a side.
     """
 
     def __init__(self, shapes, size, bf16=False):
@@ -97,7 +98,7 @@ def attention(x, weights):
     """One head over all positions, as wide as there are channels."""
     h = norm(x, weights.norm)
     q, k, v = (conv(h, w, padding=0).flatten(2).transpose(1, 2) for w in (weights.q, weights.k, weights.v))
-    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)  # (B, C, h, w)
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)           # (B, C, h, w)
     return x + conv(h, weights.proj_out, padding=0)
 
 
@@ -124,7 +125,8 @@ PARTS = ("encoder.", "decoder.", "quantize.embedding.weight", "quant_conv.", "po
 def first_stage(path, state):
     """{name: float32 tensor} of the first stage in a published state dict; UserError if this is none.
 
-    Discriminator and LPIPS weights are left out. Four tokens are encoded and decoded: do the layers fit together?
+    Discriminator and LPIPS weights are left out. Four tokens are encoded and decoded: do the layers fit
+    together?
     """
     with reading(path, "its layers do not fit together"):
         state = {name.removeprefix("first_stage_model."): value for name, value in state.items()}

@@ -88,8 +88,8 @@ class StatusLog:
     codes were used.
     """
 
-    def __init__(self, stage, out, names, config, steps, batch, device, state=None, per_rank=False, K=None):
-        self.stage, self.path, self.names, self.config = stage, out / f"{stage}.csv", names, config
+    def __init__(self, stage, out, config, steps, batch, device, state=None, per_rank=False, K=None):
+        self.stage, self.path, self.config = stage, out / f"{stage}.csv", config
         self.steps, self.batch, self.device, self.per_rank = steps, batch, device, per_rank
         state = state or {"step": 0, "history": []}
         self.step = self.first_step = self.last_line = state["step"]
@@ -117,9 +117,9 @@ class StatusLog:
         self.bar.close()
 
     def add(self, losses, tokens=None):
-        """One more step is done. losses: dict of scalar tensors; a name that is missing counts as 0."""
-        zero = next(iter(losses.values())).new_zeros(())
-        self.pending.append(torch.stack([losses.get(name, zero).detach().float() for name in self.names]))
+        """One more step is done. losses: dict of scalar tensors, the same names at each step."""
+        self.names = list(losses)
+        self.pending.append(torch.stack([loss.detach().float() for loss in losses.values()]))
         if tokens is not None:
             self.used.index_fill_(0, tokens.flatten(), 1.0)
         self.step += 1

@@ -15,7 +15,7 @@ import torch
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine import checkpoint, process
-from engine.build import load_tokenizer, make_tokenizer, options_of, read_tokenizer
+from engine.build import load_tokenizer, make_tokenizer, options_of, read_tokenizer, restore
 from engine.config import CHANGEABLE, describe_models, flag, resolve
 from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
 from engine.tokens import encode_sets, open_tokens
@@ -43,7 +43,7 @@ class Run:
     config: dict             # every option of engine/config.py, resolved
     models: dict             # keyword arguments of the models: "tokenizer", "denoiser", "schedule"
     source: object           # the data.Source of the images, or a TokenFile
-    load_images: Callable    # () -> (training, held-out) data.ImageSet
+    load_images: Callable                                           # () -> (training, held-out) data.ImageSet
     out: Path                # the run directory
     seed: int
     device: torch.device
@@ -242,7 +242,7 @@ def check_options(args, source, out, device, init):
             make_discriminator(config)
         if tokenizer:
             init = {name: state for name, state in init.items() if name != "tokenizer"}
-        checkpoint.restore(parts, None, init)
+        restore(parts, None, init)
     if args.init and init:
         words = {"tokenizer": "tokenizer", "model": "denoiser"}
         used = " and ".join(words[name] for name in words if name in init)

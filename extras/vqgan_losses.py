@@ -64,7 +64,8 @@ LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and
 
 
 def find_lpips(given=None, may_download=True):
-    """The files that hold the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download."""
+    """The files that hold the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download.
+    """
     if given:
         return [check_file(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
@@ -72,7 +73,9 @@ def find_lpips(given=None, may_download=True):
 
 
 def read_lpips(paths):
-    """State dict of LPIPS from the two published files, or from one with both: the lpips package's, a VQGAN's."""
+    """State dict of LPIPS from the two published files, or from one with both: the lpips package's, a
+    VQGAN's.
+    """
     state, wanted = {}, LPIPS().state_dict()
     for path in paths:
         for name, value in tensors_of(path, read_torch(path)).items():
@@ -132,3 +135,52 @@ def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
     all_reduce_sum(gradients)
     a, b = (gradient.norm() for gradient in gradients)
     return (a / (b + 1e-6)).clamp(max=largest).detach()
+
+
+GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight rises
+
+
+def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
+    """(loss of the tokenizer, {name: term}). outputs: of VQVAE. progress: share of the training that is over.
+
+        L = pixels + perceptual LPIPS + gan ramp adaptive_weight L_G + beta commitment (+ codebook)
+    """
+    x, x_hat = outputs["x"], outputs["x_hat"]
+    pixels = F.mse_loss(x_hat, x) if config["pixel_loss"] == "l2" else F.l1_loss(x_hat, x)
+    loss = pixels
+    terms = {"reconstruction": pixels, "commitment": outputs["commitment"], "codebook": outputs["codebook"]}
+    if lpips is not None:
+        terms["lpips"] = lpips(x, x_hat).mean()
+        loss = loss + config["perceptual"] * terms["lpips"]
+    if discriminator is not None:
+        names = ("adversarial", "weight", "discriminator", "discriminator_norm")
+        terms |= dict.fromkeys(names, torch.zeros_like(pixels))
+    if discriminator is not None and progress >= config["gan_start"] + GAN_WARMUP:
+        discriminator.requires_grad_(False)
+        terms["adversarial"] = -discriminator(x_hat).mean()
+        terms["weight"] = adaptive_weight(loss, terms["adversarial"], model.last_layer)
+        ramp = min(1.0, (progress - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
+        loss = loss + config["gan"] * ramp * terms["weight"] * terms["adversarial"]
+    loss = loss + config["beta"] * outputs["commitment"]
+    if config["codebook_update"] == "gradient":
+        loss = loss + outputs["codebook"]
+    return loss, terms
+
+
+def build_discriminator(config, bf16, device):
+    """{"discriminator", "discriminator_optimizer"}"""
+    discriminator = make_discriminator(config, bf16).to(device)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9), weight_decay=0, fused=True)
+    return {"discriminator": discriminator, "discriminator_optimizer": optimizer}
+
+
+def discriminator_step(judge, parts, outputs, lr, clip):
+    """One step of the discriminator -> {name: loss or norm}. judge: it, or its DistributedDataParallel."""
+    discriminator, optimizer = parts["discriminator"].requires_grad_(True), parts["discriminator_optimizer"]
+    optimizer.param_groups[0]["lr"] = lr
+    loss = hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), clip)
+    optimizer.step()
+    return {"discriminator": loss, "discriminator_norm": norm}
