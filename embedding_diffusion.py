@@ -59,8 +59,7 @@ def modulate(h, shift, scale):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. The condition c sets shift, scale and gate of both branches (adaLN-zero).
-    """
+    """Pre-norm transformer block. The condition c sets shift, scale and gate of each branch (adaLN-zero)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -181,8 +180,7 @@ class EmbeddingDiffusion(nn.Module):
 
         labels: num_classes is the null class (0, where there are no classes). mask (B, N) bool: positions
         whose embedding is dropped; the network is told, by a learned mask embedding in place of the input.
-        Nothing of their z reaches the output: they are named from their neighbours alone. table: self.table()
-        if computed already.
+        Nothing of their z reaches the output: they are named from their neighbours. table: self.table().
         """
         B, N, D = z.shape
         assert (N, D) == (self.N, self.D), f"expected (B, {self.N}, {self.D}), got {tuple(z.shape)}"
@@ -218,8 +216,7 @@ class EmbeddingDiffusion(nn.Module):
     def guided(self, z, log_snr, labels, guidance, table=None):
         """Classifier-free guidance on raw logits: (1 + omega) conditional - omega unconditional.
 
-        Raw logits, never log-softmax, whose underflow would give inf - inf. omega = 0 skips the unconditional
-        pass.
+        Raw logits, never log-softmax, whose underflow would give inf - inf. omega = 0 skips the second pass.
         """
         if guidance == 0 or self.num_classes == 0:
             return self(z, log_snr, labels, table=table)

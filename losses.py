@@ -1,5 +1,4 @@
-"""The training objective of VQ-LCMD: the joint variational bound (VLB), consistency matching (CM), random
-dropping.
+"""The training objective of VQ-LCMD: joint variational bound (VLB), consistency matching (CM), dropping.
 
 Run alone, this file computes the smallest exact examples of why embeddings collapse and why the coupling of
 the two times in CM matters:  python losses.py
@@ -57,9 +56,7 @@ from schedule import add_noise, posterior
 
 
 def stratified(count, generator, device):
-    """(count,) times in [0, 1): (u + i / count) mod 1 with one u for all. Each is uniform, together they
-    cover.
-    """
+    """(count,) times in [0, 1): (u + i / count) mod 1, one u for all. Together they cover [0, 1)."""
     u = torch.rand((), generator=generator, device=device)
     return (u + torch.arange(count, device=device) / count) % 1
 
@@ -72,8 +69,8 @@ def noise_like(e, generator):
 # The terms. Each returns one value per token, (B, N), in nats: summed over D, not yet averaged over anything.
 
 def prior_loss(e, log_snr_1):
-    """L_prior = KL( N(alpha_1 e, sigma_1^2 I) || N(0, I) ) = 1/2 [ D (sigma^2 - 1 - log sigma^2) + alpha^2
-    |e|^2 ].
+    """L_prior = KL( N(alpha_1 e, sigma_1^2 I) || N(0, I) )
+               = 1/2 [ D (sigma_1^2 - 1 - log sigma_1^2) + alpha_1^2 |e|^2 ].
 
     For a table of mean square 1 this is the constant D/2 log(1 + e^lambda(1)).  e: (B, N, D), log_snr_1: ().
     """
@@ -90,8 +87,9 @@ def reconstruction_loss(logits, x):
 
 
 def diffusion_loss(e, e_hat, log_snr, d_log_snr, weight_clip):
-    """L_diff: 1/2 (-lambda'(t)) min(e^lambda(t), weight_clip) |e(x) - e_hat|^2.  e, e_hat (B, N, D), the
-    others (B,).
+    """L_diff: 1/2 (-lambda'(t)) min(e^lambda(t), weight_clip) |e(x) - e_hat|^2.
+
+    e, e_hat: (B, N, D); log_snr, d_log_snr: (B,).
 
     weight_clip = inf is the exact bound. A finite one (after Min-SNR, Hang et al. 2023) reduces the variance;
     it leaves the network's optimum as it is, but not the table's: it rewards collapse, which L_rec and L_CM
@@ -109,10 +107,9 @@ def consistency_loss(teacher_logits, logits):
 
 
 def sample_z_s(cm_pairs, z_t, e, eps, log_snr_t, log_snr_s, eps_s):
-    """z_s (B, N, D) of the same trajectory as z_t = alpha_t e + sigma_t eps, without gradient; eps_s is new
-    noise.
+    """z_s (B, N, D) of the trajectory of z_t = alpha_t e + sigma_t eps, without gradient.
 
-    cm_pairs: "markov" or "shared", see the top of this file.
+    cm_pairs: "markov" or "shared", see the top of this file. eps_s: new noise.
     """
     z_t, e = z_t.detach(), e.detach()
     if cm_pairs == "shared":
@@ -133,10 +130,11 @@ def sample_noise(model, x, labels, generator, *, rec_fraction, max_drop_rate, la
 
     x (B, N) int64, labels (B,) int64; generator lives on their device. rows: dict of tensors, their first
     axis the batch. The first n_rec = rec_fraction B rows sit at t = 0 and give L_rec; the others give L_diff
-    and L_CM at stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM. s is uniform in [max(0, t
-    - max_gap), t).
+    and L_CM at stratified times. counts (3,): the tokens in L_rec, L_diff and L_CM. s is uniform between
+    max(0, t - max_gap) and t.
     """
-    (B, N), e = x.shape, F.embedding(x, model.table())  # of e, only shape and type count            (B, N, D)
+    B, N = x.shape
+    e = F.embedding(x, model.table())  # only its shape and type count                     (B, N, D)
     n_rec = min(max(1, round(rec_fraction * B)), B - 1)
     # Times: 0 for the first rows, stratified over the others alone, so that no interval of t is left out.
     t = torch.cat([torch.zeros(n_rec, device=x.device), stratified(B - n_rec, generator, x.device)])
@@ -159,10 +157,10 @@ def training_loss(model, teacher, schedule, rows, n_rec, counts, *, w_rec, w_dif
                   cm_pairs):
     """The objective w_rec L_rec + w_diff L_diff + w_cm L_CM, by one pass of the model and one of the teacher.
 
-    rows, n_rec, counts: of sample_noise. teacher: the model itself or its EMA. Returns (loss, terms): a
-    scalar to differentiate and (3,) detached: L_rec, L_diff and L_CM in nats. (Where a batch is computed in
-    parts, rows are some of its rows and counts those of all: the losses, and their gradients, of the parts
-    add up to those of the batch.)
+    rows, n_rec, counts: of sample_noise. teacher: the model itself or its EMA.
+    Returns (loss, terms): a scalar to differentiate and (3,) detached: L_rec, L_diff and L_CM in nats.
+    (Where a batch is computed in parts, rows are some of its rows and counts those of all: losses and
+    gradients of the parts add up to those of the batch.)
     """
     x, labels, t, mask = rows["x"], rows["labels"], rows["t"], rows["mask"]
     table = model.table()                                                                  # (K, D)
@@ -227,9 +225,7 @@ def vlb_of(model, schedule, x, labels, t, eps_0, eps):
 
 
 def mean_bound(bits):
-    """held_out_bits (3, draws) -> dict of prior, rec, diff, their total and its standard error, in bits per
-    token.
-    """
+    """held_out_bits (3, draws) -> {prior, rec, diff, their total, its standard error} in bits per token."""
     total = bits.sum(0)
     return dict(zip(("prior", "rec", "diff"), bits.mean(1).tolist(), strict=True)) | {
         "total": float(total.mean()), "standard_error": float(total.std() / len(total) ** 0.5)}
@@ -256,8 +252,7 @@ def held_out_bits(model, schedule, x, labels, seeds, draws, batch, chunk=None):
 
 @torch.no_grad()
 def collapse_diagnostics(table):
-    """How far the (K, D) table is from collapse: effective rank, smallest and mean distance between two
-    embeddings.
+    """How far the (K, D) table is from collapse: effective rank, smallest and mean distance of embeddings.
 
     Effective rank: exp of the entropy of p_i = s_i^2 / sum s^2, s the singular values of the table with its
     mean row taken away: 1 when all embeddings lie on a line, D when they fill the space evenly (Roy &

@@ -1,10 +1,10 @@
 """Draw images with a trained VQ-LCMD:
 
     python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2               a grid, samples.png
-    python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz            or a .zip, or a folder; resumable
-    python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4             or --trajectory, --interpolate 0,1
-    python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png     or --vary star.png --strength 0.6
-    python sample.py runs/toy/ckpt.pt --serve                                a page in the browser, to play
+    python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz           or a .zip, or a folder; resumable
+    python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4            or --trajectory, --interpolate 0,1
+    python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png    or --vary star.png --strength 0.6
+    python sample.py runs/toy/ckpt.pt --serve                               a page in the browser, to play
 
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
@@ -55,8 +55,7 @@ def default_end(steps, guidance=0.0, t=1.0):
 
     The e_hat of a large step is a mean of embeddings, and guidance leaves little of its variety. At t = 0 the
     noise is too small to leave it again, so all images become alike; earlier p_theta(x | z_end) still has a
-    choice. --end 0.45 can help more with strong guidance, 0.3 with a lower temperature without
-    (experiments/README.md).
+    choice. --end 0.45 can help more with strong guidance, 0.3 with a lower temperature without.
     """
     return t * (0.3 if guidance > 0 else 0.8 / steps ** 2) if 1 < steps < 16 else 0.0
 

@@ -23,18 +23,19 @@ import math
 
 import numpy as np
 import torch
-from engine.build import load_tokenizer, make_pipeline, make_tokenizer, restore
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 import losses
 from embedding_diffusion import EmbeddingDiffusion
 from engine import budget, checkpoint, process, status
+from engine.build import load_tokenizer, make_pipeline, make_tokenizer, restore
 from engine.config import parse_arguments
 from engine.distributed import all_reduce_sum, bf16_works, data_parallel, init_distributed, rank_and_world
 from engine.randomness import STAGES, batch_indices, generator_for, image_batches, seed_for
 from engine.tokens import random_tokens, read_tokens
 from extras import fid_sources, grids, run_page, setup
+from extras.datasets import DATASETS
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import build_discriminator, discriminator_step, tokenizer_loss
 from sample import COLUMNS, default_labels, sample_together
@@ -293,7 +294,7 @@ def choose_steps(run):
 
 
 def main():
-    args = parse_arguments(setup.DATASETS)
+    args = parse_arguments(DATASETS)
     with process.report_errors("train.py", "stopped", setup.MEMORY_ADVICE), contextlib.ExitStack() as stack:
         init_distributed()
         run = setup.prepare(args, stack)

@@ -44,9 +44,7 @@ class ResBlock(nn.Module):
 
 
 def make_encoder(f, width, blocks, code_dim):
-    """(B, 3, H, W) -> (B, code_dim, H/f, W/f). One stride-2 convolution per factor of two; width doubles to
-    4x.
-    """
+    """(B, 3, H, W) -> (B, code_dim, H/f, W/f). Stride-2 convolutions; width doubles up to 4x."""
     channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)]
     layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1)]
     for i, c in enumerate(channels):
@@ -57,9 +55,7 @@ def make_encoder(f, width, blocks, code_dim):
 
 
 def make_decoder(f, width, blocks, code_dim):
-    """(B, code_dim, h, w) -> (B, 3, h f, w f). Sub-pixel convolutions: 3x3 to four times the channels,
-    shuffled.
-    """
+    """(B, code_dim, h, w) -> (B, 3, h f, w f). Sub-pixel convolutions."""
     channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)][::-1]
     layers = [nn.Conv2d(code_dim, channels[0], 3, padding=1)]
     for i, c in enumerate(channels):
@@ -70,9 +66,7 @@ def make_decoder(f, width, blocks, code_dim):
 
 
 def nearest_codes(z, codebook):
-    """z (M, C), codebook (K, C) -> (M,) indices: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k, in
-    float32.
-    """
+    """z (M, C), codebook (K, C) -> (M,) indices: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k."""
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.detach().float(), codebook.detach().float()
         return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
@@ -104,8 +98,7 @@ class VectorQuantizer(nn.Module):
         return z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float()
 
     def forward(self, z_e, generator=None):
-        """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), commitment and codebook
-        loss.
+        """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), two losses.
 
         In training mode the codebook moves too. generator: torch.Generator on the CPU that picks the vectors
         from which codes start; needed for the first training batch, and equal in all processes.
@@ -157,8 +150,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, z_e, generator, threshold=0.05):
-        """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many
-        (tensor).
+        """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many.
 
         Vectors far from their code are the likelier to be chosen (probability ~ squared distance): they are
         badly served now. Every process sees all vectors and draws the same ones.
@@ -220,9 +212,7 @@ class VQVAE(nn.Module):
             return self.decoder(z_q.to(memory_format=torch.channels_last)).float()
 
     def forward(self, images, generator=None):
-        """uint8 images (B, 3, H, W) -> dict: x, x_hat in [-1, 1], two losses, tokens (B, N) and z_e (B, C, h,
-        w).
-        """
+        """uint8 images (B, 3, H, W) -> x, x_hat in [-1, 1], two losses, tokens (B, N), z_e (B, C, h, w)."""
         z_e = self.encode_continuous(images)
         z_q, tokens, commitment, codebook = self.quantizer(z_e, generator)
         return {"x": to_float(images), "x_hat": self.decode_continuous(z_q), "commitment": commitment,

@@ -57,7 +57,8 @@ def choose_steps(run, loops):
     """
     config, seconds = run.config, 60 * run.minutes
     print(f"--minutes {run.minutes:g}: timing some steps", flush=True)
-    per_step = {name: seconds_per_step(run, name, loop, min(5, seconds / 200)) for name, loop in loops.items()}
+    patience = min(5, seconds / 200)
+    per_step = {name: seconds_per_step(run, name, loop, patience) for name, loop in loops.items()}
     spent = all_reduce_max(round(time.monotonic() - run.began))
     chosen, message = plan(seconds, spent, per_step, config)
     config.update(chosen)
@@ -89,10 +90,9 @@ def plan(seconds, spent, per_step, config):
                         f"minutes; give at least {(spent + 0.05 * full) / MARGIN / 60:.1f}, for a twentieth "
                         "of the preset's steps")
     chosen = {name: max(1, int(config[name] * left / full)) for name in per_step}
-    message = f"--minutes {seconds / 60:g}: " + " and ".join(
-        f"--{name.replace('_', '-')} {steps} ({1e3 * per_step[name]:.3g} ms each)" for name, steps in chosen.items()
-        ) + f", {left / full:.2g} times the preset's"
+    words = [f"{steps:,} {name} ({1e3 * per_step[name]:.3g} ms each)" for name, steps in chosen.items()]
+    message = f"--minutes {seconds / 60:g}: {' and '.join(words)}, {left / full:.2g} times the preset's"
     if min(chosen.values()) < FEW and left < full:
-        message += (f"\nThat is too little to mean much: the preset's steps would take {(spent + full) / 60:.0f} "
-                    "minutes. Give more of them, or a smaller --size, --width, --depth or --batch")
+        message += ("\nThat is too little to mean much: the preset's steps would take "
+                    f"{(spent + full) / 60:.0f} minutes. Give more, or a smaller --size, --width or --depth")
     return chosen, message

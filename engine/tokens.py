@@ -137,7 +137,8 @@ def read_tokens(path, tokenizer, class_names, device):
     rows = open_tokens(path, tokenizer, class_names)
     test = np.flatnonzero(rows["test"])
     test = test[np.linspace(0, len(test) - 1, min(2000, len(test))).astype(int)]
-    return TokenDataset(rows[~rows["test"]], device), TokenDataset(rows[test], device).batch(np.arange(len(test)))
+    held_out = TokenDataset(rows[test], device).batch(np.arange(len(test)))
+    return TokenDataset(rows[~rows["test"]], device), held_out
 
 
 def random_tokens(n, denoiser, device):
