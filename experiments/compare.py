@@ -53,8 +53,8 @@ from engine.distributed import bf16_works, choose_device  # noqa: E402
 from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for  # noqa: E402
 from engine.process import write_atomically  # noqa: E402
 from engine.tokens import TokenDataset, load_tokenizer  # noqa: E402
+from engine.validate import UserError  # noqa: E402
 from extras.datasets import find  # noqa: E402
-from extras.downloads import DownloadError  # noqa: E402
 from extras.grids import save_grid  # noqa: E402
 from extras.inception import find_inception, load_inception  # noqa: E402
 from extras.metrics import kernel_distance, precision_recall  # noqa: E402
@@ -333,7 +333,7 @@ def feature_network(shared, steps, features_of=None):
     try:
         inception = load_inception(find_inception(may_download=False), device)
         name, network = "Inception-v3", lambda images: inception(images)["2048"]
-    except DownloadError:
+    except UserError:
         pass
 
     @torch.no_grad()

@@ -6,14 +6,13 @@ from engine.distributed import choose_device
 from engine.process import UserError, report_errors, user_error
 from engine.tokens import read_tokenizer
 from extras.datasets import find
-from extras.downloads import DownloadError
 from extras.fid_sources import Decoded
 from extras.grids import save_pairs
 from extras.inception import find_inception, load_inception
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
-from fid import FIDError, compute_scores, measure
+from fid import compute_scores, measure
 
 EXAMPLES = """examples:
   python vqvae.py report runs/toy/tokenizer.pt --data toy
@@ -40,7 +39,7 @@ def report(args):
     lpips = None
     try:
         lpips = LPIPS(read_lpips(find_lpips(args.lpips_weights, may_download=False))).to(device)
-    except DownloadError as error:
+    except UserError as error:
         if args.lpips_weights:
             raise
         print(f"no LPIPS: {error}")
@@ -50,7 +49,7 @@ def report(args):
         statistics = [measure(pictures, network, keep=0) for pictures in
                       (Decoded(held_out), Decoded(Reconstructions(model, held_out, device), args.batch))]
         metrics["rfid"] = compute_scores(*statistics)["fid"]
-    except (FIDError, DownloadError) as error:
+    except UserError as error:
         print(f"no rFID: {error}")
     print(f"{len(held_out):,} held-out images of {args.data}: "
           + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

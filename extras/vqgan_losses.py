@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.distributed import all_reduce_sum
-from engine.read_back import check_weights
-from extras.downloads import DownloadError, find_weights
+from engine.read_back import UserError, check_weights
+from extras.downloads import find_weights
 from extras.foreign_checkpoint import read_state
 
 
@@ -75,7 +75,7 @@ def find_lpips(given=None, may_download=True):
     """The files that hold the LPIPS weights: those given, or both of LPIPS_FILES in torch's cache, else a download."""
     for file in given or []:
         if not Path(file).is_file():
-            raise DownloadError(f"--lpips-weights {file}: no such file")
+            raise UserError(f"--lpips-weights {file}: no such file")
     if given:
         return [Path(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
@@ -94,7 +94,7 @@ def read_lpips(paths):
                 state[ours] = value.float().flatten() if linear else value.float()
     if len(state) < len(missing):
         absent = sorted(missing - set(state))
-        raise DownloadError(f"{', '.join(map(str, paths))}: {len(absent)} of LPIPS' {len(missing)} weights are not "
+        raise UserError(f"{', '.join(map(str, paths))}: {len(absent)} of LPIPS' {len(missing)} weights are not "
                             f"there, {absent[0]} for one: give {' and '.join(LPIPS_FILES)}, or a file that has both")
     check_weights(", ".join(map(str, paths)), LPIPS().state_dict(), state)
     return state
