@@ -41,7 +41,7 @@ class Pictures:
     def load(self, item):
         try:
             return torch.from_numpy(data.load_image(self.source.read(item), self.size))
-        except data.DataError as error:
+        except UserError as error:
             raise FIDError(f"{self.source.title(item)} cannot be used ({error}): repair it or take it out") from error
 
     def read(self, i, j):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DataError, load_image
+from data import load_image
 from engine.randomness import image_generators
 from engine.process import UserError, user_error, write_atomically
 from extras.grids import grid_page, save_grid
@@ -60,8 +60,8 @@ def read_image(flag, path, size=None):
     """data.load_image, the way to pixels that training takes, with errors that name the flag."""
     try:
         return load_image(path, size)
-    except DataError as error:
-        raise DataError(f"{flag} {path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from error
 
 
 def read_mask(path, tokenizer):

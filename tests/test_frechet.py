@@ -27,7 +27,6 @@ import sample
 from engine.process import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
-from extras.downloads import DownloadError
 from extras.metrics import inception_score, kernel_distance, precision_recall
 from tests.common import (
     TINY,
@@ -440,7 +439,7 @@ def test_weights_download(tmp_path, monkeypatch):
         assert inception.find_inception() == path and len(asked) == 2  # it is there
         server.shutdown()
     path.write_bytes(content[:-1])
-    with pytest.raises(DownloadError, match=r"inception.pth is not the published inception.pth"):
+    with pytest.raises(UserError, match=r"inception.pth is not the published inception.pth"):
         inception.find_inception()
 
 
