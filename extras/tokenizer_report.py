@@ -13,7 +13,7 @@ from extras.inception import find_inception, load_inception
 from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
-from fid import FIDError, compute_scores, measure
+from fid import compute_scores, measure
 
 EXAMPLES = """examples:
   python vqvae.py report runs/toy/tokenizer.pt --data toy
@@ -50,7 +50,7 @@ def report(args):
         statistics = [measure(pictures, network, keep=0) for pictures in
                       (Decoded(held_out), Decoded(Reconstructions(model, held_out, device), args.batch))]
         metrics["rfid"] = compute_scores(*statistics)["fid"]
-    except (FIDError, DownloadError) as error:
+    except UserError as error:
         print(f"no rFID: {error}")
     print(f"{len(held_out):,} held-out images of {args.data}: "
           + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
