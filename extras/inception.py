@@ -1,7 +1,5 @@
-"""Inception-v3 of December 2015 for TensorFlow, on which all published FID figures rest; not torchvision's, which has
-other weights (1000 classes) and other pools. Its weights, 96 MB, are those that pytorch-fid publishes.
-
-Called by fid.py's command line, train.py --eval-fid and extras/tokenizer_report.py.
+"""Inception-v3 of December 2015 for TensorFlow, on which all published FID figures rest. torchvision's has
+other weights (1000 classes) and other pools. Weights, 96 MB, and names of parameters are pytorch-fid's.
 """
 
 import os
@@ -20,8 +18,6 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 SIDE = 299  # pixels; the network's input
 
 
-# Parameters are named as in the published file, so load_state_dict(strict=True) takes it as it is.
-
 class ConvBN(nn.Module):
     """Convolution, batch norm, ReLU. Padding keeps the size at stride 1 unless it is given."""
 
@@ -37,8 +33,8 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-POOLS = {
-    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),  # TensorFlow's border
+POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
+    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
     "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
     "max, stride 2": partial(F.max_pool2d, kernel_size=3, stride=2),
 }
@@ -47,8 +43,8 @@ POOLS = {
 class Mixed(nn.Module):
     """Branches side by side, concatenated in this order.
 
-    A branch is a chain of steps: a convolution (name, in, out, kernel[, stride]), a pool by its name, or a list of
-    convolutions that all read what came before them and are concatenated.
+    A branch is a chain of steps: a convolution (name, in, out, kernel[, stride]), a pool by its name, or a
+    list of convolutions that all read what came before them and are concatenated.
     """
 
     def __init__(self, *branches):
@@ -82,15 +78,17 @@ def block_a(c, pooled):  # 35 x 35
 
 def block_b(c):  # 35 x 35 -> 17 x 17
     return Mixed([("branch3x3", c, 384, 3, 2)],
-                 [("branch3x3dbl_1", c, 64, 1), ("branch3x3dbl_2", 64, 96, 3), ("branch3x3dbl_3", 96, 96, 3, 2)],
+                 [("branch3x3dbl_1", c, 64, 1), ("branch3x3dbl_2", 64, 96, 3),
+                  ("branch3x3dbl_3", 96, 96, 3, 2)],
                  ["max, stride 2"])
 
 
 def block_c(c, w):  # 17 x 17, 7x7 convolutions as 1x7 and 7x1
     return Mixed([("branch1x1", c, 192, 1)],
                  [("branch7x7_1", c, w, 1), ("branch7x7_2", w, w, (1, 7)), ("branch7x7_3", w, 192, (7, 1))],
-                 [("branch7x7dbl_1", c, w, 1), ("branch7x7dbl_2", w, w, (7, 1)), ("branch7x7dbl_3", w, w, (1, 7)),
-                  ("branch7x7dbl_4", w, w, (7, 1)), ("branch7x7dbl_5", w, 192, (1, 7))],
+                 [("branch7x7dbl_1", c, w, 1), ("branch7x7dbl_2", w, w, (7, 1)),
+                  ("branch7x7dbl_3", w, w, (1, 7)), ("branch7x7dbl_4", w, w, (7, 1)),
+                  ("branch7x7dbl_5", w, 192, (1, 7))],
                  ["avg", ("branch_pool", c, 192, 1)])
 
 
@@ -111,19 +109,17 @@ def block_e(c, pool):  # 8 x 8
 
 
 class InceptionV3(nn.Module):
-    """uint8 images (B, 3, H, W), or a list of (3, H, W) of any sizes -> dict of features, each (B, width) float32.
+    """uint8 images (B, 3, H, W), or a list of (3, H, W) of any sizes -> dict of features (B, width) float32.
 
-    "64", "192", "768", "2048": means over the positions after the two stem pools, Mixed_6e and Mixed_7c. "spatial":
-    (B, 17 * 17 * 7), the first 7 channels of Mixed_6d, channels last (sFID). "logits": (B, 1008), and
-    "logits_unbiased": the same without the last bias (Inception Score).
-    resize: "tf" (TensorFlow 1, as the FID paper, ADM, EDM and torch-fidelity), "pytorch-fid" or "clean" (clean-fid).
+    "64", "192", "768", "2048": means over the positions after the two stem pools, Mixed_6e and Mixed_7c.
+    "spatial": (B, 17 * 17 * 7), the first 7 channels of Mixed_6d, channels last, for sFID.
+    "logits": (B, 1008). "logits_unbiased": the same without the last bias, for the Inception Score.
+    resize: "tf" (TensorFlow 1: the FID paper, ADM, EDM, torch-fidelity), "pytorch-fid", "clean" (clean-fid).
     """
     widths = {"2048": 2048, "spatial": 17 * 17 * 7}  # of those whose covariances are measured
 
     def __init__(self, resize="tf"):
         super().__init__()
-        if resize not in PREPROCESS:
-            raise ValueError(f"resize must be one of {', '.join(PREPROCESS)}, got {resize!r}")
         self.resize = resize
         self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
@@ -144,9 +140,6 @@ class InceptionV3(nn.Module):
             if len({image.shape for image in images}) > 1:
                 return torch.cat([self.prepare(image[None]) for image in images])
             images = torch.stack(images)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}; "
-                             "from floats in [-1, 1]: (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)")
         return PREPROCESS[self.resize](images.to(self.fc.weight.device).to(self.fc.weight.dtype))
 
     @torch.no_grad()
@@ -154,18 +147,18 @@ class InceptionV3(nn.Module):
         taps = {}
         # TF32 would round the features to three digits.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = self.prepare(images).contiguous(memory_format=torch.channels_last)                 # (B, 3, 299, 299)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                      # (B, 64, 147, 147)
-            x = F.max_pool2d(x, 3, 2)
+            x = self.prepare(images).contiguous(memory_format=torch.channels_last)      # (B, 3, 299, 299)
+            x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))                               # (B, 32, 147, 147)
+            x = F.max_pool2d(self.Conv2d_2b_3x3(x), 3, 2)                               # (B, 64, 73, 73)
             taps["64"] = x.mean((2, 3))
-            x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)                      # (B, 192, 35, 35)
+            x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)           # (B, 192, 35, 35)
             taps["192"] = x.mean((2, 3))
-            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))                      # (B, 768, 17, 17)
+            x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))           # (B, 768, 17, 17)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
-            taps["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)                              # (B, 2023)
+            taps["spatial"] = x[:, :7].permute(0, 2, 3, 1).flatten(1)                   # (B, 2023)
             x = self.Mixed_6e(x)
             taps["768"] = x.mean((2, 3))
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                                     # (B, 2048, 8, 8)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (B, 2048, 8, 8)
             taps["2048"] = x.mean((2, 3))
             taps["logits_unbiased"] = F.linear(taps["2048"], self.fc.weight)
             taps["logits"] = taps["logits_unbiased"] + self.fc.bias
@@ -173,11 +166,11 @@ class InceptionV3(nn.Module):
 
 
 def resize_tf1(x):
-    """(B, 3, H, W) float -> (B, 3, 299, 299): TensorFlow 1's bilinear, pixel i at i * H / 299, no antialias."""
+    """(B, 3, H, W) float -> (B, 3, 299, 299): TensorFlow 1's bilinear, pixel i at i H / 299, no antialias."""
     def positions(size):
-        at = torch.arange(SIDE, dtype=torch.float32, device=x.device) * torch.tensor(size / SIDE, dtype=torch.float32)
+        at = torch.arange(SIDE, dtype=torch.float32, device=x.device) * torch.tensor(size / SIDE)
         low = at.long()
-        return low, (low + 1).clamp(max=size - 1), (at - low).to(x.dtype)
+        return low, (low + 1).clamp(max=size - 1), at - low
 
     low, high, weight = positions(x.shape[3])
     left = x[..., low]
@@ -188,20 +181,20 @@ def resize_tf1(x):
 
 
 def resize_clean(x):
-    """(B, 3, H, W) float -> (B, 3, 299, 299): Pillow's bicubic with antialias, in float64 as Pillow's positions are."""
+    """(B, 3, H, W) float -> (B, 3, 299, 299): Pillow's antialiased bicubic, in float64 as its positions."""
     wide = (x.cpu() if x.is_mps else x).double()
     return F.interpolate(wide, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 255).to(x)
 
 
 PREPROCESS = {  # float 0 ... 255 -> what the first convolution reads
     "tf": lambda x: (resize_tf1(x) - 128) / 128,
-    "pytorch-fid": lambda x: 2 * F.interpolate(x / 255, (SIDE, SIDE), mode="bilinear", align_corners=False) - 1,
+    "pytorch-fid": lambda x: 2 * F.interpolate(x / 255, (SIDE, SIDE), mode="bilinear") - 1,
     "clean": lambda x: (resize_clean(x) - 128) / 128,
 }
 
 
 def fold_batch_norm(network):
-    """In place: each batch norm goes into the convolution before it (in float64), weights channels_last. Faster."""
+    """In place, for speed: each batch norm goes into its convolution, in float64; weights channels_last."""
     network.eval().double()
     for module in network.modules():
         if isinstance(module, ConvBN):
@@ -210,14 +203,13 @@ def fold_batch_norm(network):
 
 
 def find_inception(given=None, may_download=True, instead="give --weights PATH, or set $FID_WEIGHTS"):
-    """The file of its weights: --weights, or $FID_WEIGHTS, or the cache that pytorch-fid uses too, or a download."""
-    return find_weights(WEIGHTS, WEIGHTS_URL, WEIGHTS_SHA256, instead, given or os.environ.get("FID_WEIGHTS"),
-                        may_download)
+    """The file of its weights: --weights, $FID_WEIGHTS, torch's cache (pytorch-fid's too), or a download."""
+    given = given or os.environ.get("FID_WEIGHTS")
+    return find_weights(WEIGHTS, WEIGHTS_URL, WEIGHTS_SHA256, instead, given, may_download)
 
 
 def load_inception(path, device, resize="tf"):
     """The network, ready for use, from a file that find_inception returned."""
-    network = InceptionV3(resize)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, which nothing here needs
+    network, state = InceptionV3(resize), torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, which nothing needs
     return fold_batch_norm(network).to(device)

@@ -1,19 +1,18 @@
-"""Metrics beside FID, from the same features: KID, Inception Score, precision and recall. All of them in float64.
-
-Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception Score), Kynkaanniemi et al. 2019 (precision and recall).
-Called by fid.compute_scores.
+"""Metrics beside FID, from the same features, in float64: KID (Binkowski et al. 2018), Inception Score
+(Salimans et al. 2016), precision and recall (Kynkaanniemi et al. 2019). Called by fid.compute_scores.
 """
 
 import numpy as np
 import torch
 
-from engine.process import UserError
+from engine.validate import UserError
 
 
 def kernel_distance(real, fake, subsets=100, size=1000):
-    """(mean, standard deviation over subsets) of KID: unbiased MMD^2, k(a, b) = (a.b / d + 1)^3. Features (n, d).
+    """(mean, standard deviation over subsets) of KID: unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3.
 
-    Binkowski et al. 2018, eq. 4. Subsets as torch-fidelity draws them, the generated set first. May be negative.
+    Binkowski et al. 2018, eq. 4. Features (n, d). Subsets are drawn as in torch-fidelity, the generated set
+    first. The result may be negative.
     """
     size = min(size, len(real), len(fake))
     if size < 2:
@@ -30,9 +29,9 @@ def kernel_distance(real, fake, subsets=100, size=1000):
 
 
 def inception_score(logits, splits=10):
-    """(mean, standard deviation over splits) of exp E[KL(p(y|x) || p(y))], from logits without bias (n, 1008).
+    """(mean, standard deviation over splits) of exp E[KL(p(y|x) || p(y))].
 
-    Salimans et al. 2016. Shuffled and split as torch-fidelity does.
+    Salimans et al. 2016. Logits without bias (n, 1008). Shuffled and split as torch-fidelity does.
     """
     order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))
     log_p = logits[order.to(logits.device)].double().log_softmax(1)
@@ -50,17 +49,18 @@ def squared_distances(a, b):
 
 
 def precision_recall(real, fake, k=3, tile=1000):
-    """Share of generated points inside the manifold of the real ones, and of real ones inside that of the generated.
+    """(share of generated points in the manifold of the real, share of real points in that of the generated).
 
-    Manifold: the balls around all points that reach to their k-th nearest neighbour. Kynkaanniemi et al. 2019, eq. 2.
-    Features (n, d).
+    Manifold: the balls around all points that reach to their k-th nearest neighbour. Features (n, d).
+    Kynkaanniemi et al. 2019, eq. 2.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall need at least {k + 1} images a side")
     real, fake = real.double(), fake.double()
 
     def radii(points):  # each point is its own nearest neighbour
-        return torch.cat([squared_distances(part, points).kthvalue(k + 1).values for part in points.split(tile)])
+        return torch.cat([squared_distances(part, points).kthvalue(k + 1).values
+                          for part in points.split(tile)])
 
     def covered(points, centres, squared_radii):
         inside = [(squared_distances(part, centres) <= squared_radii).any(1) for part in points.split(tile)]

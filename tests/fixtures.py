@@ -10,7 +10,7 @@ import threading
 import urllib.error
 from unittest import mock
 
-import fid_peers
+import numpy as np
 import pytest
 import torch
 
@@ -94,20 +94,37 @@ def server():
         web.shutdown()
 
 
+def random_weights():
+    """A state dict in the published layout of Inception-v3, whose activations stay near 1."""
+    rng, state = np.random.default_rng(0), {}
+    for name, like in inception.InceptionV3().state_dict().items():
+        if name.endswith("conv.weight"):
+            value = rng.standard_normal(like.shape) * (2 / like[0].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            value = rng.uniform(0.5, 1.5, like.shape)
+        elif name.endswith("num_batches_tracked"):
+            continue
+        else:
+            value = 0.2 * rng.standard_normal(like.shape)
+        state[name] = torch.from_numpy(value).float()
+    return state
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A file of random weights in the published layout, taken for the published one, and no way to a network."""
+    """A file of random weights in the published layout, taken for the published one; and no network."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(fid_peers.random_weights(), path)
+    torch.save(random_weights(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest), mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
+    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
+          mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
           mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
           mock.patch("torch.hub.urlopen", side_effect=urllib.error.URLError("no network"))):
         yield path
 
 
 class Pixels(torch.nn.Module):
-    """In place of the network, and a thousand times faster: "features" are a few pixels of what it would read."""
+    """In place of the network, and a thousand times faster: "features" are a few pixels of what it reads."""
 
     widths = {"2048": 128, "spatial": 120}
 
@@ -127,8 +144,8 @@ def fast(weights):
     """Programs take Pixels for Inception."""
     with contextlib.ExitStack() as patches:
         for module in (fid_command, fid_sources, tokenizer_report):
-            patches.enter_context(mock.patch.object(module, "load_inception", lambda path, device, resize="tf":
-                                                    Pixels(resize)))
+            patches.enter_context(mock.patch.object(
+                module, "load_inception", lambda path, device, resize="tf": Pixels(resize)))
         yield
 
 
