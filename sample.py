@@ -16,7 +16,7 @@ Every image has a random generator of its own, seeded by (seed, i) and drawing o
 same for any number of images, any batch size and any device, up to the rounding of the network itself.
 
 A third sampler, with one call of the network per step, is a function like ancestral_step or ddim_step, one
-branch in the loop of sample_tokens, and its name in engine/config.OPTIONS["sampler"].
+branch in the loop of sample_tokens, and its name in SAMPLERS.
 """
 
 
@@ -26,12 +26,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine.config import OPTIONS
 from engine.distributed import all_gather_cat, rank_and_world
 from engine.randomness import image_generators
 from schedule import add_noise, alpha_sigma, posterior
 
-SAMPLERS = OPTIONS["sampler"][0]  # "ancestral", "ddim"
+SAMPLERS = ("ancestral", "ddim")
 COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
 
 

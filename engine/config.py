@@ -10,6 +10,7 @@ import sys
 
 from engine.distributed import rank_and_world
 from engine.validate import UserError, expect
+from sample import SAMPLERS
 
 POSITIVE = (1, math.inf)
 NOT_NEGATIVE = (0, math.inf)
@@ -74,7 +75,7 @@ OPTIONS = {  # name: (type, default, range or choices, help); the flag is the na
     # sampling defaults, stored in the checkpoint
     "sample_steps": (int, 50, POSITIVE, "calls of the network per image"),
     "guidance": (float, 1.0, NOT_NEGATIVE, "omega; DiT's cfg-scale is 1 + omega; 0 is off"),
-    "sampler": (str, "ancestral", ("ancestral", "ddim"), "new noise at every step, or only at the start"),
+    "sampler": (str, "ancestral", SAMPLERS, "new noise at every step, or only at the start"),
     # bookkeeping
     "log_every": (int, 100, (1, 10000), "steps between status lines"),
     "sample_every": (int, 1000, POSITIVE, "steps between pictures and evaluations"),

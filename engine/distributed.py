@@ -1,8 +1,4 @@
-"""One process or many, CPU or GPU: the same program. Under torchrun all processes draw the same random
-numbers, each computes its share of a batch, and gradients are averaged while the backward pass runs.
-
-With one process the sums and gathers here do nothing.
-"""
+"""One process or many, CPU or GPU: the same program. With one process the sums and gathers here do nothing."""
 
 import datetime
 import os
@@ -16,10 +12,7 @@ TIMEOUT = datetime.timedelta(days=1)  # one process may look at millions of imag
 
 
 def init_distributed():
-    """(rank, world): (0, 1) for plain python; under torchrun the first call joins the others.
-
-    Tensors on GPUs travel by NCCL, those on the CPU by gloo.
-    """
+    """(rank, world): (0, 1) for plain python; under torchrun the first call joins the others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         local_rank = int(os.environ["LOCAL_RANK"])

@@ -1,6 +1,4 @@
-"""One process of a long run: files that are never half written, one process per run directory, signals, and
-errors that are one line. None of it is particular to VQ-LCMD.
-"""
+"""A process of a long run: errors in one line, files that are never half written, a lock, signals."""
 
 import contextlib
 import json
@@ -25,14 +23,14 @@ SIGNALS = []  # received so far; training looks at it once per step
 
 
 @contextlib.contextmanager
-def user_error(before=""):
+def user_error():
     """ValueErrors in this block are the user's mistakes: bad sizes, settings that make no sense."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{before}{error}") from error
+        raise UserError(str(error)) from error
 
 
 @contextlib.contextmanager
