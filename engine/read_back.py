@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.validate import UserError
+
 LIMITS = {  # name of the environment variable that sets another one: (default, what it limits)
     "VQLCMD_MAX_PIXELS": (50_000_000, "pixels of a decoded image"),
     "VQLCMD_MAX_IMAGE_BYTES": (256 << 20, "bytes of an image file"),
@@ -28,10 +30,6 @@ LIMITS = {  # name of the environment variable that sets another one: (default, 
     "VQLCMD_MAX_IMAGES": (10_000_000, "images of an array"),
     "VQLCMD_MAX_CLASSES": (100_000, "classes"),
     "VQLCMD_MAX_DEPTH": (64, "folders in one another")}
-
-
-class UserError(ValueError):
-    """One line: what was wrong and what to do. Exit status 2."""
 
 
 class ReadError(UserError):

@@ -14,8 +14,7 @@ from engine.checkpoint import save_checkpoint
 from engine.distributed import all_reduce_max, all_reduce_sum, barrier, rank_and_world
 from engine.read_back import UserError, read_bytes, shown
 from engine.process import RunError, leave, stop_asked, write_atomically
-from extras.run_facts import read_columns, seconds_per_step
-from extras.run_page import update_page
+from extras.run_page import read_columns, update_page
 
 TIMES = ("img/s", "seconds")  # columns that differ from run to run; seconds since the stage began, pauses left out
 
@@ -173,7 +172,8 @@ class StatusLog:
             row["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
         if rank_and_world()[0] == 0:
             append_row(self.path, {"step": self.step} | row | seconds)
-        left = (self.steps - self.step) * (seconds_per_step(self.past, self.batch) or 0)  # as the page says it
+        (first, begin), *_, (last, end) = [(0, 0.0), *self.past["seconds"]][-6:]  # the last five lines
+        left = (self.steps - self.step) * (end - begin) / (last - first)
         tqdm.write(f"{self.stage} {self.step:>6,}/{self.steps:,}  "
                    + "  ".join(f"{name} {value}" for name, value in row.items())
                    + f"  {tqdm.format_interval(now - self.begun)} gone, {tqdm.format_interval(left)} left")
