@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--shifts", type=float, nargs="+", default=shifts, help="shift factors s")
     for name in ("log_snr_min", "log_snr_max"):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=float, default=DEFAULTS[name], help="an end of lambda before the shift")
+        parser.add_argument(flag, type=float, default=DEFAULTS[name], help="end of lambda before the shift")
     parser.add_argument("--out", default="schedule.png", help="the picture to write")
     args = parser.parse_args()
     with report_errors("schedule.py"), user_error():
