@@ -1,13 +1,21 @@
-"""`python sample.py CKPT --serve`: a page in the browser, to play with a model. Called by extras/sample_command.py.
+"""`python sample.py CKPT --serve`: a page in the browser, extras/serve.html, to play with a model.
 
-The page is extras/serve.html, all in one file. It asks for two things: /draw streams a line for each step and then the
-images; /crop makes the model's square of an image file. Image i is image i of `python sample.py` with its class and the
-same seed and settings. Who may ask, and how much, is in extras/local_server.py.
+Image i of the page is image i of `python sample.py` with its class and the same seed and settings.
+
+The server listens to 127.0.0.1 alone. But any page that is open in a browser here can send requests to it,
+and a stranger's domain can be made to lead here. So Host must be ours, the Origin of a POST too, and its body
+must be declared as JSON, which a foreign page may not send.
 """
 
 import base64
 import io
 import itertools
+import json
+import sys
+import threading
+import traceback
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,130 +23,211 @@ import torch
 from PIL import Image
 
 from data import load_image
-from engine.process import UserError, user_error
-from extras.local_server import LARGEST_BODY, Server
-from sample import SAMPLERS, check_settings, sample_images
+from engine.validate import UserError, expect, reading
+from sample import SAMPLERS, sample_images
 
-LIMITS = {"n": (int, 1, 16), "seed": (int, 0, 2 ** 53 - 1), "steps": (int, 1, 200), "guidance": (float, -1e4, 1e4),
-          "temperature": (float, 0.01, 100.0)}  # the page's numbers, and their bounds
-FIELDS = {*LIMITS, "classes", "sampler", "trajectory", "image", "cells"}
+LIMITS = {"n": (int, 1, 16), "seed": (int, 0, 2 ** 53 - 1), "steps": (int, 1, 200),
+          "guidance": (float, -1e4, 1e4), "temperature": (float, 0.01, 100.0)}  # type and range
 FRAMES = 10  # of a trajectory
+LARGEST_BODY = 8 << 20  # bytes
+POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+          "connect-src 'self'; frame-ancestors 'none'")
 
 
 # ----------------------------------------------------------------------------
-# From JSON to what sample_images takes. UserError for what makes no sense.
-
-def read_number(name, value):
-    kind, low, high = LIMITS[name]
-    if type(value) not in (int, kind) or not low <= value <= high:  # NaN is neither above nor below
-        raise UserError(f"{name} must be a {'whole ' if kind is int else ''}number from {low:,} to {high:,}")
-    return kind(value)
-
+# Drawing.
 
 def read_list(name, values, end):
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < end for value in values):
-        raise UserError(f"{name} must be a list of whole numbers, at least 0 and below {end}")
-    return values
+    """values, if it is a list of whole numbers from 0 to end - 1."""
+    return [expect(name, value, int, 0, end - 1) for value in expect(name, values, list)]
 
 
 def read_image(text, size):
-    """An image file in base64 -> (1, 3, size, size) uint8, by the way to pixels that training takes."""
-    if not isinstance(text, str):
-        raise UserError("image must be an image file in base64")
-    with user_error():
-        content = base64.b64decode(text, validate=True)
-    return torch.from_numpy(load_image(content, size))[None]
+    """An image file in base64 -> (1, 3, size, size) uint8, cropped and resized as in training."""
+    with reading("the image", "give another file"):
+        return torch.from_numpy(load_image(base64.b64decode(text), size))[None]
 
 
-def read_wishes(pipeline, settings, wishes):
-    """The JSON of /draw -> labels (n,), whether to show the trajectory, options of sample_images.
+def read_request(pipeline, settings, request):
+    """The JSON of /draw -> labels (n,), whether to send the trajectory, options of sample_images.
 
-    The n images are shared out evenly among the classes. Without a class the null class draws them, as on the command
-    line, and there is nothing to guide to.
+    The n images are shared out evenly among the classes. Without a class the null class draws them, unguided.
     """
-    if not isinstance(wishes, dict) or wishes.keys() != FIELDS:
-        raise UserError(f"the request must have these fields and no others: {', '.join(sorted(FIELDS))}")
-    if wishes["sampler"] not in SAMPLERS or type(wishes["trajectory"]) is not bool:
-        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, and trajectory true or false")
-    given = {name: read_number(name, wishes[name]) for name in LIMITS}
-    names, n, seed = pipeline.class_names, given.pop("n"), given.pop("seed")
-    chosen = read_list("classes", wishes["classes"], len(names))
-    if not chosen:
-        if names and not pipeline.config["training"]["label_drop"]:
-            raise UserError("this model was trained with --label-drop 0 and has to know the class: choose one")
-        chosen, given["guidance"] = [pipeline.model.num_classes], 0.0
-    if names and given["guidance"] and not pipeline.config["training"]["label_drop"]:
-        raise UserError("this model was trained with --label-drop 0: guidance must be 0")
-    options = settings | given | {"sampler": wishes["sampler"]}
-    with user_error():
-        check_settings(**options)
-    cells = read_list("cells", wishes["cells"], pipeline.model.N)
-    if wishes["image"] is not None:
-        if not cells:
-            raise UserError("paint what is to be drawn anew")
-        image = read_image(wishes["image"], pipeline.tokenizer.size)
+    numbers = {name: limits[0](expect(name, request.get(name), *limits)) for name, limits in LIMITS.items()}
+    options = settings | numbers | {"sampler": expect("sampler", request.get("sampler"), tuple(SAMPLERS))}
+    n = options.pop("n")
+    classes = read_list("classes", request.get("classes"), len(pipeline.class_names))
+    if pipeline.class_names and not pipeline.config["training"]["label_drop"]:
+        if not classes or options["guidance"]:
+            raise UserError("this model was trained with --label-drop 0: choose a class, and guidance 0")
+    if not classes:
+        classes, options["guidance"] = [pipeline.model.num_classes], 0.0
+    cells = read_list("cells", request.get("cells"), pipeline.model.N)
+    if request.get("image") is not None:
+        image = read_image(request["image"], pipeline.tokenizer.size)
         options["inpaint"] = pipeline.tokenizer.encode(image.to(pipeline.device))                  # (1, N)
         options["inpaint"][:, cells] = -1
-    return torch.tensor(chosen)[torch.arange(n) * len(chosen) // n], wishes["trajectory"], options | {"seed": seed}
+    labels = torch.tensor(classes)[torch.arange(n) * len(classes) // n]
+    return labels, expect("trajectory", request.get("trajectory"), bool), options
 
-
-# ----------------------------------------------------------------------------
-# What the page asks for.
 
 def png_texts(images):
     """uint8 images (n, 3, H, W) -> PNG files in base64, a list."""
-    files = [io.BytesIO() for _ in images]
-    for pixels, file in zip(images.permute(0, 2, 3, 1).cpu().numpy(), files, strict=True):
+    texts = []
+    for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
         Image.fromarray(pixels).save(file, "png")
-    return [base64.b64encode(file.getvalue()).decode() for file in files]
+        texts.append(base64.b64encode(file.getvalue()).decode())
+    return texts
 
 
-def draw(pipeline, settings, wishes, send):
-    """A line {step, t} for each step, about ten of them with the likeliest tokens decoded; then the images."""
-    labels, trajectory, options = read_wishes(pipeline, settings, wishes)
-    shown = {round(i) for i in np.linspace(1, options["steps"], FRAMES)} if trajectory else ()
+def draw(pipeline, settings, request, send):
+    """Sends a line {step, t} for each step, some with the likeliest tokens decoded, and then the images."""
+    labels, trajectory, options = read_request(pipeline, settings, request)
+    frames = {round(step) for step in np.linspace(1, options["steps"], FRAMES)} if trajectory else set()
     steps = itertools.count(1)
 
-    def pictures(images):
-        return {"labels": labels.tolist(), "images": png_texts(images)}
-
     def after_step(t, p):
-        step = next(steps)
-        send({"step": step, "t": t} | (pictures(pipeline.tokenizer.decode(p.argmax(-1))) if step in shown else {}))
+        line = {"step": next(steps), "t": t}
+        if line["step"] in frames:
+            line |= {"labels": labels.tolist(), "images": png_texts(pipeline.tokenizer.decode(p.argmax(-1)))}
+        send(line)
 
-    send(pictures(sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)))
+    images = sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)
+    send({"labels": labels.tolist(), "images": png_texts(images)})
 
 
-def crop(pipeline, wishes, send):
-    if not isinstance(wishes, dict) or wishes.keys() != {"image"}:
-        raise UserError("the request must have one field, image")
-    send({"image": png_texts(read_image(wishes["image"], pipeline.tokenizer.size))[0]})
+# ----------------------------------------------------------------------------
+# The server.
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection with one request, in a thread of its own."""
+
+    timeout = 10  # seconds that a client may say nothing, or take nothing
+    answered = False  # has an answer begun?
+
+    def do_GET(self):
+        if self.headers["Host"] not in self.server.hosts:
+            self.refuse(403, "this server is for this machine alone")
+        elif self.path not in self.server.pages:
+            self.refuse(404, "there is no such page")
+        else:
+            kind, content = self.server.pages[self.path]
+            self.begin(200, kind)
+            self.wfile.write(content)
+
+    def do_POST(self):
+        length, host = self.headers.get("Content-Length", ""), self.headers["Host"]
+        if not length.isdecimal() or len(length) > 8 or int(length) > LARGEST_BODY:
+            return self.refuse(413, f"a request needs its Content-Length, of at most {LARGEST_BODY >> 20} MB")
+        body = self.rfile.read(int(length))  # before any other refusal, which else might not arrive
+        if host not in self.server.hosts or self.headers["Origin"] != f"http://{host}":
+            return self.refuse(403, "only this server's own page may ask for this")
+        if self.headers["Content-Type"] != "application/json":
+            return self.refuse(415, "a request must be application/json")
+        if self.path not in self.server.actions:
+            return self.refuse(404, "there is no such page")
+        if not self.server.drawing.acquire(blocking=False):
+            return self.refuse(429, "another picture is being drawn: wait until it is done")
+        try:
+            self.act(self.server.actions[self.path], body)
+        finally:
+            self.server.drawing.release()
+
+    def act(self, action, body):
+        try:
+            with reading("the request"):
+                request = expect("the request", json.loads(body), dict)
+            action(request, self.send_line)
+        except (ConnectionError, TimeoutError):  # the client is gone, or the server ends
+            pass
+        except UserError as error:
+            self.refuse(400, str(error))
+        except (MemoryError, torch.OutOfMemoryError):
+            self.refuse(503, "not enough memory: ask for less")
+        except Exception:
+            traceback.print_exc()
+            self.refuse(500, "something went wrong: the terminal of this server says what")
+
+    def begin(self, status, kind):
+        self.answered = True
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", POLICY)
+        self.end_headers()
+
+    def send_line(self, line, status=200):
+        """A line of JSON. ConnectionError, which ends a drawing, if the client is gone or the server ends."""
+        if self.server.ending:
+            raise ConnectionAbortedError
+        if not self.answered:
+            self.begin(status, "application/x-ndjson")
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+
+    def refuse(self, status, reason):
+        """{"error": reason}: the answer or, if that has begun, its last line."""
+        self.send_line({"error": reason}, status)
+
+    def send_error(self, code, message=None, explain=None):  # the parent's page repeats what was sent
+        self.refuse(code, HTTPStatus(code).phrase)
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """pages: {path: (content type, bytes)}. actions: {path of a POST: function(dict, send_line)}."""
+
+    def __init__(self, port, pages, actions):
+        self.pages, self.actions = pages, actions
+        self.drawing, self.ending = threading.Lock(), False
+        super().__init__(("127.0.0.1", port), Handler)
+        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the client is gone
+            super().handle_error(request, client_address)
+
+    def server_close(self):
+        """A drawing ends at its next line. Python would abort if it exited while a thread is in PyTorch."""
+        self.ending = True
+        super().server_close()
+        with self.drawing:
+            pass
 
 
 def make_server(args, pipeline, chosen, settings):
-    """The server of --serve, with what else the command line says as the page's first settings."""
-    names, tokenizer = pipeline.class_names, pipeline.tokenizer
-    chosen = chosen[:None if len(chosen) <= 16 else 1] if names else []
-    initial = {"n": args.n or min(max(len(chosen), 8), 16), "seed": args.seed, "temperature": 1.0} | settings
+    """The server of --serve. What else the command line says are the first settings of the page."""
+    tokenizer = pipeline.tokenizer
+    if len(chosen) > 16:
+        chosen = chosen[:1]
+    initial = {"n": args.n or max(len(chosen), 8), "seed": args.seed, "temperature": 1.0} | settings
     if args.steps is None:
         initial["steps"] = min(initial["steps"], LIMITS["steps"][2])
-    model = {"initial": {name: read_number(name, initial[name]) for name in LIMITS}
-             | {"classes": chosen, "sampler": initial["sampler"]},
-             "limits": {name: limits[1:] for name, limits in LIMITS.items()},
-             "names": names, "null": bool(pipeline.config["training"]["label_drop"]), "samplers": SAMPLERS,
+    for name, limits in LIMITS.items():
+        expect(f"--{name}", initial[name], *limits)
+    model = {"initial": {name: initial[name] for name in (*LIMITS, "sampler")}
+             | {"classes": chosen if pipeline.class_names else []},
+             "limits": {name: limits[1:] for name, limits in LIMITS.items()}, "samplers": SAMPLERS,
+             "names": pipeline.class_names, "null": bool(pipeline.config["training"]["label_drop"]),
              "step": pipeline.step, "size": tokenizer.size, "grid": tokenizer.grid, "largest": LARGEST_BODY}
-    page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
-    actions = {"/draw": lambda wishes, send: draw(pipeline, settings, wishes, send),
-               "/crop": lambda wishes, send: crop(pipeline, wishes, send)}
+    pages = {"/": ("text/html; charset=utf-8", Path(__file__).with_name("serve.html").read_bytes()),
+             "/model": ("application/json", json.dumps(model).encode())}
+
+    def crop(request, send):
+        send({"image": png_texts(read_image(request.get("image"), tokenizer.size))[0]})
+
+    actions = {"/draw": lambda request, send: draw(pipeline, settings, request, send), "/crop": crop}
     try:
-        return Server(args.serve, page, model, actions)
+        return Server(args.serve, pages, actions)
     except OSError as error:
-        raise UserError(f"--serve {args.serve}: {error.strerror}; give another port, or 0 for any that is free") \
-            from error
+        raise UserError(f"--serve {args.serve}: {error.strerror}; give another port, or 0 for any") from error
 
 
 def serve(args, pipeline, chosen, labels, settings):
     """--serve PORT, until Ctrl-C."""
     with make_server(args, pipeline, chosen, settings) as server:
-        print(f"open http://127.0.0.1:{server.port}/ in a browser on this machine; Ctrl-C ends it", flush=True)
+        url = f"http://127.0.0.1:{server.server_port}/"
+        print(f"open {url} in a browser on this machine; Ctrl-C ends it", flush=True)
         server.serve_forever()

@@ -1,249 +1,321 @@
-"""The page of a run: whole and escaped HTML, from one file and what lies beside it, at every moment of a run."""
+"""The page of a run and the page of --serve: what they are told, and who else is told nothing."""
 
-import csv
+import base64
+import contextlib
 import html.parser
+import http.client
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
+import socket
+import threading
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 import train
+from data import load_image
 from engine.process import lock
-from extras import run_page
-from extras.page_style import SCRIPT, STYLE
-from extras.svg_curves import VOID, chart, log_ticks, number, short, tag, thin, ticks
-from tests.common import TINY, call, contents, flags
+from extras import run_page, serve
+from sample import load_checkpoint, sample_images
+from tests.common import HERE, TINY, call, contents, flags, noise, png
+
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u2028\udcff\u202e", "' \"; rm -r /", "a, b", "-x"]
 
 
-class Page(html.parser.HTMLParser):
-    """elements: (name, attributes, text in it and in those inside it); AssertionError if one is not closed in order."""
-
-    def __init__(self, out):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open = [], []
-        self.source = (out / "index.html").read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.open and self.source.startswith("<!DOCTYPE html>\n<html")
-
-    def handle_starttag(self, name, attributes):
-        assert len(dict(attributes)) == len(attributes), f"{name} has an attribute twice"
-        element = [name, dict(attributes), ""]
-        self.elements.append(element)
-        if name not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, name):
-        assert self.open.pop()[0] == name
-
-    def handle_data(self, data):
-        for element in self.open:
-            element[2] += data
-
-    def all(self, name):
-        return [(attributes, text) for element, attributes, text in self.elements if element == name]
-
-    @property
-    def state(self):
-        """The word for it, after checking that the page loads itself again while the run lives, and only then."""
-        (body, _), = self.all("body")
-        refresh = [meta["content"] for meta, _ in self.all("meta") if meta.get("http-equiv") == "refresh"]
-        assert refresh == (["30"] if body["data-state"] == "running" else [])
-        return body["data-state"]
+def run_data(out):
+    """What run.js says, after checking that it is one assignment, in ASCII, without tags."""
+    assert (out / "index.html").read_bytes() == (HERE / "extras" / "run.html").read_bytes()
+    text = (out / "run.js").read_text("ascii")
+    assert "<" not in text and text.count("\n") == 1
+    return json.loads(text.removeprefix("RUN = ").removesuffix(";\n"))
 
 
-def check_page(out):
-    """A Page that needs nothing but the files beside it, and runs and looks like nothing but what we wrote."""
-    page = Page(out)
-    for name, attributes, _ in page.elements:
-        assert not any(key.startswith("on") or key in ("style", "srcset", "action") for key in attributes), name
-        for key in ("href", "src"):
-            if key in attributes:
-                assert name in ("a", "img") and os.sep not in attributes[key] and (out / attributes[key]).is_file()
-    for attributes, _ in page.all("div"):
-        for file in attributes.get("data-files", "").split():
-            assert (out / file).is_file()
-    for word in ("http:", "https:", "//", "@import", "url("):
-        assert word not in page.source.lower().replace("<!doctype html>", "")
-    assert [text for _, text in page.all("script")] == [SCRIPT] and [text for _, text in page.all("style")] == [STYLE]
-    assert {name for name, _, _ in page.elements} <= {
-        "html", "head", "meta", "title", "style", "script", "body", "h1", "h2", "h3", "p", "b", "small", "span", "div",
-        "pre", "a", "img", "input", "output", "progress", "figure", "figcaption", "svg", "line", "text", "polyline",
-        "circle", "table", "tr", "th", "td"}
-    return page
+@pytest.mark.parametrize("name", ["run.html", "serve.html"])
+def test_static_pages(name):
+    """Elements are closed in order, nothing comes from elsewhere, and no text can become HTML."""
+    class Page(html.parser.HTMLParser):
+        open = []
+
+        def handle_starttag(self, tag, attributes):
+            self.open += [] if tag in ("meta", "link", "input", "option") else [tag]
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    page = (HERE / "extras" / name).read_text("utf-8")
+    Page().feed(page)
+    assert not Page.open and "prefers-color-scheme: dark" in page
+    page = re.sub(r"http://www\.w3\.org/(2000/svg|1999/xhtml)", "", page)  # names, not addresses
+    assert not re.search(r"https?:|\"//|(inner|outer)HTML|insertAdjacent|document\.write|eval\(", page)
 
 
 def test_page_of_a_run(folder, run):
-    """It shows the last value of every column, all pictures, all settings, and the commands as they were given."""
-    page, config = check_page(run), json.loads((run / "config.json").read_text())
-    (_, text), = page.all("body")
-    assert page.state == "complete" and "38 training images, 2 held out, 2 classes" in text and "cat, dog." in text
-    assert "stage 3 of 3, embeddings and denoiser, step 8 of 8" in text
-    shown = {words for _, words in page.all("b")}
+    """The curves are those of the CSV files; the commands those that were given."""
+    data, config = run_data(run), json.loads((run / "config.json").read_text())
+    assert [data[name] for name in ("state", "stage", "step", "steps")] == ["complete", "diffusion", 8, 8]
+    assert data["classes"] == ["cat", "dog"] and "psnr" in data["metrics"]["tokenizer"]
+    assert data["settings"].keys() == config.keys() - {"classes"} and data["settings"]["flip"] == "false"
     for name in ("tokenizer", "diffusion", "evaluation"):
-        with (run / f"{name}.csv").open(newline="") as file:
-            row = list(csv.DictReader(file))[-1]
-        for column, value in row.items():
-            if column not in ("step", "log2_K", "standard_error", "seconds"):  # of these no curve is drawn
-                assert number(float(value)) in shown, column
-    assert f"± {float(row['standard_error']):.2f}; log2 K = 3" in text
-    boxes = {box["id"]: box["data-files"].split() for box, _ in page.all("div") if "data-files" in box}
-    assert boxes == {kind: [f"{kind}_00000{step}.png" for step in (4, 8)] for kind in ("samples", "reconstructions")}
-    assert [image["src"] for image, _ in page.all("img")] == [*(files[-1] for files in boxes.values()), "data.png"]
-    assert [slider["max"] for slider, _ in page.all("input")] == ["1", "1"]
-    settings = dict(zip((name for _, name in page.all("th")), (value for _, value in page.all("td")), strict=True))
-    assert settings.keys() == config.keys() - {"classes"} and settings["lr"] == "0.01" and settings["flip"] == "false"
-    longer, draw = (shlex.split(words) for _, words in page.all("pre"))
+        rows = np.genfromtxt(run / f"{name}.csv", delimiter=",", names=True, deletechars="")
+        assert {*data["columns"][name]} == {*rows.dtype.names} - {"step"}
+        for column, points in data["columns"][name].items():
+            np.testing.assert_allclose(points, np.stack([rows["step"], rows[column]], 1), rtol=1e-4)
+    assert {"samples_000004.png", "reconstructions_000008.png", "data.png"} <= {*data["files"]}
+    (_, longer), (_, draw) = data["commands"]
     given = ["train.py", "--data", str(folder), "--out", str(run), *flags(TINY)]
-    assert longer == ["python", *given, "--steps", "16"]
-    assert draw == ["python", "sample.py", str(run / "ckpt.pt"), "--class", "cat,dog", "--out", "more.png"]
+    assert shlex.split(longer) == ["python", *given, "--steps", "16"]
+    assert shlex.split(draw)[:5] == ["python", "sample.py", str(run / "ckpt.pt"), "--class", "cat,dog"]
 
 
-def test_names_are_escaped(run, tmp_path, capsys):
-    """Classes, data, settings, files and errors that look like HTML, or like a shell's words, are text and no more."""
-    out = tmp_path / "a <b>'\" $(touch x);"
+STATES = [("running", True, "running"), ("running", False, "gone"), ("ended", False, "ended"),
+          ("stopped", False, "stopped"), ("failed", False, "failed")]
+
+
+def test_states(run, tmp_path, capsys):
+    """Of any run, from its files: how far it is, how it ended, whether it lives; hostile names are text."""
+    out = tmp_path / "it's <b>"
     shutil.copytree(run, out)
-    names = ["<script>alert(1)</script>", "\" onload='alert(2)'", "a, b", "-x", "</style><!-- &amp;", "\udcff"]
-    config = json.loads((run / "config.json").read_text())
-    config |= {"classes": names, "data": "<img src=x onerror=alert(3)>", "<b>": "<i>\"'", "lpips": "</table><h1>"}
+    config = json.loads((run / "config.json").read_text()) | {HOSTILE[0]: HOSTILE[0]}
+    config |= {"steps": 9, "classes": HOSTILE, "data": HOSTILE[0]}
     (out / "config.json").write_text(json.dumps(config))
-    (out / "state.json").write_text(json.dumps({"state": "failed", "message": "<h1>it's & broken</h1>",
-                                                "command": ["python", "train.py", "--data", "it's <here>; rm -r /"]}))
-    (out / "samples_000009<x>.png").write_bytes(b"")
-    rows = (out / "diffusion.csv").read_text()
-    (out / "diffusion.csv").write_text(rows.replace("diff,", "<hr>,", 1) + "10,1,")  # and half a line
-    assert call(run_page, out) == 0
+    for state, locked, expected in STATES:
+        start = {"state": state, "message": HOSTILE[0], "command": HOSTILE}
+        (out / "state.json").write_text(json.dumps(start))
+        with lock(out) if locked else contextlib.nullcontext():
+            assert call(run_page, out) == 0 and run_data(out)["state"] == expected
+    data = run_data(out)
+    assert data["message"] == data["settings"]["data"] == data["settings"][HOSTILE[0]] == HOSTILE[0]
+    assert data["classes"][1] == r"\u2028\udcff\u202e" and shlex.split(data["commands"][0][1]) == HOSTILE
+    for missing, stage in (("diffusion.csv", "diffusion"), ("tokens.npy", "tokens")):
+        (out / missing).unlink()
+        assert call(run_page, out) == 0 and (run_data(out)["stage"], run_data(out)["step"]) == (stage, 0)
+    (out / "tokenizer.csv").write_text("step,reconstruction,img/s\n4,0.5,7\n6,0.4")  # half a line
+    assert call(run_page, out) == 0 and (run_data(out)["stage"], run_data(out)["step"]) == ("tokenizer", 6)
     capsys.readouterr()
-    page = check_page(out)
-    (_, text), = page.all("body")
-    assert ", ".join(names).replace("\udcff", "\\udcff") in text and config["data"] in text and page.state == "failed"
-    assert ("<b>", "<i>\"'") in zip((name for _, name in page.all("th")), (v for _, v in page.all("td")), strict=True)
-    assert "<hr>" in [line["data-name"] for line, _ in page.all("polyline")]
-    error, again, draw = (words for _, words in page.all("pre"))
-    assert error == "<h1>it's & broken</h1>" and shlex.split(again)[-3:] == ["it's <here>; rm -r /", "--steps", "16"]
-    assert shlex.split(draw)[2:5] == [str(out / "ckpt.pt"), "--class", ",".join(names[:2])]
-    assert "<" not in tag("p", "<", title="<\"").replace("<p ", "").replace("</p>", "")
+    for name in ("tokenizer.csv", "config.json"):
+        (out / name).write_text("step,a\nx,y")
+        assert call(run_page, out) == 2 and f"{name} cannot be read" in capsys.readouterr().err
+    assert call(run_page, tmp_path) == 2 and not (tmp_path / "index.html").exists()
 
 
 @pytest.mark.parametrize("how", ["kill", "crash", "error"])
 def test_page_while_a_run_lives(how, folder, undone, monkeypatch):
-    """It says where the run is, at a status line too; and when it is stopped, or fails, that it was, and why."""
+    """It says where the run is, at a status line too; at the end that it was stopped, or why it failed."""
     seen, real = [], train.training_loss
 
     def watched(*args, **options):
-        page = check_page(undone)
-        (_, text), = page.all("body")
-        seen.append((page.state, "step 4 of 8, about " in text, "samples_000004.png" in page.source))
+        data = run_data(undone)
+        seen.append((data["state"], data["step"], "samples_000004.png" in data["files"]))
         if len(seen) == 5:
-            if how == "crash":
-                raise ArithmeticError("first line\n<last line>")
-            if how == "error":
-                raise OSError(5, "it's broken")
+            if how != "kill":
+                raise {"crash": ArithmeticError, "error": OSError}[how]("it's broken")
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **options)
 
-    words = ["--data", folder, "--out", undone, *flags(TINY)]
     monkeypatch.setattr(run_page, "SHARE", 1e9)  # a page at every line
     for picture in undone.glob("samples_*.png"):
         picture.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "training_loss", watched)
-        if how == "crash":
-            with pytest.raises(ArithmeticError):
-                call("train.py", *words)
-        else:
-            assert call("train.py", *words) == {"kill": 143, "error": 1}[how]
-    assert seen == 4 * [("running", False, False)] + [("running", True, True)]
-    page = check_page(undone)
-    (_, text), = page.all("body")
-    assert page.state == {"kill": "stopped"}.get(how, "failed")
-    says = {"kill": "The same command continues.", "crash": "ArithmeticError: <last line>",
-            "error": "[Errno 5] it's broken"}[how]
-    assert says in text and "first line" not in text
-    assert "python train.py --data" in text and "Continue it" in text and "ckpt.pt" in text
+    monkeypatch.setattr(train, "training_loss", watched)
+    with pytest.raises(ArithmeticError) if how == "crash" else contextlib.nullcontext():
+        status = call("train.py", "--data", folder, "--out", undone, *flags(TINY))
+        assert status == {"kill": 143, "error": 1}[how]
+    assert seen == [("running", step, step == 4) for step in (0, 0, 2, 2, 4)]
+    data = run_data(undone)
+    says = {"kill": "", "crash": "ArithmeticError: it's broken", "error": "it's broken"}
+    assert (data["state"], data["message"]) == ("stopped" if how == "kill" else "failed", says[how])
 
 
 def test_a_page_that_cannot_be_written(folder, run, undone, capsys):
-    """Said once; the run goes on and computes what it would have computed. So with a page that we cannot make."""
-    words = ["--data", folder, "--out", undone, *flags(TINY)]
-    with mock.patch.object(run_page, "write_atomically", side_effect=OSError(28, "No space left on device")) as write:
-        assert call("train.py", *words) == 0 and write.call_count > 2
-    said = capsys.readouterr().out
-    assert said.count("no page of this run, which goes on without: [Errno 28] No space") == 1
+    """Said once; the run goes on and computes what it would have computed."""
+    with mock.patch.object(run_page, "write_atomically", side_effect=OSError(28, "No space left")):
+        assert call("train.py", "--data", folder, "--out", undone, *flags(TINY)) == 0
+    assert capsys.readouterr().out.count("no page of this run, which goes on without: [Errno 28]") == 1
     assert contents(undone) == contents(run)
-    with mock.patch.object(run_page, "page", side_effect=ZeroDivisionError):
-        assert call("train.py", *words) == 0
-    assert capsys.readouterr().out.count("goes on without: ZeroDivisionError") == 1
-    assert not list(undone.glob("*.part"))
 
 
-def test_page_of_an_old_run(run, tmp_path, capsys):
-    """Made from the files alone; a run that vanished is told from one that lives by its lock."""
-    out, config = tmp_path / "old", json.loads((run / "config.json").read_text())
-    shutil.copytree(run, out)
-    make_old(out)
-    (out / "state.json").unlink()
-    assert call(run_page, out) == 0 and capsys.readouterr().out == f"{out / 'index.html'}\n"
-    page = check_page(out)
-    titles = [text for _, text in page.all("h3")]
-    assert page.state == "complete" and "effective rank of the embeddings" in titles and "max_drop_rate" in page.source
-    assert shlex.split(page.all("pre")[0][1])[:4] == ["python", "train.py", "--data", config["data"]]
-    (out / "config.json").write_text(json.dumps(config | {"steps": 9}))
-    for state in ("ended", "running"):
-        (out / "state.json").write_text(json.dumps({"state": state}))
-        with lock(out):
-            assert call(run_page, out) == 0 and check_page(out).state == "running"
-        assert call(run_page, out) == 0 and check_page(out).state == {"running": "gone"}.get(state, state)
-    for name in ("diffusion.csv", "evaluation.csv", "metrics.json", "data.png", "tokens.npy"):
-        (out / name).unlink()
-    assert call(run_page, out) == 0 and "stage 2 of 3" in check_page(out).source
-    (out / "tokenizer.csv").write_text("step,reconstruction\n")
-    assert call(run_page, out) == 0 and "step 0 of 8" in check_page(out).source
-    assert call(run_page, tmp_path) == 2 and "is no run of train.py" in capsys.readouterr().err
-    assert not (tmp_path / "index.html").exists()
+def test_long_curves(tmp_path):
+    """Of 4,000 rows about 300 points; the ends of a curve and its extremes stay."""
+    values = np.random.default_rng(0).uniform(1, 2, 4000)
+    values[[1234, 2345]] = 7, 0.125
+    rows = [f"{i},{value:.5f}\n" for i, value in enumerate(values)]
+    (tmp_path / "a.csv").write_text("step,a\n" + "".join(rows))
+    points = run_page.read_columns(tmp_path / "a.csv")["a"]
+    assert 250 < len(points) <= 302 and (points[0][0], points[-1][0]) == (0, 3999)
+    assert {(1234, 7.0), (2345, 0.125)} <= {*points}
 
 
-def test_long_curves(run, tmp_path):
-    """4,000 rows: a page of moderate size, quickly; the ends of a curve and its spikes stay."""
-    shutil.copytree(run, tmp_path / "a")
-    rng = np.random.default_rng(0)
-    for name in ("tokenizer", "diffusion"):
-        header = (run / f"{name}.csv").read_text().splitlines()[0]
-        rows = [[str(100 * i + 100), *(f"{value:.5f}" for value in values)]
-                for i, values in enumerate(rng.uniform(1, 2, (4000, header.count(","))))]
-        rows[1234][1], rows[2345][1], rows[3000][1], rows[3500][1] = "7.77777", "0.11111", "nan", ""
-        (tmp_path / "a" / f"{name}.csv").write_text("\n".join([header, *map(",".join, rows)]) + "\n")
-    times = []
-    for _ in range(3):
-        began = time.process_time()
-        run_page.write_page(tmp_path / "a")
-        times.append(time.process_time() - began)
-    assert min(times) < 0.2  # 0.03 on two cores of a laptop
-    page = check_page(tmp_path / "a")
-    assert len(page.source) < 400_000
-    line = [line for line, _ in page.all("polyline") if line["data-name"] == "rec"][1]  # the first is held out
-    points = dict(pair.split(":") for pair in line["data-values"].split())
-    assert 250 < len(points) <= 302 and len(line["points"].split()) == len(points)
-    assert points["123500"] == "7.7778" and points["234600"] == "0.11111" and {"100", "400000"} < points.keys()
-    curve = np.stack([np.arange(301.0), rng.normal(size=301)], 1)
-    assert len(thin(curve)) <= 302 and thin(curve)[[0, -1], 0].tolist() == [0, 300] and thin(curve[:300]) is not curve
+# ----------------------------------------------------------------------------
+# sample.py --serve.
+
+REQUEST = dict(n=8, seed=3, steps=3, guidance=2.0, temperature=1.0, classes=[1], sampler="ancestral",
+               trajectory=False, image=None, cells=[])
 
 
-def test_axes():
-    """Round numbers within the range, few of them, also of curves that are a point, constant, or negative."""
-    assert ticks(0, 2500) == [0, 500, 1000, 1500, 2000, 2500]
-    assert ticks(4.38, 4.63) == pytest.approx([4.4, 4.45, 4.5, 4.55, 4.6]) and ticks(-3, 1) == [-3, -2, -1, 0, 1]
-    assert log_ticks(0.0045, 0.15) == pytest.approx([0.01, 0.1]) and len(log_ticks(2e-9, 5e-3)) <= 4
-    assert [short(value) for value in (0, 0.05, 2500, 400_000, 2e6)] == ["0", "0.05", "2.5k", "400k", "2M"]
-    assert [number(v) for v in (0.25860, 1528, 8.384e-5, 255.0, "l2", True)] == ["0.2586", "1,528", "8.4e-05", "255",
-                                                                               "l2", "True"]
-    for values in ([3.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 5.0], [1e-9, 1.0], [1e5, 1e9]):
-        figure = chart("a", {"b": np.stack([np.arange(len(values)), values], 1)})
-        assert "nan" not in figure and "inf" not in figure and number(values[-1]) in figure
-    assert chart("a", {"b": None, "c": np.zeros((0, 2))}) == ""
+@pytest.fixture
+def pipeline(one_thread, run):
+    return load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
+
+
+@pytest.fixture
+def site(pipeline):
+    args = SimpleNamespace(serve=0, n=None, seed=0, steps=None)
+    with serve.make_server(args, pipeline, [0, 1], pipeline.sampling) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def start(server, path="/draw", body=REQUEST, method="POST", **headers):
+    """The answer, not yet read, to a request as our page sends it, but for these headers (None: without)."""
+    host = f"127.0.0.1:{server.server_port}"
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"Host": host, "Origin": f"http://{host}", "Content-Type": "application/json",
+            "Content-Length": len(body)}
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in (sent | {name.replace("_", "-"): value for name, value in headers.items()}).items():
+        if value is not None:
+            connection.putheader(name, str(value))
+    connection.endheaders(body)
+    return connection.getresponse()
+
+
+def ask(*args, **options):
+    """(status, the lines of the answer as JSON)."""
+    with start(*args, **options) as answer:
+        return answer.status, [json.loads(line) for line in answer.read().splitlines()]
+
+
+def pixels(texts):
+    """PNG files in base64 -> (n, 3, H, W)."""
+    return np.stack([load_image(base64.b64decode(text)) for text in texts])
+
+
+def test_what_is_drawn(pipeline, site, run, tmp_path):
+    """The very images of the command line; the trajectory on the way; known tokens are kept."""
+    words = ["--class", "dog", "--n", 8, "--seed", 3, "--guidance", 1e3, "--sampler", "ddim", "--steps", 4]
+    assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / "dogs") == 0
+    status, lines = ask(site, body=REQUEST | dict(guidance=1000, sampler="ddim", steps=4))
+    expected = np.stack([load_image(tmp_path / "dogs" / f"{i:06d}.png") for i in range(8)])
+    assert status == 200 and [line.get("step") for line in lines] == [1, 2, 3, 4, None]
+    assert np.array_equal(pixels(lines[-1]["images"]), expected) and "images" not in lines[-2]
+
+    settings, seen = pipeline.sampling | {"guidance": 2.0, "steps": 12}, []
+    images = sample_images(pipeline, torch.tensor([0, 0, 0, 1, 1]), seed=3, **settings,
+                           callback=lambda t, p: seen.append((t, pipeline.tokenizer.decode(p.argmax(-1)))))
+    _, lines = ask(site, body=REQUEST | dict(n=5, classes=[0, 1], steps=12, trajectory=True))
+    assert lines[-1]["labels"] == [0, 0, 0, 1, 1]
+    assert np.array_equal(pixels(lines[-1]["images"]), images)
+    frames = [line for line in lines[:-1] if "images" in line]
+    assert len(frames) == 10 and frames[0]["step"] == 1 and frames[-1]["step"] == 12
+    for frame in frames:
+        t, images = seen[frame["step"] - 1]
+        assert frame["t"] == t and np.array_equal(pixels(frame["images"]), images)
+
+    upload = base64.b64encode(png(noise(1, 10, 14)[0])).decode()
+    _, [line] = ask(site, "/crop", {"image": upload})
+    known = pipeline.tokenizer.encode(torch.from_numpy(pixels([line["image"]])))
+    known[:, [0, 3]] = -1
+    for classes, label, guidance in (([1], 1, 2.0), ([], 2, 0.0)):
+        images = sample_images(pipeline, torch.full((3,), label), seed=3, inpaint=known,
+                               **pipeline.sampling | {"guidance": guidance})
+        _, lines = ask(site, body=REQUEST | dict(n=3, classes=classes, image=upload, cells=[3, 0]))
+        assert np.array_equal(pixels(lines[-1]["images"]), images)
+
+
+WRONG = dict(
+    n=[0, 17, None, 1.0, True], seed=[-1, 1 << 53], steps=[0, 201, "3"], sampler=["euler", None, []],
+    guidance=[float("nan"), float("inf"), 1e5, "1", None], temperature=[0, -1], trajectory=[1],
+    classes=[[2], [-1], [0.0], ["dog"], "dog", None], cells=[[4], [-1], "0", None],
+    image=["", "%", 7, [], "/etc/passwd", base64.b64encode(b"<svg/>").decode()])
+REFUSALS = [
+    *[(403, dict(method="GET", path=path, Host=host)) for path in ("/", "/model")
+      for host in ("evil.example", "127.0.0.1:1", None)],
+    *[(403, {name: value}) for name in ("Host", "Origin") for value in ("http://evil.example", "null", None)],
+    *[(415, dict(Content_Type=value)) for value in ("text/plain", None)],
+    *[(413, dict(Content_Length=value)) for value in (None, "-1", "1e3", "9" * 5000, (8 << 20) + 1)],
+    *[(404, dict(path=path)) for path in ("/", "/model", "/../sample.py", "//etc/passwd")],
+    *[(404, dict(method="GET", path=path)) for path in ("/draw", "/serve.html", "/../sample.py", "/?a")],
+    *[(501, dict(method=method)) for method in ("PUT", "DELETE", "OPTIONS")],
+    *[(400, dict(body=body)) for body in (b"", b"{", b"\xff", b"[" * 500000, b"[]", b"null", b"{}")],
+    *[(400, dict(body=REQUEST | {name: value})) for name, values in WRONG.items() for value in values],
+    *[(400, dict(path="/crop", body=body)) for body in ({"image": "AAAA"}, {})]]
+
+
+def test_refusals(site):
+    """A status and one line; nothing is drawn."""
+    with mock.patch.object(serve, "sample_images", side_effect=AssertionError("was drawn")):
+        for status, request in REFUSALS:
+            found, [line] = ask(site, **request)
+            assert found == status and list(line) == ["error"] and "\n" not in line["error"], request
+
+
+def test_the_page_of_serve(site):
+    """Names come as JSON, which the page takes for text; no other page may show it in a frame or read it."""
+    with start(site, "/", method="GET", Host=f"localhost:{site.server_port}") as answer:
+        assert answer.status == 200 and answer.read() == (HERE / "extras" / "serve.html").read_bytes()
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+    status, [model] = ask(site, "/model", method="GET")
+    assert status == 200 and model["names"] == ["cat", "dog"] and model["initial"]["steps"] == 3
+    assert model["size"] == 8 and model["grid"] == [2, 2] and site.server_address[0] == "127.0.0.1"
+
+
+def test_one_picture_at_a_time(site):
+    """A second request is told so; a client that goes away, or the end of the server, ends the drawing."""
+    def endless(*_, callback, **__):
+        for _ in range(2000):  # a test that fails has an end all the same
+            callback(1.0, None)
+            time.sleep(0.001)
+
+    with mock.patch.object(serve, "sample_images", endless):
+        first = start(site)
+        assert json.loads(first.readline())["step"] == 1
+        for path in ("/draw", "/crop"):
+            assert ask(site, path)[0] == 429
+        first.close()
+        assert site.drawing.acquire(timeout=1)
+        site.drawing.release()
+        assert start(site).readline()
+        site.server_close()
+        assert not site.drawing.locked()
+
+
+@pytest.mark.parametrize("error, status, says", [(KeyError("secret"), 500, "the terminal"),
+                                                 (MemoryError("secret"), 503, "not enough memory")])
+def test_errors_of_ours(error, status, says, site, capfd):
+    """The client hears that there is one, before and midway; a bug is printed where the server runs."""
+    def midway(*_, callback, **__):
+        callback(1.0, None)
+        raise error
+
+    for fails, expected in ((mock.Mock(side_effect=error), status), (midway, 200)):
+        with mock.patch.object(serve, "sample_images", fails):
+            found, lines = ask(site)
+        assert found == expected and says in lines[-1]["error"] and "secret" not in lines[-1]["error"]
+        assert site.drawing.acquire(timeout=1)
+        site.drawing.release()
+        assert ("KeyError" in capfd.readouterr().err) == (status == 500)
+
+
+def test_the_command(run, tmp_path, capsys):
+    """It says where the page is, ends in one line, and is refused beside what does not go with it."""
+    with mock.patch.object(serve.Server, "serve_forever", side_effect=KeyboardInterrupt):
+        assert call("sample.py", run / "ckpt.pt", "--serve", 0, "--n", 3, "--class", "dog") == 130
+    assert re.search(r"^open http://127\.0\.0\.1:\d+/ in a browser", capsys.readouterr().out, re.M)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words, says in (([port], "another port"), ([65536], "65535"), ([0, "--n", 17], "16"),
+                            ([0, "--compile"], "compile"), ([0, "--out", tmp_path / "a.npz"], "no files")):
+            assert call("sample.py", run / "ckpt.pt", "--serve", *words) == 2
+            assert says in capsys.readouterr().err
