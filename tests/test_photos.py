@@ -1,4 +1,4 @@
-"""What a user with own photos and an evening needs: a cache of decoded images, a budget in minutes, the time left."""
+"""What a user with own photos and an evening needs: a cache of decoded images, a budget, the time left."""
 
 import json
 import re
@@ -20,13 +20,13 @@ from tests.common import TINY, call, contents, flags, make_folder, noise, write_
 
 
 def same_sets(a, b):
-    return all(torch.equal(x.labels, y.labels) and x.class_names == y.class_names
-               and torch.equal(x.batch(range(len(x))), y.batch(range(len(y)))) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x.labels, y.labels) and x.class_names == y.class_names and torch.equal(
+        x.batch(range(len(x))), y.batch(range(len(y)))) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("memory", [2 << 30, 0])
 def test_cache_of_decoded_images(memory, tmp_path, monkeypatch):
-    """The pixels, labels and bad files of decoding at every step, from a file that is written once, over a stop."""
+    """The pixels, labels and bad files of decoding at every step, from a file written once, over a stop."""
     root, path = make_folder(tmp_path / "pets"), tmp_path / "images.npy"
     (root / "cat" / "bad.png").write_bytes(b"")
     plain, source, read = find(root), find(root), Folder.read
@@ -56,23 +56,23 @@ def test_cache_of_decoded_images(memory, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", ["size", "images", "cut", "text", "link"])
 def test_cache_of_other_images(change, tmp_path):
     """It is left alone, or made anew; nothing is written through a link."""
-    root, path, size = make_folder(tmp_path / "pets"), tmp_path / "images.npy", 8
-    image_cache.save_images(find(root), size, path)
-    if change == "size":
-        size = 9
-    elif change == "images":
+    root, path, precious = make_folder(tmp_path / "pets"), tmp_path / "images.npy", tmp_path / "precious"
+    image_cache.save_images(find(root), 8, path)
+    content = path.read_bytes()
+    if change == "images":
         write_images(root, ["cat/new.png"], noise(1))
     elif change == "link":
-        path.replace(tmp_path / "precious")
-        path.symlink_to("precious")
-        (tmp_path / "precious").write_text("years of work")
-    else:
-        path.write_bytes(path.read_bytes()[:-1] if change == "cut" else b"text")
+        precious.write_text("years of work")
+        path.unlink()
+        path.symlink_to(precious)
+    elif change != "size":
+        path.write_bytes({"cut": content[:-1], "text": b"text"}[change])
+    size = 9 if change == "size" else 8
     for make in (False, True):
         sets = image_cache.load_through_cache(find(root), size, None, path, make)
         assert same_sets(sets, find(root).load(size))
     assert len(image_cache.open_rows(find(root), size, path)) == len(find(root).names)
-    assert change != "link" or (tmp_path / "precious").read_text() == "years of work"
+    assert change != "link" or precious.read_text() == "years of work"
 
 
 def test_runs_with_and_without_cache(folder, run, tmp_path, capsys, monkeypatch):
@@ -95,27 +95,28 @@ def test_runs_with_and_without_cache(folder, run, tmp_path, capsys, monkeypatch)
 
 def test_what_needs_no_cache(run, tmp_path):
     np.save(tmp_path / "a.npy", noise(20, 8, 8))
-    plans = [image_cache.plan_cache(find(name), size, tmp_path)[0] for name, size in (
-        (tmp_path / "a.npy", 4), (tmp_path / "a.npy", 8), ("toy", 20), (run / "tokens.npy", 8))]
-    assert plans == [True, False, False, False]
+    assert image_cache.plan_cache(find(tmp_path / "a.npy"), 4, tmp_path)[0]
+    for source, size in ((tmp_path / "a.npy", 8), ("toy", 20), (run / "tokens.npy", 8)):
+        assert not image_cache.plan_cache(find(source), size, tmp_path)[0]
 
 
 def test_photos_saved_for_many_runs(folder, tmp_path, capsys):
     """data.py --save: pixels, classes and splits as from the folder; what is wrong is one line."""
     photos, other = tmp_path / "photos.npy", tmp_path / "other.npy"
     np.save(other, noise(2))
-    assert call("data.py", folder, "--size", 8, "--save", photos, "--out", tmp_path / "page.png") == 0
+    words = ["data.py", folder, "--size", 8, "--save", photos, "--out", tmp_path / "page.png"]
+    assert call(*words) == 0
     assert (tmp_path / "page.png").exists() and find(photos).class_names == ["cat", "dog"]
     content = photos.read_bytes()
     assert same_sets(find(photos).load(8), find(folder).load(8))
-    for words, says in (([folder, "--save", photos], "--size"),
+    for wrong, says in (([folder, "--save", photos], "--size"),
                         ([folder, "--size", 6, "--save", photos], "holds something else"),
                         ([folder, "--size", 8, "--save", other], "holds something else"),
                         ([folder, "--size", 8, "--save", tmp_path / "photos.npz"], "ends in .npy"),
                         (["toy", "--size", 8, "--save", tmp_path / "toy.npy"], "images in files")):
-        assert call("data.py", *words) == 2
+        assert call("data.py", *wrong) == 2
         assert says in capsys.readouterr().err
-    assert call("data.py", folder, "--size", 8, "--save", photos, "--out", tmp_path / "page.png") == 0  # once more
+    assert call(*words) == 0  # once more
     assert photos.read_bytes() == content
 
 
@@ -127,7 +128,8 @@ def test_a_run_with_a_budget(folder, tmp_path, capsys, monkeypatch):
     options = {name: value for name, value in TINY.items() if name not in ("steps", "tokenizer_steps")}
     out, plain = tmp_path / "pets", tmp_path / "plain"
     words = ["--data", folder, "--out", out, *flags(options | {"sample_every": 1000}), "--stage", "tokenizer"]
-    with mock.patch.object(budget, "plan", return_value=({"tokenizer_steps": 7, "steps": 9}, "chosen")) as plan:
+    chosen = {"tokenizer_steps": 7, "steps": 9}, "chosen"
+    with mock.patch.object(budget, "plan", return_value=chosen) as plan:
         assert call("train.py", *words, "--minutes", 0.05) == 0
         for more in (["--minutes", 0.05], [], ["--steps", 10]):
             assert call("train.py", *words, *more) == 0
@@ -138,11 +140,11 @@ def test_a_run_with_a_budget(folder, tmp_path, capsys, monkeypatch):
     assert call("train.py", *words[:3], plain, *words[4:], "--tokenizer-steps", 7, "--steps", 9) == 0
     assert contents(plain)["tokenizer.pt"] == contents(out)["tokenizer.pt"]
     capsys.readouterr()
-    for words_of, more, says in ((words, ["--minutes", 1], "was planned for --minutes 0.05"),
-                                 (["--data", folder, "--out", plain], ["--minutes", 1], "is for a new run"),
-                                 (["--out", tmp_path / "x"], ["--minutes", 1, "--steps", 5], "chooses --steps"),
-                                 (["--out", tmp_path / "x"], ["--minutes", -1], "must be more than 0")):
-        assert call("train.py", *words_of, *more) == 2
+    for before, more, says in ((words, ["--minutes", 1], "was planned for --minutes 0.05"),
+                               (["--data", folder, "--out", plain], ["--minutes", 1], "is for a new run"),
+                               ([], ["--minutes", 1, "--steps", 5], "chooses --steps"),
+                               ([], ["--minutes", -1], "must be more than 0")):
+        assert call("train.py", *(before or ["--out", tmp_path / "x"]), *more) == 2
         assert says in capsys.readouterr().err
 
 
@@ -162,7 +164,8 @@ def test_time_gone_and_left(tmp_path, capsys):
                 break
         return [line for line in capsys.readouterr().out.splitlines() if " left" in line]
 
-    with mock.patch.object(status.time, "time", lambda: clock[0]), mock.patch.object(status.StatusLog, "show"):
+    with mock.patch.object(status.time, "time", lambda: clock[0]), mock.patch.object(
+            status.StatusLog, "show"):
         lines = lines_of(4000, 3.0)
         assert lines[0].endswith("00:30 gone, 3:19:30 left") and lines[3].endswith("02:00 gone, 3:18:00 left")
         clock[0] += 5000  # a pause
@@ -186,7 +189,7 @@ def test_a_run_that_has_become_another(run, folder, tmp_path, capsys):
 
 
 def test_init_need_not_be_said_again(folder, run, tmp_path, capsys):
-    """The plain command goes on with a run that was begun with --init, and trains what the whole command would."""
+    """The plain command goes on with a run begun with --init, and trains what the whole command would."""
     shutil.copytree(run, tmp_path / "start")
     words = ["--data", folder, *flags(TINY)]
     for name, stage in (("whole", []), ("parts", ["--stage", "tokenizer"])):
