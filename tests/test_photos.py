@@ -1,6 +1,7 @@
-"""What a user with own photos and an evening needs: a cache of decoded images, a budget, the time left."""
+"""What a user with own photos needs: bad files, a cache of decoded images, a budget in minutes."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from engine import budget, status
 from extras import image_cache
 from extras.data_forms import Folder
 from extras.datasets import find
-from tests.common import TINY, call, contents, flags, make_folder, noise, write_images
+from tests.common import TINY, call, contents, flags, make_folder, noise, png, spoil, write_images
 
 
 def same_sets(a, b):
@@ -118,6 +119,55 @@ def test_photos_saved_for_many_runs(folder, tmp_path, capsys):
         assert says in capsys.readouterr().err
     assert call(*words) == 0  # once more
     assert photos.read_bytes() == content
+
+
+# ----------------------------------------------------------------------------
+# Bad files.
+
+@pytest.mark.parametrize("memory", [2 << 30, 0])
+def test_bad_files(memory, tmp_path, capsys, monkeypatch):
+    """skipped.txt names all 15, which are not opened again; a file that breaks later is replaced."""
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", memory)
+    root, out, images = tmp_path / "mixed", tmp_path / "out", noise(30)
+    write_images(root, [f"{i:04d}.png" for i in range(29)], images[:-1])
+    with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:  # a name that is no UTF-8
+        file.write(png(images[-1]))
+    expected = spoil(root, images[0])
+    words = ["--data", root, "--out", out, *flags(TINY), "--allow-bad", "--stage"]
+    assert call("train.py", *words, "tokenizer", "--no-cache") == 0
+    assert "15 of 45 images (33.33%) cannot be used and are left out" in capsys.readouterr().out
+    skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
+    assert skipped.keys() == expected.keys() and (out / "data.png").exists()
+    for title, reason in skipped.items():
+        assert expected[title] in reason and len(reason) > 4, title
+    (root / "0007.png").write_bytes(b"")  # after the check: that stops nothing
+    words[1] = os.path.relpath(root)  # the list holds wherever the set is looked at from
+    with mock.patch.object(data, "load_image", side_effect=data.load_image) as opened:
+        assert call("train.py", *words, "tokens") == 0
+    assert len(np.load(out / "tokens.npy", mmap_mode="r")) == 30 and opened.call_count < 35
+    assert "0007.png: empty, 0 bytes; it was sound before" in capsys.readouterr().out
+
+
+def test_too_many_bad_files(tmp_path, capsys, monkeypatch):
+    """More than 1 %: status 2 before training, with the list; 1 % is trained without."""
+    root, out = make_folder(tmp_path / "pets", each=50), tmp_path / "out"
+    read, bad = Folder.read, ["cat/00.png", "dog/00.png"]
+
+    def refuse(self, i):
+        if self.names[i] in bad:
+            raise PermissionError(13, "Permission denied")
+        return read(self, i)
+
+    monkeypatch.setattr(Folder, "read", refuse)
+    words = ["--data", root, "--out", out, *flags(TINY), "--stage", "tokenizer"]
+    assert call("train.py", *words) == 2
+    error = capsys.readouterr().err
+    assert "2 of 100 images cannot be used, more than 1 %" in error and error.count("\n") == 1
+    assert (out / "skipped.txt").read_text() == "".join(f"{name}\tPermission denied\n" for name in bad)
+    assert not (out / "tokenizer.pt").exists()
+    bad.pop()  # repaired
+    assert call("train.py", *words) == 0
+    assert (out / "skipped.txt").read_text() == "cat/00.png\tPermission denied\n"
 
 
 # ----------------------------------------------------------------------------
