@@ -54,7 +54,7 @@ def read_cifar(path):
             if name not in files:
                 raise UserError(f"{path} lacks {name}: fetch CIFAR-10 again")
             x, y = (read_binary if ending else read_pickle)(files[name])
-            if x.dtype != np.uint8 or x.shape != (len(y), 3072):
+            if x.dtype != np.uint8 or x.shape != (len(y), 3072) or not len(y):
                 raise ValueError(f"{name} has {x.dtype} of {x.shape}, and {len(y)} labels")
             images.append(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             labels.append(y)

@@ -151,9 +151,9 @@ def download(name):
 def not_found(name, paths):
     facts = {"command": "the same command without --root downloads it"} | DATASETS[name]
     lines = [f"--data {name}: not found in {', '.join(map(str, dict.fromkeys(paths)))}"]
-    for word, fact in (("what", "what"), ("licence", "licence"), ("published", "where"), ("get it", "command"),
-                       ("layout", "layout")):
-        lines.append(f"  {word:10} {facts[fact]}")
+    for word, key in (("what", "what"), ("licence", "licence"), ("published", "where"),
+                      ("get it", "command"), ("layout", "layout")):
+        lines.append(f"  {word:10} {facts[key]}")
     lines.append(f"  then       --root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}")
     error = UserError("\n".join(lines))
     error.lines = lines
@@ -170,8 +170,8 @@ def detect_format(path):
             return read_arrays(path)
         if path.suffix == ".zip":
             return Zip(path)
-        raise UserError(f"--data {path} is of no form that is known: give a folder of images, a .zip of them, "
-                        ".npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
+        raise UserError(f"--data {path} is of no form that is known: give a folder of images, a .zip of "
+                        "them, .npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
     if (path / "data.mdb").is_file():
         test = path.with_name(path.name.replace("_train_", "_val_"))
         return Lmdb(path, test if test != path and (test / "data.mdb").is_file() else None)
