@@ -89,10 +89,10 @@ def restore(parts, state, init):
             with reading(f"{state['path']}: {name}", "it is damaged, or was made by --export and cannot be "
                          "trained further; give that to --init, with another --out"):
                 part.load_state_dict(state[name])  # compares the names and shapes of weights
-                for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                    if {name: value.shape for name, value in moments.items()} != shapes:
-                        raise ValueError("moments of another model")
+                moments = part.state if isinstance(part, torch.optim.Optimizer) else {}
+                for p, found in moments.items():
+                    wanted = {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                    check_weights(f"{state['path']}: {name}", wanted, found)
         elif name in init:
             with reading(f"--init: the {name}", "take its --preset and sizes, or leave --init away"):
                 start_from(part, dict(init[name]))
