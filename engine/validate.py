@@ -62,9 +62,8 @@ def check_unpacked(where, unpacked, packed):
 
 def read_json(path, kind=dict):
     """The object in a JSON file, of this kind."""
-    path = check_file(path)
     with reading(path):
-        return expect(path, json.loads(path.read_bytes()), kind)
+        return expect(path, json.loads(check_file(path).read_bytes()), kind)
 
 
 def read_array(path, mode="r"):
@@ -78,7 +77,7 @@ def read_array(path, mode="r"):
 def expect(where, value, kind, low=-math.inf, high=math.inf):
     """value, if it is of this kind and, a number, in [low, high]; else UserError. where: the entry.
 
-    kind: int, float (a whole number too), bool, str, list (a tuple too), dict, torch.Tensor, or a tuple of words.
+    kind: int, float (an int too), bool, str, list (a tuple too), dict, torch.Tensor, or a tuple of words.
     """
     if isinstance(kind, tuple):
         valid, what = isinstance(value, str) and value in kind, f"one of {', '.join(kind)}"
