@@ -1,7 +1,9 @@
-"""Models out of configurations and files. Called by train.py, sample.py's programs and extras/."""
+"""Models out of configurations and files."""
 
 import math
 from types import SimpleNamespace
+
+import torch
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine import checkpoint
@@ -27,38 +29,35 @@ def make_pipeline(tokenizer, model, schedule, device, **more):
 
 
 def load_checkpoint(path, device):
-    """The pipeline of a ckpt.pt: tokenizer, model (its averaged weights), schedule, class_names, sampling,
-    ...
-    """
+    """The pipeline of a ckpt.pt: tokenizer, model (its averaged weights), schedule, class_names and so on."""
     state = read_checkpoint(path, CHECKPOINT_FORMAT)
-    config = state["config"]
-    tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), state["tokenizer"])
-    model = load_weights(f"{path}: ema", lambda: EmbeddingDiffusion(**config["denoiser"]), state["ema"])
-    schedule = on_meta(f"{path}: schedule", lambda: ShiftedCosine(**config["schedule"]))
-    tokens, classes = math.prod(tokenizer.grid), len(state["class_names"])
-    if (tokenizer.K, tokens, classes) != (model.K, model.N, model.num_classes):
+    config, bf16 = state["config"], bf16_works(device)
+    tokenizer = load_weights(path, lambda: make_tokenizer(config["tokenizer"], bf16), state["tokenizer"])
+    model = load_weights(path, lambda: EmbeddingDiffusion(**config["denoiser"], bf16=bf16), state["ema"])
+    schedule = on_meta(path, lambda: ShiftedCosine(**config["schedule"]))
+    sizes = tokenizer.K, math.prod(tokenizer.grid), len(state["class_names"])
+    if sizes != (model.K, model.N, model.num_classes):
         raise UserError(f"{path}: tokenizer, denoiser and class names do not belong together: it is damaged")
-    tokenizer.bf16 = model.bf16 = bf16_works(device)
     more = {name: state[name] for name in ("config", "class_names", "class_counts", "sampling", "step")}
     return make_pipeline(tokenizer.to(device).eval(), model.to(device).eval(), schedule, device, **more)
 
 
 def read_tokenizer(file):
-    """What --tokenizer names, as tokenizer.pt holds it: another run's tokenizer.pt or ckpt.pt, or a VQGAN's.
-    """
+    """What --tokenizer names, as tokenizer.pt has it: a tokenizer.pt, a ckpt.pt or a published VQGAN."""
     content = read_torch(file)
     if not checkpoint.is_own(content):
         weights = first_stage(file, checkpoint.tensors_of(file, content))
-        shapes = {name: list(value.shape) for name, value in weights.items()}
-        return {"format": TOKENIZER_FORMAT, "config": {"published": shapes}, "tokenizer": weights, "step": 0,
-                "metrics": {}}
-    state, where = checkpoint.check_contents(file, content), f"{file}: tokenizer"
-    if state["format"] == CHECKPOINT_FORMAT:
-        metrics = state["metrics"]["tokenizer"] if state["metrics"] else {"taken from": str(file)}
-        state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"], "metrics": metrics,
-                 "tokenizer": state["tokenizer"], "step": state["config"]["training"]["tokenizer_steps"]}
-    config = {"size": 1 << 8} | state["config"]  # a published tokenizer is made for any size
-    check_weights(where, on_meta(where, lambda: make_tokenizer(config)).state_dict(), state["tokenizer"])
+        config = {"published": {name: list(value.shape) for name, value in weights.items()}}
+        return {"format": TOKENIZER_FORMAT, "config": config, "tokenizer": weights, "step": 0, "metrics": {}}
+    state = checkpoint.check_contents(file, content)
+    with reading(file):
+        if state["format"] == CHECKPOINT_FORMAT:
+            metrics = state["metrics"] or {"tokenizer": {"taken from": str(file)}}
+            state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"],
+                     "tokenizer": state["tokenizer"], "metrics": metrics["tokenizer"],
+                     "step": state["config"]["training"]["tokenizer_steps"]}
+        config = {"size": 256} | state["config"]  # a published one may not say: it is for any size
+        check_weights(file, on_meta(file, lambda: make_tokenizer(config)).state_dict(), state["tokenizer"])
     if not state["metrics"]:
         raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
     return state
@@ -66,9 +65,9 @@ def read_tokenizer(file):
 
 def options_of(tokenizer):
     """What a tokenizer of read_tokenizer decides: {option: value}."""
-    if "published" in tokenizer["config"]:
-        return dict(zip(("f", "K", "code_dim"), read_geometry(tokenizer["config"]["published"]), strict=True))
     config = tokenizer["config"]
+    if "published" in config:
+        return dict(zip(("f", "K", "code_dim"), read_geometry(config["published"]), strict=True))
     return {option: config[name] for name, option in TOKENIZER_OPTIONS.items() if name in config}
 
 
@@ -78,36 +77,25 @@ def load_tokenizer(config, out, device):
     state = read_newest(path, TOKENIZER_FORMAT)
     if not state or not state["metrics"]:
         raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
-    where = f"{state['path']}: tokenizer"
-    tokenizer = load_weights(where, lambda: make_tokenizer(config, bf16_works(device)), state["tokenizer"])
+    bf16 = bf16_works(device)
+    tokenizer = load_weights(state["path"], lambda: make_tokenizer(config, bf16), state["tokenizer"])
     return tokenizer.to(device).eval(), state["metrics"]
 
 
-# ----------------------------------------------------------------------------
-# Weights for models that are there.
-
 def restore(parts, state, init):
-    """Loads {name: model or optimizer} from a checkpoint's `state`; without one, models from `init` (--init).
-    """
+    """Loads {name: model or AdamW} from a checkpoint's `state`; without one, models from `init` (--init)."""
     for name, part in parts.items():
         if state:
-            if "optimizer" in name and name not in state:
-                raise UserError(f"{state['path']} was made by --export and cannot be trained further as it is: give "
-                                "it to --init, with another --out")
-            with reading(f"{state['path']}: {name}"):  # load_state_dict compares names and shapes of weights
-                part.load_state_dict(state[name])
-                if "optimizer" in name:
-                    check_moments(part)
+            with reading(f"{state['path']}: {name}", "it is damaged, or was made by --export and cannot be "
+                         "trained further; give that to --init, with another --out"):
+                part.load_state_dict(state[name])  # compares the names and shapes of weights
+                moments = part.state if isinstance(part, torch.optim.Optimizer) else {}
+                for p, found in moments.items():
+                    wanted = {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                    check_weights(f"{state['path']}: {name}", wanted, found)
         elif name in init:
             with reading(f"--init: the {name}", "take its --preset and sizes, or leave --init away"):
                 start_from(part, dict(init[name]))
-
-
-def check_moments(optimizer):
-    """ValueError if AdamW's running means are not of the shapes of its parameters."""
-    for p, means in optimizer.state.items():
-        if means["exp_avg"].shape != p.shape or means["exp_avg_sq"].shape != p.shape or means["step"].numel() != 1:
-            raise ValueError("it is of another model")
 
 
 def start_from(model, weights):
@@ -115,5 +103,5 @@ def start_from(model, weights):
     own, classes = model.state_dict(), "class_embedding.weight"
     if classes in own and weights[classes].shape != own[classes].shape:
         weights[classes] = own[classes]
-    on_meta = any(value.is_meta for value in own.values())  # where only names and shapes are compared
+    on_meta = any(value.is_meta for value in own.values())  # there only names and shapes are compared
     model.load_state_dict(weights, assign=on_meta)

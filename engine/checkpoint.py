@@ -19,20 +19,19 @@ CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"  # ckpt.pt
 TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"  # tokenizer.pt
 TOKENIZER_ENTRIES = {"config": dict, "metrics": dict, "step": int, "tokenizer": dict}
 ENTRIES = TOKENIZER_ENTRIES | {"ema": dict, "class_names": list, "class_counts": list, "sampling": dict}
-WEIGHTS = ("tokenizer", "discriminator", "model", "ema")  # entries that are state dicts
-MAX_SIZE, MAX_DEPTH = 1 << 20, 1000  # of a number in a configuration, of blocks: to make more takes for ever
+MAX_SIZE = 1 << 20  # of a number in a configuration
+MAX_BLOCKS = {"depth": 1000, "blocks": 1000}  # to make a million, even on the meta device, would take minutes
 FOREIGN = {"argparse", "ldm", "lightning", "main", "numpy", "omegaconf", "pathlib", "pytorch_lightning",
            "taming", "typing"}  # libraries of which published checkpoints hold objects
 
 
 class StandIn:
-    """In place of an object of another library. Whatever a file does with it, nothing happens."""
+    """In place of an object of another library that is no dict. Whatever is done to it, nothing happens."""
 
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 def read_torch(path):
@@ -41,12 +40,10 @@ def read_torch(path):
     with reading(path, "it is damaged, or holds more than weights"):
         if zipfile.is_zipfile(path):  # else of torch before 1.6: there torch refuses every foreign object
             with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            check_unpacked(path, unpacked, path.stat().st_size)
+                check_unpacked(path, sum(m.file_size for m in archive.infolist()), path.stat().st_size)
             for name in get_unsafe_globals_in_checkpoint(path):
                 if name.split(".")[0] not in FOREIGN:
                     raise UserError(f"{path} is refused: it names {name}, which has no place beside weights")
-                # torch fills no other containers: what is derived from dict must be one.
                 stand_ins.append((OrderedDict if name.endswith("Dict") else StandIn, name))
         with safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -86,9 +83,9 @@ def check_contents(path, state):
         for name, value in expect(f"{path}: metrics", group, dict).items():
             if not isinstance(value, (int, float, str)) or not f"{name} {value}".isprintable():
                 raise UserError(f"{path}: metrics: {name} cannot be printed: it is damaged")
-    for part in WEIGHTS:
+    for part in ("tokenizer", "discriminator", "model", "ema"):
         for name, value in expect(f"{path}: {part}", state.get(part, {}), dict).items():
-            check_finite(f"{path}: {part}: {name}", expect(f"{path}: {part}: {name}", value, torch.Tensor))
+            check_finite(f"{path}: {part}: {name}", value)
             if value.dtype == torch.float16:  # of --export
                 state[part][name] = value.float()
     return state if is_tokenizer else check_classes(path, state)
@@ -96,12 +93,11 @@ def check_contents(path, state):
 
 def check_config(where, config):
     """UserError unless the arguments of the models, in a file, have types and sizes that they can have."""
-    for part, values in config.items():
-        for name, value in expect(f"{where}: {part}", values, dict).items():
-            if part != "training" and type(value) is int:
-                largest = MAX_DEPTH if name in ("depth", "blocks") else MAX_SIZE
-                expect(f"{where}: {part}: {name}", value, int, -MAX_SIZE, largest)
-            if name not in ("grid", "num_classes", "published", "seed"):  # which are no options
+    for part in config.keys() - {"training"}:
+        for name, value in expect(f"{where}: {part}", config[part], dict).items():
+            if type(value) is int:
+                expect(f"{where}: {part}: {name}", value, int, -MAX_SIZE, MAX_BLOCKS.get(name, MAX_SIZE))
+            if name not in ("grid", "num_classes", "published"):  # which are no options
                 option = TOKENIZER_OPTIONS.get(name, name) if part == "tokenizer" else name
                 check_option(f"{where}: {part}", option, value)
 
@@ -112,9 +108,12 @@ def check_classes(path, state):
     counts = [expect(f"{path}: class_counts", count, int, 0, 1 << 40) for count in state["class_counts"]]
     if len(counts) > max(1, len(names)):
         raise UserError(f"{path}: class_counts must be one for each class, are {len(counts):,}")
+    training = expect(f"{path}: config: training", state["config"].get("training"), dict)
+    check_option(f"{path}: config: training", "label_drop", training.get("label_drop"))
     sampling = {name: state["sampling"].get(name) for name in ("steps", "guidance", "sampler")}
-    for name, option in zip(sampling, ("sample_steps", "guidance", "sampler"), strict=True):
-        check_option(f"{path}: sampling", option, sampling[name])
+    expect(f"{path}: sampling: steps", sampling["steps"], int, 1, MAX_SIZE)
+    for name in ("guidance", "sampler"):
+        check_option(f"{path}: sampling", name, sampling[name])
     return state | {"class_names": names, "class_counts": counts, "sampling": sampling}
 
 
@@ -170,8 +169,7 @@ def denoiser_state(run, pipeline, parts, begin):
 
 
 def read_newest(path, expected):
-    """The newest checkpoint of a run, with its "path": the one before, if the last cannot be read; or None.
-    """
+    """The newest checkpoint of a run and its "path": the one before, if the last cannot be read. Or None."""
     state, older = None, previous(path)
     if path.exists() or older.exists():
         try:
@@ -194,18 +192,3 @@ def digest(weights):
     for name, value in sorted(weights.items()):
         content.update(name.encode() + value.cpu().numpy().tobytes())
     return content.hexdigest()[:16]
-
-
-def export(checkpoint, out):
-    """Writes `checkpoint` anew to `out`, to be shared: without what only training needs, in half precision.
-    """
-    if out.suffix != ".pt" or out.exists():
-        raise UserError(f"--export {out}: give a name that ends in .pt and is not there already")
-    kept, state = {"format": CHECKPOINT_FORMAT}, read_checkpoint(checkpoint, CHECKPOINT_FORMAT)
-    for name in ("config", "tokenizer", "ema", "class_names", "class_counts", "sampling", "metrics", "step"):
-        kept[name] = state[name]
-    for part in ("tokenizer", "ema"):
-        halves = {name: value.half() for name, value in state[part].items() if value.dtype == torch.float32}
-        kept[part] = state[part] | {name: half for name, half in halves.items() if half.isfinite().all()}
-    write_atomically(out, lambda partial: torch.save(kept, partial))
-    return f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB. Draw with it:  python sample.py {out}"

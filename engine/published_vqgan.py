@@ -1,6 +1,5 @@
-"""Published tokenizers: the VQGANs of taming-transformers (Esser et al. 2021) and the vq-f4, f8, f16 first
-stages of latent-diffusion (Rombach et al. 2022), which share one layout. Called by engine/build.py for
---tokenizer FILE.
+"""Tokenizers for --tokenizer FILE: VQGANs of taming-transformers (Esser et al. 2021) and the first stages
+vq-f4, f8, f16 of latent-diffusion (Rombach et al. 2022), which share one layout.
 """
 
 import torch
@@ -14,8 +13,8 @@ from vqvae import VQVAE, to_float
 class PublishedVQGAN(nn.Module):
     """A published first stage, to encode and decode with. The same interface as VQVAE, without training.
 
-    shapes: {published name: shape} of its weights. There is no other configuration: levels, attention and
-    widths are read off them. size: pixels a side.
+    shapes: {published name: shape} of its weights, from which levels, attention and widths are read.
+    size: pixels a side.
     """
 
     def __init__(self, shapes, size, bf16=False):
@@ -31,7 +30,7 @@ class PublishedVQGAN(nn.Module):
         self.size, self.bf16 = size, bf16
         self.f, self.K, _ = read_geometry(shapes)
         if size % self.f:
-            raise UserError(f"this tokenizer reduces by {self.f}, and {size} pixels are no multiple of it")
+            raise ValueError(f"this tokenizer reduces by {self.f}, and {size} pixels are no multiple of it")
         self.grid = (size // self.f, size // self.f)
 
     @property
@@ -69,15 +68,13 @@ def read_geometry(shapes):
     levels = sum("downsample.conv.weight" in name for name in shapes)
     K, code_dim = shapes["quantize.embedding.weight"]
     if levels > 8 or not 2 <= K <= 1 << 16:
-        raise UserError(f"a published tokenizer reduces by 1 to 256 and has 2 to 65,536 codes, this one by "
-                        f"2^{levels} and {K:,}")
+        raise ValueError(f"it reduces by 2^{levels} and has {K:,} codes, not by 1 to 256 and 2 to 65,536")
     return 2 ** levels, K, code_dim
 
 
 def numbered(module):
     """The children "0", "1", ... of a module, in order."""
-    children = dict(module.named_children())
-    return [children[str(i)] for i in range(len(children))]
+    return [getattr(module, str(i)) for i in range(len(module._modules))]
 
 
 def conv(x, weights, stride=1, padding=1):
@@ -125,17 +122,16 @@ PARTS = ("encoder.", "decoder.", "quantize.embedding.weight", "quant_conv.", "po
 def first_stage(path, state):
     """{name: float32 tensor} of the first stage in a published state dict; UserError if this is none.
 
-    Discriminator and LPIPS weights are left out. Four tokens are encoded and decoded: do the layers fit
-    together?
+    Other weights are left out. Four tokens are encoded and decoded: do the layers fit together?
     """
     with reading(path, "its layers do not fit together"):
         state = {name.removeprefix("first_stage_model."): value for name, value in state.items()}
         if "quantize.embed.weight" in state:
-            raise UserError(f"{path} is a VQGAN with Gumbel quantiser, which is not supported: take one without")
+            raise UserError(f"{path} has a Gumbel quantiser, which is not supported: take one without")
         state = {name: value for name, value in state.items() if name.startswith(PARTS)}
         for part in PARTS:
             if not any(name.startswith(part) for name in state):
-                raise UserError(f"{path} is neither a tokenizer of train.py nor a VQGAN of taming-transformers or "
+                raise UserError(f"{path} is neither of train.py nor a VQGAN of taming-transformers or "
                                 f"latent-diffusion: it has no {part.rstrip('.')}")
         for name, value in state.items():
             check_finite(f"{path}: {name[:100]}", value)

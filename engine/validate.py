@@ -1,6 +1,6 @@
-"""Validation of files that anybody may have made: nothing in them is executed, and what is wrong is one line.
+"""Validation of files that anybody may have made.
 
-    executes nothing    torch.load(weights_only=True), numpy with allow_pickle=False, json, csv, Pillow
+    executes nothing    torch.load(weights_only=True), numpy without pickles, json, csv, Pillow
     one line            reading(path) turns whatever these raise into a UserError
     little memory       a model is built on the meta device and compared with the weights before it takes any
 """
@@ -62,9 +62,8 @@ def check_unpacked(where, unpacked, packed):
 
 def read_json(path, kind=dict):
     """The object in a JSON file, of this kind."""
-    path = check_file(path)
     with reading(path):
-        return expect(path, json.loads(path.read_bytes()), kind)
+        return expect(path, json.loads(check_file(path).read_bytes()), kind)
 
 
 def read_array(path, mode="r"):
@@ -76,15 +75,15 @@ def read_array(path, mode="r"):
 
 
 def expect(where, value, kind, low=-math.inf, high=math.inf):
-    """value, if it is of this kind and, a number, in [low, high]; else UserError. where: file and entry.
+    """value, if it is of this kind and, a number, in [low, high]; else UserError. where: the entry.
 
-    kind: int, float (a whole number too), bool, str, list (a tuple too), dict, torch.Tensor, or some words.
+    kind: int, float (an int too), bool, str, list (a tuple too), dict, torch.Tensor, or a tuple of words.
     """
     if isinstance(kind, tuple):
         valid, what = isinstance(value, str) and value in kind, f"one of {', '.join(kind)}"
     else:
-        valid = isinstance(value, {float: (int, float), list: (list, tuple)}.get(kind, kind))
-        valid = valid and isinstance(value, bool) == (kind is bool)
+        kinds = {float: (int, float), list: (list, tuple)}.get(kind, kind)
+        valid = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
         what = f"of type {kind.__name__}"
     if valid and kind in (int, float):
         valid = low <= value <= high  # never true of NaN
@@ -101,16 +100,16 @@ def check_weights(where, wanted, weights):
         raise UserError(f"{where} {'lacks' if name in wanted else 'also has'} {name} ({len(wrong):,} names "
                         "differ): it is damaged, or its configuration is another's")
     for name, value in weights.items():
-        entry, model = f"{where}: {name}", wanted[name]
-        expect(entry, value, torch.Tensor)
+        check_finite(f"{where}: {name}", value)
+        model = wanted[name]
         if value.shape != model.shape or value.dtype != model.dtype:
-            found = f"{list(value.shape)} of {value.dtype}"
-            raise UserError(f"{entry} must be {list(model.shape)} of {model.dtype}, is {found}")
-        check_finite(entry, value)
+            raise UserError(f"{where}: {name} must be {list(model.shape)} of {model.dtype}, is "
+                            f"{list(value.shape)} of {value.dtype}")
 
 
 def check_finite(where, value):
-    """UserError if a tensor of a file is not stored number by number, or not finite."""
+    """UserError unless this is a tensor, stored number by number, and finite."""
+    expect(where, value, torch.Tensor)
     if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
         raise UserError(f"{where} is {list(value.shape)}, of which the file holds only a part")
     if value.is_floating_point() and not value.isfinite().all():

@@ -11,20 +11,20 @@ from vqvae import to_float
 
 
 def usage_and_perplexity(counts):
-    """counts (K,) of each code over a whole data set -> (share of codes used at least once, exp of the entropy).
+    """counts (K,) of each code over a whole data set -> (share of codes that are used, exp of the entropy).
 
-    Perplexity K means that all codes are used equally, 1 that a single one is used. Both are taken over every token
-    of the set, never over a batch.
+    Perplexity K means that all codes are used equally, 1 that a single one is used. Both are taken over every
+    token of the set, never over a batch.
     """
     p = counts.double() / counts.sum()
     return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of two batches of uint8 images (B, 3, H, W) -> (B,), 1 for equal ones.
+    """Structural similarity (Wang et al. 2004) of uint8 images a, b (B, 3, H, W) -> (B,), 1 for equal ones.
 
-    Per channel, in an 11 x 11 Gaussian window (sigma 1.5), where the window lies inside the image; the means of both.
-    In images of less than 11 pixels the window is as large as fits.
+    The mean over channels and over places of an 11 x 11 Gaussian window (sigma 1.5) inside the image. Where
+    the image is smaller, so is the window.
     """
     size = min(11, min(a.shape[2:]) - 1 + min(a.shape[2:]) % 2)  # odd
     window = torch.exp(-0.5 * ((torch.arange(size, device=a.device) - size // 2) / 1.5) ** 2)
@@ -33,7 +33,7 @@ def ssim(a, b):
     def blur(x):
         return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
 
-    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))           # (3 B, 1, H, W)
+    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))  # (3 B, 1, H, W)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y, cov = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
     c1, c2 = 0.01 ** 2, 0.03 ** 2
@@ -44,9 +44,9 @@ def ssim(a, b):
 
 @torch.no_grad()
 def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
-    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by a network LPIPS.
+    """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by that network.
 
-    PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions rounded to uint8.
+    PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions in uint8.
     SSIM, LPIPS: means over the images. Processes share out the batches, and all return the same.
     """
     model.eval()

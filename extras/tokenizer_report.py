@@ -70,14 +70,15 @@ def report(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python vqvae.py", description=__doc__, formatter_class=form)
     parser.add_argument("command", choices=["report"], help="measure it on held-out images")
     parser.add_argument("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--size", type=int, help="pixels a side, for a published one (default: the images')")
     parser.add_argument("--weights", help="of Inception, for rFID (default: $FID_WEIGHTS or the cache)")
-    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="as for train.py (default: the cache)")
+    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="as for train.py (or the cache)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")

@@ -64,8 +64,7 @@ LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and
 
 
 def find_lpips(given=None, may_download=True):
-    """The files that hold the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download.
-    """
+    """The files of the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download."""
     if given:
         return [check_file(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
@@ -73,9 +72,7 @@ def find_lpips(given=None, may_download=True):
 
 
 def read_lpips(paths):
-    """State dict of LPIPS from the two published files, or from one with both: the lpips package's, a
-    VQGAN's.
-    """
+    """State dict of LPIPS from the two published files, or from one with all, such as a VQGAN's."""
     state, wanted = {}, LPIPS().state_dict()
     for path in paths:
         for name, value in tensors_of(path, read_torch(path)).items():

@@ -1,141 +1,231 @@
-"""Files that somebody else made run nothing, wait for nothing and take no memory."""
+"""Files of strangers: none is executed, none takes much memory, and each that is wrong is one line."""
 
-import io
+import contextlib
 import os
+import re
+import resource
 import shutil
-import subprocess
+import signal
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import data
-from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
-from engine.validate import UserError
-from extras import foreign_checkpoint
-from extras.published_vqgan import read_published
-from tests.common import TINY, call, flags, piped
+from embedding_diffusion import EmbeddingDiffusion
+from engine.build import load_checkpoint, load_tokenizer, read_tokenizer, restore
+from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, read_newest
+from engine.validate import UserError, read_array, read_json
+from extras.vqgan_losses import read_lpips
+from tests.common import call, write_zip
+from tests.test_tokenizer import layout, random_weights
+from vqvae import VQVAE
+
+CPU = torch.device("cpu")
+SIZES = dict(tokenizer=dict(size=8, f=4, K=8, code_dim=4, width=16),
+             denoiser=dict(K=8, grid=(2, 2), D=4, width=16, depth=1, heads=2, num_classes=2),
+             schedule=dict(shift=1.0, log_snr_min=-10.0, log_snr_max=7.0))
+NASTY = "a\x1b[31m\u202eb\n\t<i>"  # what a name may try
+GONE = object()  # in place of a value: the entry is not there
+
+
+@contextlib.contextmanager
+def bounded(seconds=20, memory=600 << 20):
+    """In this block an alarm kills what waits, and beyond so many bytes more there is a MemoryError."""
+    now = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + memory, limits[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def refused(read, path):
+    """Does read(path) refuse the file in one line that names it, and not for lack of memory?"""
+    with bounded(), pytest.raises(UserError) as caught:
+        read(path)
+    text, cause = str(caught.value), caught.value.__cause__
+    return path.name in text and text.isprintable() and len(text) < 700 and not isinstance(cause, MemoryError)
+
+
+def edited(state, entry, value):
+    """Nested dicts in which an entry, "a/b/c", is another, or GONE, or a function of what it was."""
+    name, _, rest = entry.partition("/")
+    name = int(name) if name.isdigit() else name
+    if rest:
+        return state | {name: edited(state[name], rest, value)}
+    if value is GONE:
+        return {key: v for key, v in state.items() if key != name}
+    return state | {name: value(state[name]) if callable(value) else value}
+
+
+@pytest.fixture(scope="module")
+def honest():
+    """The state of an honest ckpt.pt, with an optimizer that did one step."""
+    torch.manual_seed(0)
+    tokenizer, model = VQVAE(**SIZES["tokenizer"]), EmbeddingDiffusion(**SIZES["denoiser"])
+    adam = torch.optim.AdamW(model.parameters(), fused=True)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    adam.step()
+    training = {"label_drop": 0.1, "tokenizer_steps": 8}
+    return {"format": CHECKPOINT_FORMAT, "config": SIZES | {"training": training}, "step": 8,
+            "tokenizer": tokenizer.state_dict(), "model": model.state_dict(), "ema": model.state_dict(),
+            "optimizer": adam.state_dict(), "class_names": ["cat", NASTY], "class_counts": [3, 5],
+            "sampling": {"steps": 3, "guidance": 1.0, "sampler": "ddim"},
+            "metrics": {"vlb": {"total": 3.0}, "tokenizer": {"psnr": 20.0}}}
+
+
+def resume(path):
+    model = EmbeddingDiffusion(**SIZES["denoiser"])
+    parts = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    restore(parts, read_newest(path, CHECKPOINT_FORMAT), {})
+
+
+READERS = {  # name: (function of a path, file, the weight that is spoiled)
+    "sample": (lambda path: load_checkpoint(path, CPU), "ckpt.pt", "ema/embedding"),
+    "resume": (resume, "ckpt.pt", "model/head.weight"),
+    "optimizer": (resume, "ckpt.pt", "optimizer/state/0/exp_avg"),
+    "run": (lambda path: load_tokenizer(SIZES["tokenizer"], path.parent, CPU), "tokenizer.pt",
+            "tokenizer/quantizer.codebook"),
+    "--tokenizer": (read_tokenizer, "tokenizer.pt", "tokenizer/encoder.0.weight"),
+    "published": (read_tokenizer, "vqgan.ckpt", "state_dict/quantize.embedding.weight"),
+    "--lpips-weights": (lambda path: read_lpips([path]), "lpips.ckpt",
+                        "state_dict/loss.perceptual_loss.net.slice1.0.weight")}
 
 
 class Hostile:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    """Unpickling it calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return self.call
+        return self.call[0], self.call[1:]
 
 
-def test_hostile_checkpoints(tmp_path):
-    """A pickle that would run something is refused, and runs nothing."""
-    for i, hostile in enumerate([Hostile(os.system, f"touch {tmp_path / 'ran'}"), Hostile(eval, "1 + 1"),
-                                 Hostile(getattr, "a", "upper"), Hostile(subprocess.Popen, ["true"])]):
-        for zipped in (True, False):
-            path = tmp_path / f"{i}.ckpt"
-            torch.save({"state_dict": {}, "callbacks": hostile}, path, _use_new_zipfile_serialization=zipped)
-            with pytest.raises(CheckpointError, match=r"is refused: it names \w+\.\w+, which has no place"):
-                read_published(path)
-            with pytest.raises(CheckpointError, match=r"it names \w+\.\w+, .*: it is no file of train.py"):
-                read_checkpoint(path, CHECKPOINT_FORMAT)
+def save_with(*call, zipped=True):
+    return lambda state, path: torch.save(state | {"more": Hostile(*call)}, path,
+                                          _use_new_zipfile_serialization=zipped)
+
+
+def save_packed(state, path):
+    """Deflated: 1 MB of zeros in a few kB."""
+    torch.save({"more": torch.zeros(1 << 18)}, path)
+    with zipfile.ZipFile(path) as plain:
+        files = {name: plain.read(name) for name in plain.namelist()}
+    write_zip(path, files)
+
+
+def save_cut(state, path, share):
+    torch.save(state, path)
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+WRITERS = {  # kind of file: function of an honest state and a path
+    "runs a program": save_with(os.system, "touch ran"), "evaluates": save_with(eval, "open('ran', 'w')"),
+    "calls": save_with(getattr, "a", "upper"), "old": save_with(os.system, "touch ran", zipped=False),
+    "text": lambda state, path: path.write_text("hello"), "empty": lambda state, path: path.write_text(""),
+    "pipe": lambda state, path: os.mkfifo(path), "too large when unpacked": save_packed,
+    "half": lambda state, path: save_cut(state, path, 0.5),
+    "all but the end": lambda state, path: save_cut(state, path, 0.99)}
+WEIGHTS = {  # kind of weight: function of an honest one
+    "gone": GONE, "text": lambda w: "text", "other shape": lambda w: w[..., :-1].clone(),
+    "larger than the file": lambda w: torch.zeros(1).expand(1 << 40), "sparse": lambda w: w.to_sparse(),
+    "a part": lambda w: torch.zeros(1).expand(w.shape), "NaN": lambda w: w * float("nan"),
+    "infinite": lambda w: w + float("inf")}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, monkeypatch):
+    """Each reader takes the honest file, and refuses each kind of another in one line."""
+    read, name, entry = READERS[reader]
+    vqgan = {"state_dict": random_weights(layout(32, (1,), set(), 4, 3, 16))}
+    tokenizer = {"format": TOKENIZER_FORMAT, "config": SIZES["tokenizer"], "metrics": {"psnr": 20.0},
+                 "step": 8, "tokenizer": honest["tokenizer"]}
+    state = {"ckpt.pt": honest, "tokenizer.pt": tokenizer, "vqgan.ckpt": vqgan,
+             "lpips.ckpt": torch.load(small_lpips, weights_only=True)}[name]
+    path = tmp_path / name
+    torch.save(state, path)
+    read(path)
+    monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1000)
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()}
+    for kind, write in WRITERS.items():
+        path.unlink()
+        write(state, path)
+        assert refused(read, path), kind
+    for kind, program in hostile_files.items():  # TorchScript, tar
+        path.unlink()
+        shutil.copyfile(program, path)
+        assert refused(read, path), kind
+    for kind, value in WEIGHTS.items():
+        path.unlink()
+        torch.save(edited(state, entry, value), path)
+        assert refused(read, path), kind
     assert not (tmp_path / "ran").exists()
-    torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(2)}}, tmp_path / "part.ckpt")
-    torch.save({"state_dict": {"quantize.embed.weight": torch.zeros(2)}}, tmp_path / "gumbel.ckpt")
-    (tmp_path / "text.ckpt").write_text("hello")
-    for name, says in (("part", "it has no decoder"), ("gumbel", "Gumbel quantiser"), ("text", "cannot be read")):
-        with pytest.raises(ValueError, match=says):
-            read_published(tmp_path / f"{name}.ckpt")
+    assert {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("entry, values", [
+    ("format", [GONE, torch.zeros(2), "vq-lcmd checkpoint 2"]), ("config", [GONE, [1], torch.zeros(2)]),
+    *((f"config/{size}", [0, 10 ** 9, 10 ** 30, "2", 2.5, None]) for size in (
+        "denoiser/K", "denoiser/width", "denoiser/depth", "tokenizer/f", "tokenizer/blocks")),
+    ("config/denoiser/grid", ["22", (10 ** 9, 10 ** 9), (2, 1)]), ("config/denoiser/num_classes", [3]),
+    ("config/denoiser/more", [1]), ("config/tokenizer/published", [[1], {"encoder.x": [10 ** 9] * 2}]),
+    ("config/schedule/shift", [0.0, float("nan"), "a"]), ("config/training", [GONE, {"label_drop": 2.0}]),
+    ("class_names", ["cats", [1, 2], ["cat"]]), ("class_counts", [GONE, [1, -1], [1] * 9, [True, 1]]),
+    ("sampling/steps", [GONE, 0, 10 ** 12, 2.5, torch.ones(1)]), ("sampling/guidance", ["1", float("nan")]),
+    ("sampling/sampler", ["x", ["ddim"]]), ("step", [-1, "8", 10 ** 40, True]),
+    ("metrics/vlb", [3, {"total": "\x1b[31m"}]), ("ema/\x1b\n", [torch.zeros(2)])], ids=str)
+def test_entries_that_lie(entry, values, honest, tmp_path):
+    """ckpt.pt, as sample.py opens it: no entry is believed, and no model is made of wild sizes."""
+    for value in values:
+        torch.save(edited(honest, entry, value), tmp_path / "ckpt.pt")
+        assert refused(lambda path: load_checkpoint(path, CPU), tmp_path / "ckpt.pt"), value
+
+
+def test_names_are_printable(honest, tmp_path):
+    torch.save(honest, tmp_path / "ckpt.pt")
+    spelled = "a\\x1b[31m\\u202eb\\n\\t<i>"
+    assert load_checkpoint(tmp_path / "ckpt.pt", CPU).class_names == ["cat", spelled]
+    assert str(UserError(NASTY)) == spelled
+
+
+def test_arrays_and_json_that_lie(hostile_files, tmp_path):
+    """.npy with objects, cut short, of a size that it lacks; JSON that is half, nested, of another kind."""
+    hostile = np.array([Hostile(os.system, f"touch {tmp_path / 'ran'}")])
+    np.save(tmp_path / "runs.npy", hostile, allow_pickle=True)
+    np.save(tmp_path / "whole.npy", np.arange(99))
+    assert read_array(tmp_path / "whole.npy").sum() == 99 * 49
+    whole = (tmp_path / "whole.npy").read_bytes()
+    for name, content in {"cut": whole[:-9], "header": whole[:60], "text": b"hello",
+                          "claims": whole.replace(b"(99,), }     ", b"(999999999,)}")}.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    np.savez(tmp_path / "zip", np.arange(9))
+    os.mkfifo(tmp_path / "pipe.npy")
+    for path in [*tmp_path.glob("*.np[yz]"), *hostile_files.values()]:
+        if path.name != "whole.npy":
+            assert refused(read_array, path)
+    for content in ("[" * 10 ** 5, '{"a":', "[]", "\udcff"):
+        (tmp_path / "a.json").write_text(content, errors="surrogateescape")
+        assert refused(read_json, tmp_path / "a.json")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_a_file_of_others_runs_nothing(hostile_files, small_lpips, weights, folder, run, tmp_path, capsys):
-    """TorchScript and tar archives, given wherever a file is taken: one line, status 2, nothing written, no waiting.
-
-    torch.load hands the first to TorchScript, which runs what it says, and unpacks the second.
-    """
-    precious = next(iter(hostile_files.values())).parent / "precious"
-    before = {path: path.read_bytes() for path in precious.parent.iterdir()}
-    commands = {
-        "--tokenizer": ("train.py", ["--data", folder, "--out", tmp_path / "a", "--tokenizer"], "is refused: it is"),
-        "--lpips-weights": ("train.py", ["--data", folder, "--out", tmp_path / "b", *flags(TINY), "--perceptual", 1,
-                                         "--lpips-weights"], "is refused: it is"),
-        "report": ("vqvae.py", ["report"], "is refused: it is"),
-        "report --lpips-weights": ("vqvae.py", ["report", run / "tokenizer.pt", "--data", folder, "--lpips-weights"],
-                                   "is refused: it is"),
-        "ckpt.pt": ("sample.py", [], "is refused: it is"),
-        "--weights": ("fid.py", [folder, folder, "--weights"], "is not the published pt_inception-2015-12-05"),
-    }
-    for name, file in hostile_files.items():
-        for where, (program, words, says) in commands.items():
-            if name == "loop" and where != "--tokenizer":
-                continue  # a guard that fails would wait for ever: once is enough, below by a process of its own
-            capsys.readouterr()
-            if name == "loop":
-                with piped(tmp_path / "errors", call, program, *words, file) as (process, _):
-                    process.join(60)
-                    status, error = process.exitcode, (tmp_path / "errors").read_text()
-            else:
-                status, error = call(program, *words, file), capsys.readouterr().err
-            assert status == 2 and error.count("\n") == 1 and says in error, (name, where, error)
-        if name == "loop":
-            continue
-        for ending, program in ((".pt", "sample.py"), (".npz", "fid.py"), (".npz", "data.py")):
-            pose = tmp_path / ("pose" + ending)  # posing as what it is not
-            shutil.copyfile(file, pose)
-            words = [folder, pose, "--weights", weights] if program == "fid.py" else [pose]
-            capsys.readouterr()
-            assert call(program, *words) == 2 and capsys.readouterr().err.count("\n") == 1, (name, ending)
-        for part in ("tokenizer.pt", "ckpt.pt"):  # in a run directory that somebody passed on
-            shutil.rmtree(tmp_path / "run", ignore_errors=True)
-            shutil.copytree(run, tmp_path / "run")
-            shutil.copyfile(file, tmp_path / "run" / part)
-            capsys.readouterr()
-            assert call("train.py", "--data", folder, "--out", tmp_path / "run", *flags(TINY)) == 2
-            error = capsys.readouterr().err
-            assert "is refused: it is" in error and error.count("\n") == 1, (name, part, error)
-    assert {path: path.read_bytes() for path in precious.parent.iterdir()} == before
-
-
-def test_small_files_that_claim_much(tmp_path, folder, run, capsys, monkeypatch):
-    """Archives that unpack to more than they hold, sizes that are not there, a pipe: refused, and no memory taken."""
-    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:  # a header of 4 TB
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False,
-                                                      "shape": (1 << 20, 1024, 1024, 3)})
-        archive.writestr("images.npy", header.getvalue())
-    monkeypatch.setenv("VQLCMD_MAX_UNPACKED_BYTES", str(1 << 20))
-    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((2, 1 << 20, 1, 3), np.uint8))
-    pickled = np.empty(2, object)
-    np.savez(tmp_path / "pickled.npz", images=pickled)
-    np.save(tmp_path / "pickled.npy", pickled)
-    (tmp_path / "deep").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "a.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "b.png")
-    (tmp_path / "deep" / "dataset.json").write_text("[" * 100000)
-    for name, says in (("huge.npz", "more than it holds"), ("bomb.npz", "VQLCMD_MAX_UNPACKED_BYTES"),
-                       ("pickled.npz", "Python objects"),
-                       ("pickled.npy", "Python objects"), ("deep", "no whole-number label")):
-        capsys.readouterr()
-        assert call("train.py", "--data", tmp_path / name, "--out", tmp_path / "out") == 2
-        error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1, (name, error)
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text("[" * 100000)
-    assert call("train.py", "--data", folder, "--out", tmp_path / "run", *flags(TINY)) == 2
-    assert "cannot be read as JSON" in capsys.readouterr().err
-    os.mkfifo(tmp_path / "deep" / "c.png")
-    with pytest.raises(UserError, match="a pipe, no file"):  # opening it would wait for a writer
-        data.load_image(str(tmp_path / "deep" / "c.png"), 8)
-    # Tensors and archives of checkpoints.
-    storage = torch.arange(4.0)
-    for size, stride in (((1 << 40,), (0,)), ((2, 4), (4, 1)), ((3,), (2,))):
-        with pytest.raises((ValueError, RuntimeError)):
-            foreign_checkpoint.rebuild_tensor(storage, 0, size, stride)
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, \
-            zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
-        for member in plain.namelist():
-            packed.writestr(member, plain.read(member))
-    assert foreign_checkpoint.read_state(tmp_path / "plain.pt")["a"].shape == (1000,)
-    with pytest.raises(ValueError, match="unpacks to more than the file holds"):
-        foreign_checkpoint.read_state(tmp_path / "packed.pt")
+@pytest.mark.parametrize("command", [
+    "train.py --data FOLDER --out new --tokenizer", "train.py --data FOLDER --out new --init", "sample.py",
+    "train.py --data FOLDER --out new --perceptual 1 --lpips-weights", "fid.py FOLDER FOLDER --weights",
+    "vqvae.py report", "vqvae.py report RUN/tokenizer.pt --data FOLDER --lpips-weights"])
+def test_programs_execute_nothing(command, hostile_files, folder, run, tmp_path, monkeypatch, capsys):
+    """Wherever a file is given: status 2, one line, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("FOLDER", str(folder)).replace("RUN", str(run)).split()
+    capsys.readouterr()
+    assert call(*words, hostile_files["write"]) == 2
+    error = capsys.readouterr().err
+    assert "write.ckpt" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
