@@ -1,65 +1,61 @@
 """Draw images with a trained VQ-LCMD:
 
     python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2               a grid, samples.png
-    python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz                   or a .zip, or a folder; resumable
-    python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4                    also --trajectory, --interpolate 0,1
-    python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png            also --vary star.png --strength 0.6
-    python sample.py runs/toy/ckpt.pt --serve                                       a page in the browser, to play
+    python sample.py runs/toy/ckpt.pt --n 50000 --out samples.npz           or a .zip, or a folder; resumable
+    python sample.py runs/toy/ckpt.pt --grid-of guidance=0,1,2,4            or --trajectory, --interpolate 0,1
+    python sample.py runs/toy/ckpt.pt --inpaint star.png --mask mask.png    or --vary star.png --strength 0.6
+    python sample.py runs/toy/ckpt.pt --serve                               a page in the browser, to play
 
     z_1 ~ N(0, I);  for t from 1 down to 0:  logits = denoiser(z_t, t, class),  e_hat = softmax(logits) E,
     z_s ~ q(z_s | z_t, e_hat);  at t = 0:  tokens ~ p_theta(x | z_0);  image = tokenizer's decoder(tokens).
 
 In few steps the tokens are drawn before t = 0 is reached (default_end, ours).
 
-The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), class names, default settings. Every
-image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the same for any
-number of images, any batch size and any device, up to the rounding of the network itself.
+The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), class names, default settings.
+Every image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the
+same for any number of images, any batch size and any device, up to the rounding of the network itself.
 
-A third sampler, with one call of the network per step, is a function like ancestral_step or ddim_step, one branch in
-the loop of sample_tokens, and its name in engine/config.OPTIONS["sampler"].
+A third sampler, with one call of the network per step, is a function like ancestral_step or ddim_step, one
+branch in the loop of sample_tokens, and its name in engine/config.OPTIONS["sampler"].
 """
 
+
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from embedding_diffusion import EmbeddingDiffusion
-from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
 from engine.config import OPTIONS
-from engine.distributed import all_gather_cat, bf16_works, rank_and_world
+from engine.distributed import all_gather_cat, rank_and_world
 from engine.randomness import image_generators
-from engine.read_back import load_weights, on_meta
-from extras.published_vqgan import make_tokenizer
-from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
+from schedule import add_noise, alpha_sigma, posterior
 
 SAMPLERS = OPTIONS["sampler"][0]  # "ancestral", "ddim"
 COLUMNS = 8  # images in a row of the grid; with classes, image i has class (i // COLUMNS) mod C
 
 
 def ancestral_step(z_t, e_hat, log_snr_t, log_snr_s, eps):
-    """z_s ~ q(z_s | z_t, e_hat), the reverse step with the predicted embedding.  Shapes as in schedule.posterior."""
+    """z_s ~ q(z_s | z_t, e_hat): the reverse step. Shapes as in schedule.posterior."""
     mean, std = posterior(z_t, e_hat, log_snr_t, log_snr_s)
     return mean + std * eps
 
 
 def ddim_step(z_t, e_hat, log_snr_t, log_snr_s):
-    """Deterministic: z_s = alpha_s e_hat + sigma_s (z_t - alpha_t e_hat) / sigma_t  (Song et al. 2021, eta = 0)."""
+    """z_s = alpha_s e_hat + sigma_s (z_t - alpha_t e_hat) / sigma_t: deterministic (Song et al. 2021)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(log_snr_t), alpha_sigma(log_snr_s)
     eps_hat = (z_t - alpha_t[:, None, None] * e_hat) / sigma_t[:, None, None]
     return alpha_s[:, None, None] * e_hat + sigma_s[:, None, None] * eps_hat
 
 
 def default_end(steps, guidance=0.0, t=1.0):
-    """The time at which 2 to 15 steps draw their tokens: 0.8 t / steps^2, guided 0.3 t (ours, measured); else 0.
+    """The time at which 2 to 15 steps draw their tokens: 0.8 t / steps^2, guided 0.3 t; else 0 (ours).
 
     t: where they start.
 
-    The e_hat of a large step is a mean of embeddings, and guidance leaves little of its variety. At t = 0 the noise is
-    too small to leave it again, so all images become alike; earlier p_theta(x | z_end) still has a choice. --end 0.45
-    can help more with strong guidance, 0.3 with a lower temperature without (experiments/README.md).
+    The e_hat of a large step is a mean of embeddings, and guidance leaves little of its variety. At t = 0 the
+    noise is too small to leave it again, so all images become alike; earlier p_theta(x | z_end) still has a
+    choice. --end 0.45 can help more with strong guidance, 0.3 with a lower temperature without.
     """
     return t * (0.3 if guidance > 0 else 0.8 / steps ** 2) if 1 < steps < 16 else 0.0
 
@@ -78,7 +74,8 @@ def check_settings(steps, guidance, sampler, temperature=1.0, interval=(0.0, 1.0
         raise ValueError(f"guidance interval {interval[0]} {interval[1]}: must be 0 <= LOW <= HIGH <= 1")
     end = end or 0.0  # default_end is always before t
     if not 0 <= end < t <= 1:
-        raise ValueError(f"time goes down from t = {t} to the end at {end}: both must lie in [0, 1], the end lower")
+        raise ValueError(f"time goes down from t = {t} to the end at {end}: both must lie in [0, 1], the end "
+                         "lower")
 
 
 @torch.no_grad()
@@ -86,15 +83,16 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
                   interval=(0.0, 1.0), end=None, inpaint=None, init=None, noise=None, callback=None):
     """Tokens (B, N) for labels (B,), one torch.Generator (on the CPU) per image.
 
-    steps counts calls of the network: steps - 1 moves on a grid uniform in t from 1 to end (None: default_end), then
-    the tokens are drawn from p_theta(x | z_end). guidance is omega; 0 is the plain conditional model.
+    steps counts calls of the network: steps - 1 moves on a grid uniform in t from 1 to end (None:
+    default_end), then the tokens are drawn from p_theta(x | z_end). guidance is omega; 0 is the plain
+    conditional model.
 
-    temperature: p_theta is softmax(logits / temperature), at every step. interval: omega counts for t in [low, high]
-    only, elsewhere it is 0 (Kynkaanniemi et al. 2024). inpaint: tokens (B or 1, N) int64 to keep, -1 where new ones are
-    drawn. Where a token is kept e_hat is its embedding, and an ancestral step is exactly q(z_s | z_t, x). init: (tokens
-    (B or 1, N), strength), for image to image: noised up to t = strength, and back. noise: (B, N, D), the first noise,
-    in place of the generators' (which still draw it, so that their later numbers stay the same).
-    callback(t, p (B, N, K)): called after each step.
+    temperature: p_theta is softmax(logits / temperature), at every step. interval: omega counts for t in
+    [low, high] only, elsewhere it is 0 (Kynkaanniemi et al. 2024). inpaint: tokens (B or 1, N) int64 to keep,
+    -1 where new ones are drawn. Where a token is kept e_hat is its embedding, and an ancestral step is
+    exactly q(z_s | z_t, x). init: (tokens (B or 1, N), strength), for image to image: noised up to t =
+    strength, and back. noise: (B, N, D), the first noise, in place of the generators' (which still draw it,
+    so that their later numbers stay the same). callback(t, p (B, N, K)): called after each step.
     """
     start = 1.0 if init is None else init[1]
     check_settings(steps, guidance, sampler, temperature, interval, end, start)
@@ -102,7 +100,7 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
     table, device, B = model.table(), labels.device, len(labels)
 
     def random(*shape, source=torch.randn):
-        """Drawn on the CPU, image by image, and copied while the GPU still works on what it was given before."""
+        """Drawn on the CPU, image by image, and copied while the GPU still works on the step before."""
         numbers = torch.empty(B, *shape, dtype=table.dtype, pin_memory=device.type == "cuda")
         for row, generator in zip(numbers, generators, strict=True):
             source(*shape, generator=generator, dtype=table.dtype, out=row)
@@ -110,24 +108,24 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
 
     # The grid in float64: lambda is steep at both ends.
     times = torch.linspace(start, end, steps, dtype=torch.float64)
-    log_snrs = schedule.log_snr(times).to(table.dtype).to(device)                                  # (steps,)
-    z = random(model.N, model.D)                                                                   # (B, N, D)
+    log_snrs = schedule.log_snr(times).to(table.dtype).to(device)                          # (steps,)
+    z = random(model.N, model.D)                                                           # (B, N, D)
     if noise is not None:
         z = noise.to(z)
     if init is not None:
         z = add_noise(F.embedding(init[0], table), log_snrs[0].expand(B), z)
     if inpaint is not None:
-        one_hot = F.one_hot(inpaint.clamp(min=0), model.K).to(table.dtype)                         # (B or 1, N, K)
+        one_hot = F.one_hot(inpaint.clamp(min=0), model.K).to(table.dtype)                 # (B or 1, N, K)
     for i, t in enumerate(times.tolist()):
-        log_snr_t = log_snrs[i].expand(B)                                                          # (B,)
+        log_snr_t = log_snrs[i].expand(B)                                                  # (B,)
         omega = guidance if interval[0] <= t <= interval[1] else 0.0
-        logits = model.guided(z, log_snr_t, labels, omega, table=table)                            # (B, N, K)
-        p = (logits if temperature == 1 else logits / temperature).softmax(-1)                     # (B, N, K)
+        logits = model.guided(z, log_snr_t, labels, omega, table=table)                    # (B, N, K)
+        p = (logits if temperature == 1 else logits / temperature).softmax(-1)             # (B, N, K)
         if inpaint is not None:
             p = torch.where(inpaint[..., None] < 0, p, one_hot)
         if i + 1 < steps:
             with torch.autocast(device.type, enabled=False):  # as in training_loss
-                e_hat = p @ table                                                                  # (B, N, D)
+                e_hat = p @ table                                                          # (B, N, D)
             log_snr_s = log_snrs[i + 1].expand(B)
             if sampler == "ddim":
                 z = ddim_step(z, e_hat, log_snr_t, log_snr_s)
@@ -136,17 +134,18 @@ def sample_tokens(model, schedule, labels, generators, steps, guidance, sampler,
         if callback is not None:
             callback(t, p)
     # Categorical draw by inversion, one uniform number per token: the first k whose cumulated p exceeds u.
-    u = random(model.N, 1, source=torch.rand)                                                      # (B, N, 1)
+    u = random(model.N, 1, source=torch.rand)                                              # (B, N, 1)
     cumulated = p.cumsum(-1)
-    return torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True).squeeze(-1).clamp(max=model.K - 1)
+    tokens = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)            # (B, N, 1)
+    return tokens.squeeze(-1).clamp(max=model.K - 1)
 
 
-def sample_images(pipeline, labels, *, seed=0, first=0, indices=None, noise=None, steps, guidance, sampler, batch=256,
-                  show_progress=True, callback=None, **options):
+def sample_images(pipeline, labels, *, seed=0, first=0, indices=None, noise=None, steps, guidance, sampler,
+                  batch=256, show_progress=True, callback=None, **options):
     """uint8 images (n, 3, H, W) for labels (n,), by what load_checkpoint returns.
 
-    They are the images first, first + 1, ... of this seed, or those of indices. noise: (n, N, D). The other options
-    are those of sample_tokens; the tokens of inpaint and init are the same for all images.
+    They are the images first, first + 1, ... of this seed, or those of indices. noise: (n, N, D). The other
+    options are those of sample_tokens; the tokens of inpaint and init are the same for all images.
     """
     images, indices = [], range(first, first + len(labels)) if indices is None else indices
 
@@ -161,43 +160,24 @@ def sample_images(pipeline, labels, *, seed=0, first=0, indices=None, noise=None
             here = slice(start, start + batch)
             tokens = sample_tokens(pipeline.model, pipeline.schedule, labels[here].to(pipeline.device),
                                    image_generators(seed, indices[here]), steps, guidance, sampler,
-                                   noise=None if noise is None else noise[here], callback=after_step, **options)
+                                   noise=None if noise is None else noise[here], callback=after_step,
+                                   **options)
             images.append(pipeline.tokenizer.decode(tokens).cpu())
     return torch.cat(images)
 
 
 def sample_together(pipeline, labels, **options):
-    """sample_images, shared out among all processes. Each gets all images; they are those of a single process."""
+    """sample_images, shared out among all ranks. Each gets all images; they are those of one process."""
     (rank, world), n = rank_and_world(), len(labels)
-    each = -(-n // world)  # for the last ones some in vain: FSDP wants the model to be called equally often by all
+    each = -(-n // world)  # the last ranks repeat the last image, so that all gather equally many
     mine = labels[(torch.arange(each) + rank * each).clamp(max=n - 1)]
-    return all_gather_cat(sample_images(pipeline, mine, first=rank * each, show_progress=rank == 0, **options))[:n]
+    images = sample_images(pipeline, mine, first=rank * each, show_progress=rank == 0, **options)
+    return all_gather_cat(images)[:n]
 
 
 def default_labels(n, num_classes):
-    """(n,) labels: rows of COLUMNS images of one class, class after class; zeros (the null class) without classes."""
+    """(n,) labels: rows of COLUMNS images of one class, class after class; zeros without classes."""
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
-
-
-def make_pipeline(tokenizer, model, schedule, device, **more):
-    """All that sample_images needs, by name."""
-    return SimpleNamespace(tokenizer=tokenizer, model=model, schedule=schedule, device=device, **more)
-
-
-def load_checkpoint(path, device):
-    """The pipeline: tokenizer, model (EMA weights), schedule, class_names, sampling, config, step, ..."""
-    checkpoint = read_checkpoint(path, CHECKPOINT_FORMAT)
-    config = checkpoint["config"]
-    tokenizer = load_weights(f"{path}: tokenizer", lambda: make_tokenizer(config["tokenizer"]), checkpoint["tokenizer"])
-    model = load_weights(f"{path}: ema", lambda: EmbeddingDiffusion(**config["denoiser"]), checkpoint["ema"])
-    schedule = on_meta(f"{path}: schedule", lambda: ShiftedCosine(**config["schedule"]))
-    tokens, classes = math.prod(tokenizer.grid), len(checkpoint["class_names"])
-    if (tokenizer.K, tokens, classes) != (model.K, model.N, model.num_classes):
-        raise CheckpointError(f"{path}: tokenizer, denoiser and class names do not belong together: it is damaged")
-    tokenizer.bf16 = model.bf16 = bf16_works(device)
-    more = {name: checkpoint[name] for name in ("config", "class_names", "sampling", "step")}
-    more["class_counts"] = checkpoint.get("class_counts")  # of the training set; None in files of earlier versions
-    return make_pipeline(tokenizer.to(device).eval(), model.to(device).eval(), schedule, device, **more)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The tokenizer: a VQ-VAE (van den Oord et al. 2017) that turns an image into a small grid of discrete tokens.
+"""The tokenizer: a VQ-VAE (van den Oord et al. 2017) that turns an image into a small grid of discrete
+tokens.
 
     image (B, 3, H, W) in [-1, 1]  ->  encoder  ->  z_e (B, h, w, C)  ->  nearest code  ->  tokens (B, h * w)
     tokens  ->  their codes z_q (B, h, w, C)  ->  decoder  ->  image,            h = H / f, w = W / f
@@ -6,24 +7,24 @@
     L = |x - x_hat|^2  +  beta |z_e - sg[z_q]|^2  +  |sg[z_e] - z_q|^2
         reconstruction    commitment (encoder)       codebook (codes)
 
-sg = stop-gradient. The decoder's gradient passes straight through the quantiser to the encoder. The codebook is either
-moved by the third term (`gradient`) or replaced by running means of the encoder's outputs (`ema`, the default, in
-which case the third term is reported but not trained). It starts from data, and codes that are no longer used
-restart at encoder outputs of the current batch. Codes are narrower than the encoder's features (factorised codes, Yu et
-al. 2021): code_dim against up to 4 x width. The paper uses such a tokenizer, pre-trained; the network here is ours.
+sg = stop-gradient. The decoder's gradient passes straight through the quantiser to the encoder. The codebook
+is either moved by the third term (`gradient`) or replaced by running means of the encoder's outputs (`ema`,
+the default, in which case the third term is reported but not trained). It starts from data, and codes that
+are no longer used restart at encoder outputs of the current batch. Codes are narrower than the encoder's
+features (factorised codes, Yu et al. 2021): code_dim against up to 4 x width. The paper uses such a
+tokenizer, pre-trained; the network here is ours.
 
-From 64 pixels up |x - x_hat|^2 alone blurs; LPIPS and a patch discriminator can join it (extras/vqgan_losses.py). A
-published VQGAN can stand in the place of this one (extras/published_vqgan.py).
+From 64 pixels up |x - x_hat|^2 alone blurs; LPIPS and a patch discriminator can join it
+(extras/vqgan_losses.py). A published VQGAN can stand in the place of this one (extras/published_vqgan.py).
 
-    python vqvae.py report runs/toy/tokenizer.pt --data toy         how good is it? A published VQGAN's checkpoint, too.
+    python vqvae.py report runs/toy/tokenizer.pt --data toy      how good is it? A published VQGAN, too.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import all_gather_cat, all_reduce_sum, copy_from_first, data_parallel, optimizer_step
-from extras.vqgan_losses import adaptive_weight, hinge_loss
+from engine.distributed import all_gather_cat, all_reduce_sum, copy_from_first
 
 
 def normed(channels):
@@ -43,7 +44,7 @@ class ResBlock(nn.Module):
 
 
 def make_encoder(f, width, blocks, code_dim):
-    """(B, 3, H, W) -> (B, code_dim, H/f, W/f). One stride-2 convolution per factor of two; width doubles to 4x."""
+    """(B, 3, H, W) -> (B, code_dim, H/f, W/f). Stride-2 convolutions; width doubles up to 4x."""
     channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)]
     layers = [nn.Conv2d(3, channels[0], 4, stride=2, padding=1)]
     for i, c in enumerate(channels):
@@ -54,7 +55,7 @@ def make_encoder(f, width, blocks, code_dim):
 
 
 def make_decoder(f, width, blocks, code_dim):
-    """(B, code_dim, h, w) -> (B, 3, h f, w f). Sub-pixel convolutions: 3x3 to four times the channels, shuffled."""
+    """(B, code_dim, h, w) -> (B, 3, h f, w f). Sub-pixel convolutions."""
     channels = [min(width * 2 ** i, width * 4) for i in range(f.bit_length() - 1)][::-1]
     layers = [nn.Conv2d(code_dim, channels[0], 3, padding=1)]
     for i, c in enumerate(channels):
@@ -65,7 +66,7 @@ def make_decoder(f, width, blocks, code_dim):
 
 
 def nearest_codes(z, codebook):
-    """z (M, C), codebook (K, C) -> (M,) indices: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k, in float32."""
+    """z (M, C), codebook (K, C) -> (M,) indices: argmin_k |z - c_k|^2 = argmin_k |c_k|^2 - 2 z.c_k."""
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.detach().float(), codebook.detach().float()
         return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
@@ -74,17 +75,14 @@ def nearest_codes(z, codebook):
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K codes, in float32.
 
-    update: "ema" (running means, decay per step) or "gradient" (the codebook is a parameter). distance: "euclidean", or
-    "cosine": vectors and codes are set to length sqrt(C), so that only their directions count (Yu et al. 2021).
+    update: "ema" (running means, decay per step) or "gradient" (the codebook is a parameter).
     """
 
-    def __init__(self, K, code_dim, update="ema", distance="euclidean", decay=0.99):
+    def __init__(self, K, code_dim, update="ema", decay=0.99):
         super().__init__()
         if update not in ("ema", "gradient"):
             raise ValueError(f"codebook update must be ema or gradient, got {update!r}")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f"codebook distance must be euclidean or cosine, got {distance!r}")
-        self.K, self.update, self.distance, self.decay = K, update, distance, decay
+        self.K, self.update, self.decay = K, update, decay
         codebook = torch.randn(K, code_dim)
         if update == "gradient":
             self.codebook = nn.Parameter(codebook)
@@ -92,50 +90,35 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("codebook", codebook)
             self.register_buffer("running_sum", codebook.clone())
         self.register_buffer("running_count", torch.ones(K))  # how often each code is used per step, averaged
-        self.register_buffer("initialised", torch.tensor(False))  # for checkpoints; on a GPU it takes a wait to read
-        self.started = False  # True once it was read as True: not asked again
-        self.register_load_state_dict_post_hook(lambda vq, _: setattr(vq, "started", False))
-
-    def l2_normalize(self, z):
-        """z (..., C), with the cosine distance set to length sqrt(C); else as it is."""
-        return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5 if self.distance == "cosine" else z
-
-    @property
-    def codes(self):
-        """(K, C), as they are used."""
-        return self.l2_normalize(self.codebook)
+        self.register_buffer("initialised", torch.tensor(False))
+        self.has_codes = False  # the same, once it was read: on a GPU that takes a wait
 
     def flatten(self, z_e):
-        """z_e (B, C, h, w) -> (B h w, C) in float32, normalised for the cosine distance."""
-        return self.l2_normalize(z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float())
+        """z_e (B, C, h, w) -> (B h w, C) in float32."""
+        return z_e.permute(0, 2, 3, 1).reshape(-1, z_e.shape[1]).float()
 
     def forward(self, z_e, generator=None):
-        """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), commitment and codebook loss.
+        """z_e (B, C, h, w) -> straight-through z_q (B, C, h, w), tokens (B, h w), two losses.
 
-        In training mode the codebook moves too. generator: torch.Generator on the CPU that picks the vectors from
-        which codes start; needed for the first training batch, and equal in all processes.
+        In training mode the codebook moves too. generator: torch.Generator on the CPU that picks the vectors
+        from which codes start; needed for the first training batch, and equal in all processes.
         """
         B, C, h, w = z_e.shape
-        z = self.flatten(z_e)                                                                      # (M, C), M = B h w
-        if self.training and not self.started:
-            self.start(z.detach(), generator)
-        codes = self.codes
-        tokens = nearest_codes(z, codes)                                                           # (M,)
-        z_q = F.embedding(tokens, codes)                                                           # (M, C)
+        z = self.flatten(z_e)                                                              # (M, C), M = B h w
+        if self.training and not self.has_codes:
+            if not self.initialised:
+                self.initialise(all_gather_cat(z.detach()), generator)
+            self.has_codes = True
+        tokens = nearest_codes(z, self.codebook)                                           # (M,)
+        z_q = F.embedding(tokens, self.codebook)                                           # (M, C)
         # |z_e - sg[z_q]|^2 trains the encoder only, |sg[z_e] - z_q|^2 the codebook only.
         commitment = (z - z_q.detach()).square().mean()
         codebook = (z.detach() - z_q).square().mean()
         if self.training:
             self.count(z.detach(), tokens)  # the codebook moves here, before the gradient is known
-        # Straight-through, after the losses: forward z_q, backward the decoder's gradient to the encoder unchanged.
+        # Straight-through, after the losses: forward z_q, backward the decoder's gradient, unchanged.
         z_q = z + (z_q - z).detach()
         return z_q.view(B, h, w, C).permute(0, 3, 1, 2), tokens.view(B, h * w), commitment, codebook
-
-    def start(self, z, generator):
-        """The first training step after the weights were made or loaded: are there codes? Later ones need not ask."""
-        if not self.initialised:
-            self.initialise(all_gather_cat(z), generator)
-        self.started = True
 
     @torch.no_grad()
     def initialise(self, z, generator):
@@ -143,7 +126,7 @@ class VectorQuantizer(nn.Module):
         codes = z[torch.randint(len(z), (self.K,), generator=generator).to(z.device)].clone()
         codes += 1e-3 * z.std(0) * torch.randn(codes.shape, generator=generator).to(z.device)  # no two alike
         for _ in range(10):
-            nearest = nearest_codes(z, self.l2_normalize(codes))
+            nearest = nearest_codes(z, codes)
             counts = torch.bincount(nearest, minlength=self.K).to(z.dtype)
             sums = torch.zeros_like(codes).index_add_(0, nearest, z)
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
@@ -157,8 +140,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def count(self, z, tokens):
         """Running use of each code and, with ema, c_k = (running sum of its vectors) / (running count)."""
-        counts = torch.zeros_like(self.running_count).index_add_(0, tokens, torch.ones_like(z[:, 0]))     # (K,)
-        sums = torch.zeros_like(self.codebook).index_add_(0, tokens, z)                                   # (K, C)
+        counts = torch.zeros_like(self.running_count).index_add_(0, tokens, torch.ones_like(z[:, 0]))  # (K,)
+        sums = torch.zeros_like(self.codebook).index_add_(0, tokens, z)                    # (K, C)
         all_reduce_sum([counts, sums])
         self.running_count.lerp_(counts, 1 - self.decay)
         if self.update == "ema":
@@ -167,18 +150,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, z_e, generator, threshold=0.05):
-        """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many (tensor).
+        """Codes used less than threshold times the mean restart at vectors of the batch. Returns how many.
 
-        Vectors far from their code are the likelier to be chosen (probability ~ squared distance): they are badly
-        served now. Every process sees all vectors and draws the same ones.
+        Vectors far from their code are the likelier to be chosen (probability ~ squared distance): they are
+        badly served now. Every process sees all vectors and draws the same ones.
         """
-        z = all_gather_cat(self.flatten(z_e))                                                      # (M, C)
+        z = all_gather_cat(self.flatten(z_e))                                              # (M, C)
         mean_count = self.running_count.mean()
-        dead = self.running_count < threshold * mean_count                                         # (K,)
-        codes = self.codes
-        error = (z - codes[nearest_codes(z, codes)]).square().sum(1).cpu() + 1e-12                 # (M,)
+        dead = self.running_count < threshold * mean_count                                 # (K,)
+        error = (z - self.codebook[nearest_codes(z, self.codebook)]).square().sum(1).cpu() + 1e-12  # (M,)
         # Two codes at one place would be one code: without replacement, as long as there are vectors enough.
-        chosen = torch.multinomial(error, self.K, replacement=len(z) < self.K, generator=generator).to(z.device)
+        chosen = torch.multinomial(error, self.K, replacement=len(z) < self.K, generator=generator)
+        chosen = chosen.to(z.device)
         fresh = torch.where(dead[:, None], z[chosen], self.codebook)
         # A fresh code must not die at the next look: give it half the mean use.
         count = torch.where(dead, 0.5 * mean_count, self.running_count)
@@ -193,24 +176,25 @@ class VectorQuantizer(nn.Module):
 class VQVAE(nn.Module):
     """Encoder, quantiser, decoder.
 
-    size: pixels a side; f: down-sampling factor, a power of two that divides size; K: codes; code_dim: their width C;
-    width, blocks: channels of the first level and residual blocks per level; update, distance: see VectorQuantizer.
+    size: pixels a side; f: down-sampling factor, a power of two that divides size; K: codes; code_dim: their
+    width C; width, blocks: channels of the first level and residual blocks per level; update: see
+    VectorQuantizer.
     """
 
-    def __init__(self, size, f, K, code_dim, width, blocks=1, update="ema", distance="euclidean", bf16=False):
+    def __init__(self, size, f, K, code_dim, width, blocks=1, update="ema", bf16=False):
         super().__init__()
         if f < 2 or f & (f - 1) or size % f:
             raise ValueError(f"f = {f} must be a power of two that divides the image size {size}")
         self.size, self.f, self.K, self.grid, self.bf16 = size, f, K, (size // f, size // f), bf16
         self.encoder = make_encoder(f, width, blocks, code_dim)
-        self.quantizer = VectorQuantizer(K, code_dim, update, distance)
+        self.quantizer = VectorQuantizer(K, code_dim, update)
         self.decoder = make_decoder(f, width, blocks, code_dim)
         self.to(memory_format=torch.channels_last)  # convolutions run faster in this layout, on CPU and GPU
 
     @property
     def codebook(self):
         """(K, C)"""
-        return self.quantizer.codes
+        return self.quantizer.codebook
 
     @property
     def last_layer(self):
@@ -228,7 +212,7 @@ class VQVAE(nn.Module):
             return self.decoder(z_q.to(memory_format=torch.channels_last)).float()
 
     def forward(self, images, generator=None):
-        """uint8 images (B, 3, H, W) -> dict: x, x_hat in [-1, 1], two losses, tokens (B, N) and z_e (B, C, h, w)."""
+        """uint8 images (B, 3, H, W) -> x, x_hat in [-1, 1], two losses, tokens (B, N), z_e (B, C, h, w)."""
         z_e = self.encode_continuous(images)
         z_q, tokens, commitment, codebook = self.quantizer(z_e, generator)
         return {"x": to_float(images), "x_hat": self.decode_continuous(z_q), "commitment": commitment,
@@ -237,8 +221,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """uint8 images (B, 3, H, W) -> tokens (B, N) int64, row by row."""
-        # The length of z does not matter: with the cosine distance all codes are equally long.
-        z = self.encode_continuous(images).permute(0, 2, 3, 1)                                     # (B, h, w, C)
+        z = self.encode_continuous(images).permute(0, 2, 3, 1)                             # (B, h, w, C)
         return nearest_codes(z.reshape(-1, z.shape[-1]), self.codebook).view(len(images), -1)
 
     @torch.no_grad()
@@ -246,51 +229,6 @@ class VQVAE(nn.Module):
         """tokens (B, N) int64 -> uint8 images (B, 3, H, W)."""
         codes = F.embedding(tokens, self.codebook).view(len(tokens), *self.grid, -1)
         return to_uint8(self.decode_continuous(codes.permute(0, 3, 1, 2)))
-
-
-# ----------------------------------------------------------------------------
-# Training.
-
-def pixel_loss(x, x_hat, kind):
-    """Mean of |x - x_hat|^2 ("l2") or |x - x_hat| ("l1") over everything."""
-    return F.mse_loss(x_hat, x) if kind == "l2" else F.l1_loss(x_hat, x)
-
-
-GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight for the decoder rising
-
-
-def tokenizer_step(config, parts, images, generator, done, lr, gan_lr, lpips=None):
-    """One step of the tokenizer, and of its discriminator if it has one -> (VQVAE's outputs, {name: loss or norm}).
-
-    parts: "tokenizer", "optimizer", perhaps "discriminator", "discriminator_optimizer". images: uint8 (B, 3, H, W).
-    done: share of the training that is over. lpips: the network of the perceptual loss.
-    """
-    model, discriminator = parts["tokenizer"].train(), parts.get("discriminator")
-    outputs = data_parallel(model)(images, generator)
-    x, x_hat = outputs["x"], outputs["x_hat"]
-    losses = {"reconstruction": pixel_loss(x, x_hat, config["pixel_loss"])}
-    loss = losses["reconstruction"]
-    if lpips is not None:
-        losses["lpips"] = lpips(x, x_hat).mean()
-        loss = loss + config["perceptual"] * losses["lpips"]
-    if discriminator is not None and done >= config["gan_start"] + GAN_WARMUP:
-        discriminator.requires_grad_(False)
-        losses["adversarial"] = -discriminator(x_hat).mean()
-        losses["weight"] = adaptive_weight(loss, losses["adversarial"], model.last_layer)
-        ramp = min(1.0, (done - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
-        loss = loss + config["gan"] * ramp * losses["weight"] * losses["adversarial"]
-    losses |= {"commitment": outputs["commitment"], "codebook": outputs["codebook"]}
-    loss = loss + config["beta"] * outputs["commitment"]
-    if config["codebook_update"] == "gradient":
-        loss = loss + outputs["codebook"]
-    losses["norm"] = optimizer_step(loss, model, parts["optimizer"], lr, config["clip"])
-    if discriminator is not None and done >= config["gan_start"]:
-        discriminator.requires_grad_(True)
-        judged = data_parallel(discriminator)
-        losses["discriminator"] = hinge_loss(judged(x), judged(x_hat.detach()))
-        losses["discriminator_norm"] = optimizer_step(losses["discriminator"], discriminator,
-                                                      parts["discriminator_optimizer"], gan_lr, config["clip"])
-    return outputs, losses
 
 
 def to_float(images):

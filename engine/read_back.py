@@ -1,9 +1,10 @@
 """What a file has to stand before anything of it is believed, allocated or printed: anybody may have made it.
 
-Only regular files are opened, so nothing waits for a pipe. Sizes that a file announces are compared with the bytes that
-it has, and with limits that the user can raise. Values are of the type and range that they must have. Weights are
-compared with a model on the meta device, which takes no memory, before the model is made. What is wrong is one line,
-with the file, the entry, what was expected and what was found. Names of others are printed by `printable`.
+Only regular files are opened, so nothing waits for a pipe. Sizes that a file announces are compared with the
+bytes that it has, and with limits that the user can raise. Values are of the type and range that they must
+have. Weights are compared with a model on the meta device, which takes no memory, before the model is made.
+What is wrong is one line, with the file, the entry, what was expected and what was found. Names of others are
+printed by `printable`.
 
 Called wherever a file is read: engine/checkpoint.py, engine/config.py, engine/tokens.py, data.py, extras/.
 """
@@ -37,8 +38,9 @@ class ReadError(UserError):
 
 
 def printable(text):
-    """Names of others may hold line breaks, tabs, a terminal's escapes, marks that turn the reading order, or bytes
-    that are no UTF-8: all of them are spelled out, so that none breaks a list or a page, or deceives."""
+    """Names of others may hold line breaks, tabs, a terminal's escapes, marks that turn the reading order, or
+    bytes that are no UTF-8: all of them are spelled out, so that none breaks a list or a page, or deceives.
+    """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -78,7 +80,8 @@ def check_unpacked(where, unpacked, packed):
 
 
 def no_file(path):
-    """Why this is nothing to be opened: "a pipe, no file"; "" if it is a file. OSError if there is nothing."""
+    """Why this is nothing to be opened: "a pipe, no file"; "" if it is a file. OSError if there is nothing.
+    """
     mode = os.stat(path).st_mode
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
     return "" if stat.S_ISREG(mode) else f"{kinds.get(stat.S_IFMT(mode), 'a device')}, no file"
@@ -103,7 +106,8 @@ def read_bytes(path, name):
 
 
 def parse_json(where, content, kind=dict):
-    """bytes of JSON -> the object in it, of this kind. Nesting and the memory that it would take are bounded."""
+    """bytes of JSON -> the object in it, of this kind. Nesting and the memory that it would take are bounded.
+    """
     # An empty list takes 2 bytes there and 64 here, and its place in another one 8.
     memory = 2 * len(content) + 80 * (content.count(b"[") + content.count(b"{")) + 40 * content.count(b",")
     at_most(where, memory, "VQLCMD_MAX_INDEX_BYTES")
@@ -120,8 +124,9 @@ def read_json(path, kind=dict):
 
 
 def read_npy_header(where, file, size):
-    """(shape, is it in Fortran's order, dtype) of a .npy that is open, whose arrays are as large as its `size` bytes
-    allow. Headers are Python's syntax: of unusual ones numpy raises whatever its parser does."""
+    """(shape, is it in Fortran's order, dtype) of a .npy that is open, whose arrays are as large as its
+    `size` bytes allow. Headers are Python's syntax: of unusual ones numpy raises whatever its parser does.
+    """
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -160,8 +165,8 @@ def reason_of(error):
 def expect(where, value, kind, low=-math.inf, high=math.inf):
     """value, if it is what it must be; else ReadError. where: the file, and the entry in it.
 
-    kind: int, float (a whole number too), bool, str, list (a tuple too), dict, torch.Tensor, or a tuple of the words
-    that it may be. low, high: bounds of a number, both included; NaN lies in none.
+    kind: int, float (a whole number too), bool, str, list (a tuple too), dict, torch.Tensor, or a tuple of
+    the words that it may be. low, high: bounds of a number, both included; NaN lies in none.
     """
     if isinstance(kind, tuple):
         good, what = isinstance(value, str) and value in kind, f"one of {', '.join(kind)}"
@@ -179,7 +184,9 @@ def expect(where, value, kind, low=-math.inf, high=math.inf):
 
 
 def expect_each(where, values, kinds):
-    """ReadError unless `values` is a dict whose entries are those of `kinds`, {name: (kind, low, high)} or less."""
+    """ReadError unless `values` is a dict whose entries are those of `kinds`, {name: (kind, low, high)} or
+    less.
+    """
     for name, value in expect(where, values, dict).items():
         if name not in kinds:
             raise ReadError(f"{where} has the entry {shown(name)}, expected {', '.join(kinds)}")
@@ -239,7 +246,8 @@ def check_tensor(where, value):
 
 
 def on_meta(where, make):
-    """make(), a module that is made on the meta device: it has names, shapes and types, and takes no memory."""
+    """make(), a module that is made on the meta device: it has names, shapes and types, and takes no memory.
+    """
     try:
         with torch.device("meta"):
             return make()

@@ -1,185 +1,116 @@
-"""Stage 2 and its files: a tokenizer is read, every image encoded once, and the tokens are served in batches.
+"""tokens.npy: every image of a set, encoded once, and served in batches.
 
-tokens.npy has one structured row per image: x (N,) uint16, label int32, test bool; the title of the field x names the
-tokenizer by its hash, because tokens of one tokenizer mean nothing to another. Called by train.py.
+One structured row per image: x (N,) uint16, label int32, test bool. The title of the field x names the
+tokenizer by its hash, because tokens of one tokenizer mean nothing to another.
 """
-
-import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.arrays import resumable_array
-from engine.checkpoint import (
-    CHECKPOINT_FORMAT,
-    TOKENIZER_FORMAT,
-    CheckpointError,
-    digest,
-    read_checkpoint,
-    read_newest,
-)
-from engine.config import OPTIONS, TOKENIZER_OPTIONS
-from engine.distributed import barrier, bf16_works, broadcast
-from engine.read_back import ReadError, UserError, check_weights, load_weights, on_meta, open_npy
-from engine.process import look_ahead, main_process_first, shared_work, write_atomically
-from extras.data_arrays import TokenFile, check_rows
-from extras.image_cache import remove_cache
-from extras.published_vqgan import make_tokenizer, read_geometry, read_published
+from engine.checkpoint import digest
+from engine.distributed import barrier, broadcast
+from engine.process import look_ahead, main_process_first, shared_work
+from engine.validate import UserError, read_array
 
 
-def read_tokenizer(file):
-    """What --tokenizer names, in the form of tokenizer.pt: another run's tokenizer.pt or ckpt.pt, or a VQGAN."""
-    try:
-        state = read_checkpoint(file, TOKENIZER_FORMAT, CHECKPOINT_FORMAT)
-    except CheckpointError as error:
-        if error.found or not Path(file).is_file():
-            raise
-        weights = read_published(file)
-        shapes = {name: list(value.shape) for name, value in weights.items()}
-        return {"format": TOKENIZER_FORMAT, "config": {"published": shapes}, "tokenizer": weights, "step": 0,
-                "metrics": {}}
-    if state["format"] == CHECKPOINT_FORMAT:
-        state = {"format": TOKENIZER_FORMAT, "config": state["config"]["tokenizer"], "tokenizer": state["tokenizer"],
-                 "step": state["config"]["training"]["tokenizer_steps"],
-                 "metrics": state["metrics"]["tokenizer"] if state["metrics"] else {"taken from": str(file)}}
-    config, where = state["config"], f"{file}: tokenizer"
-    sizes = {"size": read_geometry(config["published"])[0]} if "published" in config else {}
-    check_weights(where, on_meta(where, lambda: make_tokenizer(sizes | config)).state_dict(), state["tokenizer"])
-    if not state["metrics"]:
-        raise UserError(f"--tokenizer {file}: its training is not complete; finish it first")
-    return state
-
-
-def options_of(tokenizer):
-    """What a tokenizer of read_tokenizer decides: {option: value}."""
-    if "published" in tokenizer["config"]:
-        return dict(zip(("f", "K", "code_dim"), read_geometry(tokenizer["config"]["published"]), strict=True))
-    return {option: tokenizer["config"].get(name, OPTIONS[option][1]) for name, option in TOKENIZER_OPTIONS.items()}
-
-
-def load_tokenizer(config, out, device):
-    """(tokenizer in eval mode, its metrics) from the complete tokenizer.pt of a run directory."""
-    path = out / "tokenizer.pt"
-    state = read_newest(path, TOKENIZER_FORMAT)
-    if not state or not state["metrics"]:
-        raise UserError(f"{path} is not there or not complete: run --stage tokenizer (or all) first")
-    tokenizer = load_weights(f"{state['path']}: tokenizer", lambda: make_tokenizer(config, bf16_works(device)),
-                             state["tokenizer"])
-    return tokenizer.to(device).eval(), state["metrics"]
-
-
-def open_tokens(path):
-    """The rows of a token file, memory-mapped."""
-    try:
-        return check_rows(path, open_npy(path))
-    except ReadError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the same command encodes the images "
-                        "again") from error
-
-
-def check_tokenizer_hash(path, tokenizer):
-    """UserError if the tokens in a file are those of another tokenizer."""
-    maker, asked = open_tokens(path).dtype.fields["x"][2:], digest(tokenizer.state_dict())
-    if maker and maker[0] != f"tokenizer {asked}":
-        raise UserError(f"{path} was made by {maker[0]}, this one is {asked}: they do not belong together; give the "
-                        "tokenizer.pt that lies beside the tokens, or encode the images again")
-
-
-def check_fit(path, rows, tokenizer, class_names):
-    """UserError if rows of a token file cannot be of this tokenizer, or of these classes."""
-    (h, w), classes = tokenizer.grid, max(len(class_names), 1)
-    if rows["x"].shape[1] != h * w or rows["x"].max() >= tokenizer.K:
-        raise UserError(f"{path} has {rows['x'].shape[1]} tokens per image up to {rows['x'].max()}, the tokenizer "
-                        f"{h * w} below {tokenizer.K}: they do not belong together")
-    if rows["label"].max() >= classes:
-        raise UserError(f"{path} has the label {rows['label'].max()}, there are {classes} classes: they do not belong "
-                        "together")
-
-
-def copy_tokens(source, tokenizer, path):
-    """A token file made earlier (data_arrays.TokenFile) is checked and copied."""
-    check_fit(source.path, open_tokens(source.path), tokenizer, source.class_names)
-    check_tokenizer_hash(source.path, tokenizer)
-    write_atomically(path, lambda partial: shutil.copyfile(source.path, partial))
+def token_dtype(tokenizer):
+    maker = f"tokenizer {digest(tokenizer.state_dict())}"
+    return np.dtype([((maker, "x"), np.uint16, (tokenizer.grid[0] * tokenizer.grid[1],)), ("label", np.int32),
+                     ("test", bool)])
 
 
 @torch.no_grad()
-def encode_sets(model, train, test, path, device, batch, flip=False):
-    """Encodes two data.ImageSets into one token file, training images first.
+def encode_sets(tokenizer, train, test, path, device, batch, flip=False):
+    """Encodes two data.ImageSets into one token file, training images first. All ranks call this.
 
-    With flip, all training images follow once more, mirrored. The file appears when all is done; till then a
-    .part.npy, in which label -1 marks the rows to do, lets a second call go on where the first stopped. The next images
-    are read while these are encoded. Processes share out the batches, and process 0 writes what all of them found.
+    With flip, all training images follow once more, mirrored. Until all is done the rows are in a .part.npy,
+    in which label -1 marks the rows to do: a second call goes on where the first stopped. The next images are
+    read while these are encoded. Ranks share out the batches, and rank 0 writes what all of them found.
     """
-    model.eval()
-    partial, starts = path.with_suffix(".part.npy"), [0, len(train)][:1 + flip]
+    starts = [0, len(train)] if flip else [0]
     total = len(starts) * len(train) + len(test)
-    maker = f"tokenizer {digest(model.state_dict())}"
-    dtype = [((maker, "x"), np.uint16, (model.grid[0] * model.grid[1],)), ("label", np.int32), ("test", bool)]
-    rows = main_process_first(lambda: resumable_array(partial, dtype, total, lambda rows: rows["label"].fill(-1)))
-    missing, todo = broadcast(None if rows is None else rows["label"] < 0), []
-    for dataset, offsets in ((train, starts), (test, [total - len(test)])):
-        for first in range(0, len(dataset), batch):
-            indices = range(first, min(first + batch, len(dataset)))
-            places = [slice(offset + first, offset + indices.stop) for offset in offsets]
-            if any(missing[here].any() for here in places):
-                todo.append((dataset, indices, places))
-    remaining = sum(len(indices) * len(places) for _, indices, places in todo)
+    partial = path.with_suffix(".part.npy")
+    rows = main_process_first(lambda: open_partial(partial, token_dtype(tokenizer), total))
+    missing = broadcast(None if rows is None else rows["label"] < 0)
+    todo = []                                                 # (image set, its indices, their slices of rows)
+    for images, offsets in ((train, starts), (test, [total - len(test)])):
+        for first in range(0, len(images), batch):
+            indices = range(first, min(first + batch, len(images)))
+            slices = [slice(offset + first, offset + indices.stop) for offset in offsets]
+            if any(missing[rows_of].any() for rows_of in slices):
+                todo.append((images, indices, slices))
 
     def encode(items):
         for images in look_ahead(lambda item: item[0].batch(item[1]), items):
             images = images.to(device)
-            yield [model.encode(oriented).cpu().numpy().astype(np.uint16)
-                   for oriented in (images, images.flip(3))[:len(starts)]]
+            oriented = [images, images.flip(3)][:len(starts)]
+            yield [tokenizer.encode(x).cpu().numpy().astype(np.uint16) for x in oriented]
 
+    remaining = sum(len(indices) * len(slices) for _, indices, slices in todo)
     with tqdm(total=total, initial=total - remaining, desc="tokens", unit="img", leave=False,
               disable=None if rows is not None else True) as bar:
-        for (dataset, indices, places), tokens in shared_work(todo, encode):
-            for here, x in zip(places, tokens, strict=False):
-                rows["x"][here], rows["test"][here] = x, dataset is test
+        for (images, indices, slices), tokens in shared_work(todo, encode):
+            for rows_of, x in zip(slices, tokens, strict=False):
+                rows["x"][rows_of] = x
+                rows["test"][rows_of] = images is test
                 bar.update(len(x))
             rows.flush()  # tokens are on the disk before the labels say so, whatever happens in between
-            for here in places:
-                rows["label"][here] = dataset.labels[indices.start:indices.stop].numpy()
+            for rows_of in slices:
+                rows["label"][rows_of] = images.labels[indices.start:indices.stop].numpy()
     if rows is not None:
         rows.flush()
         del rows
         partial.replace(path)
+    barrier()
 
 
-def encode_tokens(run):
-    """Writes tokens.npy of a run, unless it is there: every image encoded, or the tokens that an earlier run made.
-
-    All processes call this. After it only --eval-fid opens images: the cache of decoded ones is deleted.
+def open_partial(partial, dtype, total):
+    """The rows of a file that is being written, as an earlier start left them, or with label -1 in all of
+    them.
     """
-    path = run.out / "tokens.npy"
-    if broadcast(path.exists()):
-        main_process_first(lambda: remove_cache(run.out))
-        return print(f"tokens: complete ({len(open_tokens(path)):,} images)")
-    tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
-    if isinstance(run.source, TokenFile):
-        main_process_first(lambda: copy_tokens(run.source, tokenizer, path))
-    else:
-        sets = run.load_images()
-        encode_sets(tokenizer, *sets, path, run.device, run.eval_batch, run.config["flip"])
-        if sets[0].pixels is None:
-            run.load_images.cache_clear()  # a file's space is free once nobody has it open
-    barrier()  # it is written
-    main_process_first(lambda: remove_cache(run.out))
-    rows = open_tokens(path)
-    print(f"tokens: {len(rows):,} images x {rows['x'].shape[1]} tokens in {path}")
+    if partial.exists():
+        rows = read_array(partial, "r+")
+        if rows.dtype == dtype and rows.shape == (total,):
+            return rows
+        del rows
+    fresh = partial.with_suffix(".new.npy")  # without marks, a file of zeros would look like a finished one
+    rows = np.lib.format.open_memmap(fresh, mode="w+", dtype=dtype, shape=(total,))
+    rows["label"] = -1
+    rows.flush()
+    del rows
+    fresh.replace(partial)
+    return read_array(partial, "r+")
 
 
-def to_device(array, device):
-    """A numpy array as a tensor on the device. The copy to a GPU starts from pinned memory, so Python need not wait."""
-    tensor = torch.from_numpy(array)  # mps copies later, from memory that is free again by then (pytorch issue 189690)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=device.type != "mps")
+def open_tokens(path, tokenizer, class_names):
+    """The rows of a token file, memory-mapped; UserError if they are not of this tokenizer and these
+    classes.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there: run --stage tokens (or all) first")
+    rows = read_array(path)
+    expected = token_dtype(tokenizer)
+    if rows.dtype.names != expected.names or rows.ndim != 1 or not len(rows):
+        raise UserError(f"{path} is no token file of train.py: delete it, and the same command encodes the "
+                        "images")
+    maker, maker_here = rows.dtype.fields["x"][2:], expected.fields["x"][2]
+    if maker and maker[0] != maker_here:
+        raise UserError(f"{path} was made by {maker[0]}, this is {maker_here}: give the tokenizer.pt that "
+                        "lies beside the tokens, or encode the images again")
+    classes = max(len(class_names), 1)
+    if rows["x"].shape[1:] != expected["x"].shape or rows["x"].max() >= tokenizer.K:
+        raise UserError(f"{path} has {rows['x'].shape[1:]} tokens per image up to {rows['x'].max()}, the "
+                        f"tokenizer {expected['x'].shape} below {tokenizer.K}: they do not belong together")
+    if not 0 <= rows["label"].min() <= rows["label"].max() < classes:
+        raise UserError(f"{path} has labels from {rows['label'].min()} to {rows['label'].max()}, there are "
+                        f"{classes} classes: they do not belong together")
+    return rows
 
 
 class TokenDataset:
-    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,), int64.
+    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,),
+    int64.
 
     class_counts: how often each label comes, a list.
     """
@@ -193,17 +124,28 @@ class TokenDataset:
         return len(self.x)
 
     def batch(self, indices):
-        indices = to_device(indices, self.device)
+        indices = torch.from_numpy(indices)
+        if self.device.type == "cuda":  # from pinned memory the copy does not make Python wait
+            indices = indices.pin_memory()
+        # mps copies later, from memory that is free again by then (pytorch issue 189690).
+        indices = indices.to(self.device, non_blocking=self.device.type != "mps")
         return self.x[indices].long() & 0xFFFF, self.labels[indices]  # 16 bits without sign
 
 
 def read_tokens(path, tokenizer, class_names, device):
     """(training tokens, at most 2,000 held-out ones as (x, labels)) of a token file, on the device."""
-    if not path.exists():
-        raise UserError(f"{path} is not there: run --stage tokens (or all) first")
-    check_tokenizer_hash(path, tokenizer)
-    rows = open_tokens(path)
-    check_fit(path, rows, tokenizer, class_names)
+    rows = open_tokens(path, tokenizer, class_names)
     test = np.flatnonzero(rows["test"])
     test = test[np.linspace(0, len(test) - 1, min(2000, len(test))).astype(int)]
-    return TokenDataset(rows[~rows["test"]], device), TokenDataset(rows[test], device).batch(np.arange(len(test)))
+    held_out = TokenDataset(rows[test], device).batch(np.arange(len(test)))
+    return TokenDataset(rows[~rows["test"]], device), held_out
+
+
+def random_tokens(n, denoiser, device):
+    """A TokenDataset of n random rows for the arguments of a denoiser, to time its steps."""
+    N, classes = denoiser["grid"][0] * denoiser["grid"][1], max(denoiser["num_classes"], 1)
+    rows = np.zeros(n, [("x", np.uint16, (N,)), ("label", np.int32)])
+    rng = np.random.default_rng(0)
+    rows["x"] = rng.integers(0, denoiser["K"], (n, N))
+    rows["label"] = rng.integers(0, classes, n)
+    return TokenDataset(rows, device)

@@ -16,9 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.build import load_checkpoint
 from engine.distributed import choose_device
 from extras.datasets import find
-from sample import load_checkpoint, sample_images
+from sample import sample_images
 from vqvae import to_float
 
 

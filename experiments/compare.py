@@ -48,11 +48,12 @@ import agreement  # noqa: E402
 import baselines  # noqa: E402
 
 from embedding_diffusion import EmbeddingDiffusion  # noqa: E402
+from engine.build import load_tokenizer  # noqa: E402
 from engine.config import describe_models  # noqa: E402
 from engine.distributed import bf16_works, choose_device  # noqa: E402
-from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for  # noqa: E402
 from engine.process import write_atomically  # noqa: E402
-from engine.tokens import TokenDataset, load_tokenizer  # noqa: E402
+from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for  # noqa: E402
+from engine.tokens import TokenDataset  # noqa: E402
 from extras.datasets import find  # noqa: E402
 from extras.downloads import DownloadError  # noqa: E402
 from extras.grids import save_grid  # noqa: E402

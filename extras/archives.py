@@ -4,71 +4,23 @@ Nothing is unpacked to the disk, links are not followed, pickles in arrays are r
 The bounds are those of engine/read_back.LIMITS. Called by data.py and extras/data_*.py, and by fid.py.
 """
 
-import contextlib
-import gzip
-import io
-import math
-import os
-import tarfile
-import threading
 import zipfile
 
 import numpy as np
-from PIL import Image
 
 from engine.read_back import (
     ReadError,
     UserError,
-    at_most,
     check_unpacked,
     expect,
     limit,
-    no_file,
     read_npy_header,
     reason_of,
     regular_file,
     shown,
 )
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS and the like, which start other programs
-LARGE, ONE_LARGE = 8_000_000, threading.Lock()  # images of more pixels are decoded one at a time
 WIDEST = 4096  # features of a network, whose covariance is the square of it
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit counts a JPEG before it is reduced; ours replaces it
-
-
-# ----------------------------------------------------------------------------
-# Images.
-
-def open_image(source, size=None):
-    """Path, bytes or uint8 array -> a Pillow image, of which only the header is read, of not too many pixels.
-
-    size: a JPEG may be decoded smaller, never below twice so many pixels. ValueError or OSError says why not.
-    """
-    most = limit("VQLCMD_MAX_PIXELS")
-    if isinstance(source, np.ndarray):
-        check_pixels(source.shape[1], source.shape[0], most)  # it is copied next
-        image = Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source)
-    else:
-        if not isinstance(source, bytes):
-            if reason := no_file(source):
-                raise ValueError(reason)
-            at_most("the file", os.path.getsize(source), "VQLCMD_MAX_IMAGE_BYTES")
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    # Of a progressive JPEG the decoder keeps all, however little of it is asked for.
-    if size and image.width * image.height <= (1 if image.info.get("progressive") else 10) * most:
-        image.draft("RGB", (2 * size, 2 * size))
-    check_pixels(image.width, image.height, most)
-    return image
-
-
-def check_pixels(width, height, most):
-    if width * height > most:
-        raise ValueError(f"{width} x {height} pixels, more than {most:,} (VQLCMD_MAX_PIXELS)")
-
-
-def one_large_at_a_time(image):
-    """A context in which an image is decoded: of large ones only one, so that many threads need no more memory."""
-    return ONE_LARGE if image.width * image.height > LARGE else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------
@@ -142,43 +94,3 @@ def check_features(path, features, width, most):
     if not np.isfinite(features).all():
         raise ReadError(f"{what}, some are not finite in float32")
     return features
-
-
-# ----------------------------------------------------------------------------
-# Archives.
-
-def read_gzip(path):
-    """The content of a .gz, or of a plain file, within bounds."""
-    packed = regular_file(path).stat().st_size
-    most = max(limit("VQLCMD_MAX_UNPACKED_BYTES"), 8 * packed)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read(most + 1)
-    check_unpacked(path, len(content), packed)
-    return content
-
-
-def read_idx_array(path, rank):
-    """The uint8 array in an idx file, gzipped or not: two zeros, type 8 (uint8), the rank and the sizes; then bytes."""
-    packed = regular_file(path).stat().st_size
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        if file.read(4) != bytes([0, 0, 8, rank]):
-            raise ValueError("its header is another's")
-        shape = np.frombuffer(file.read(4 * rank), ">u4").tolist()
-        if len(shape) != rank:
-            raise ValueError("it ends in its header")
-        size = math.prod(shape)
-        check_unpacked(path, size, packed)
-        content = file.read(size + 1)
-    if len(content) != size:
-        raise ValueError(f"it announces {size:,} bytes and has {'more' if len(content) > size else len(content)}")
-    return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-def read_tar(path, wanted):
-    """{base name: bytes} of the regular files in a tar, gzipped or not, whose base name satisfies `wanted`."""
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(read_gzip(path)), mode="r:") as archive:
-        for member in archive:
-            if member.isreg() and not member.issparse() and wanted(os.path.basename(member.name)):
-                found[os.path.basename(member.name)] = archive.extractfile(member).read()
-    return found

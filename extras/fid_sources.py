@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from engine.build import load_checkpoint
 from engine.distributed import barrier, broadcast, rank_and_world
 from engine.process import write_json
 from engine.status import append_row, format_metrics, trim_rows
@@ -21,7 +22,7 @@ from extras.datasets import DATASETS, find
 from extras.inception import load_inception
 from extras.sampling_options import class_labels
 from fid import MIN_IMAGES, REAL_KEPT, Statistics, compute_scores, measure, print_scores
-from sample import load_checkpoint, sample_images
+from sample import sample_images
 
 FEW = MIN_IMAGES  # samples of an evaluation during training
 
@@ -88,7 +89,7 @@ class Decoded:
 
 
 class Samples:
-    """Images of labels (n,) that a pipeline (sample.load_checkpoint) draws: image i is sample.py's image i.
+    """Images of labels (n,) that a pipeline (engine.build.load_checkpoint) draws: image i is sample.py's image i.
 
     chunk: images at a time. settings: of sample_images.
     """

@@ -1,7 +1,4 @@
-"""Images on a page: the grids that training and sampling write, and the page that shows a data set.
-
-Called by train.py, sample.py and extras/.
-"""
+"""Images on a page: the grids that training and sampling write, and the page that shows a data set."""
 
 from pathlib import Path
 
@@ -13,11 +10,12 @@ from engine.process import write_atomically
 
 
 def contact_sheet(images, path, columns=8):
-    """A page of an ImageSet: a row for each of up to 16 classes; or, without classes, 64 images from all over it."""
+    """A page of an ImageSet: a row for each of up to 16 classes; without classes, 64 images of it."""
     names = images.class_names[:16]
     rows = [torch.nonzero(images.labels == c).flatten()[:columns].tolist() for c in range(len(names))]
     if not rows or min(map(len, rows)) < columns:  # no classes, or too few images for a row of each
-        rows, names = [np.linspace(0, len(images) - 1, min(len(images), 8 * columns)).astype(int).tolist()], None
+        rows = [np.linspace(0, len(images) - 1, min(len(images), 8 * columns)).astype(int).tolist()]
+        names = None
     save_grid(images.batch(sum(rows, [])), path, columns, row_labels=names)
 
 
@@ -33,8 +31,8 @@ def save_pairs(above, below, path, columns=8):
 def grid_page(images, columns, scale=None, row_labels=None, column_labels=None):
     """uint8 images (n, 3, H, W) on a page, a Pillow image, row by row, 2 pixels apart.
 
-    scale: whole-number enlargement without smoothing (default: tiles of about 64 pixels). row_labels, column_labels:
-    one word a row or column.
+    scale: whole-number enlargement without smoothing (default: tiles of about 64 pixels). row_labels,
+    column_labels: one word a row or column.
     """
     n, _, height, width = images.shape
     scale = scale or max(1, round(64 / width))

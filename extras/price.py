@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.randomness import image_generators
 from extras.meta_count import CHIPS, GB, KINDS, SHARE, Count, FusedAdamW, GiB, chip_of, fits
-from extras.published_vqgan import make_tokenizer
 from extras.tokenizer_metrics import ssim
 from extras.vqgan_losses import LPIPS, make_discriminator
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss, vlb

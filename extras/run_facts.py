@@ -6,9 +6,8 @@ import re
 import numpy as np
 
 from engine import process as engine_process
-from engine.checkpoint import rename
-from engine.read_back import ReadError, UserError, check_nesting, no_file, read_json
 from engine.process import lock
+from engine.read_back import ReadError, UserError, check_nesting, no_file, read_json
 from engine.stored import check_stored
 
 LARGEST = 1 << 28  # bytes of a CSV file
@@ -72,7 +71,7 @@ def seconds_per_step(columns, batch):
 
 def read_run(out):
     """What the page shows, as a dict; UserError if this is no run."""
-    config = check_stored(out / "config.json", rename(read_object(out / "config.json")))
+    config = check_stored(out / "config.json", read_object(out / "config.json"))
     if not config:
         raise UserError(f"{out} is no run of train.py: it has no config.json")
     run = {"out": out, "config": config, "metrics": read_object(out / "metrics.json"), **{

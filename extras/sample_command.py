@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint import export
 from engine.distributed import choose_device, init_distributed, precision, rank_and_world
 from engine.process import report_errors, user_error
 from engine.validate import UserError
-from extras.export import export
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
 from extras.sample_files import sample_files

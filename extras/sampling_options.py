@@ -10,10 +10,11 @@ import re
 import numpy as np
 import torch
 
+from engine.build import load_checkpoint
 from engine.process import user_error
 from engine.validate import UserError
 from extras.price import fitting_batch
-from sample import SAMPLERS, check_settings, load_checkpoint
+from sample import SAMPLERS, check_settings
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
 OPTIONAL = ("steps", "guidance", "sampler", "temperature", "interval", "end")  # None: as the checkpoint says

@@ -1,4 +1,4 @@
-"""The built-in set: twelve kinds of pictogram in six colours, drawn at random places, sizes and angles (ours).
+"""The built-in set: twelve pictograms in six colours, drawn at random places, sizes and angles (ours).
 
 `python train.py` trains on it: no download, and large enough to show every part of the method.
 """
@@ -38,7 +38,8 @@ def turn(points, degrees):
 def pictograms():
     """Name -> list of (polygon in [-1, 1]^2, colour), painted in order; colour None is the image's own."""
     a = np.radians(np.arange(0, 360, 12))
-    heart = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], 1)
+    y = -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)
+    heart = np.stack([16 * np.sin(a) ** 3, y], 1)
     crescent = np.concatenate([arc(0, 0, 0.95, 0.95, 50, 310, 24), arc(0.42, 0, 0.74, 0.74, 285, 75, 20)])
     rays = [(turn([(0.62, -0.13), (1.0, -0.09), (1.0, 0.09), (0.62, 0.13)], 45 * i), None) for i in range(8)]
     petals = [(turn(arc(0.58, 0, 0.42, 0.38), 72 * i - 90), None) for i in range(5)]
@@ -51,7 +52,8 @@ def pictograms():
         "sun": [(arc(0, 0, 0.5, 0.5), None), *rays],
         "flower": [*petals, (arc(0, 0, 0.32, 0.32), BROWN)],
         "tree": [([(-0.17, 0.5), (0.17, 0.5), (0.17, 1), (-0.17, 1)], BROWN),
-                 ([(0, -0.3), (0.8, 0.62), (-0.8, 0.62)], None), ([(0, -1), (0.6, -0.05), (-0.6, -0.05)], None)],
+                 ([(0, -0.3), (0.8, 0.62), (-0.8, 0.62)], None),
+                 ([(0, -1), (0.6, -0.05), (-0.6, -0.05)], None)],
         "house": [([(-0.7, -0.1), (0.7, -0.1), (0.7, 0.9), (-0.7, 0.9)], IVORY),
                   ([(0, -0.95), (1, 0.02), (-1, 0.02)], None),
                   ([(-0.2, 0.3), (0.2, 0.3), (0.2, 0.9), (-0.2, 0.9)], BROWN)],
@@ -71,10 +73,10 @@ def pictograms():
 
 
 def draw_toy(n, seed, size=TOY_SIZE):
-    """(pixels (n, 3, size, size) uint8, labels (n,)): n pictograms, class i mod 12, drawn 4x and averaged down.
+    """(pixels (n, 3, size, size) uint8, labels (n,)): n pictograms, class i mod 12, drawn 4x, averaged down.
 
-    Colour out of six, place within +-7 % of the width, size within +-15 %, angle within +-14 degrees, left-right flip:
-    all independent and uniform, from the seed alone.
+    Colour out of six, place within +-7 % of the width, size within +-15 %, angle within +-14 degrees,
+    left-right flip: all independent and uniform, from the seed alone.
     """
     rng, scale = np.random.default_rng(seed), 4 * size / 2
     shapes, colours = list(pictograms().values()), list(PALETTE.values())

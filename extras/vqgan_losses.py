@@ -1,27 +1,23 @@
-"""Losses that keep a tokenizer sharp from 64 pixels up, as in VQGAN (Esser et al. 2021): the perceptual loss LPIPS and
-a patch discriminator. Each can be switched off. Called by train.py and extras/tokenizer_report.py.
-"""
+"""Losses that keep a tokenizer sharp from 64 pixels up, as in VQGAN (Esser et al. 2021)."""
 
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.checkpoint import read_torch, tensors_of
 from engine.distributed import all_reduce_sum
-from engine.read_back import check_weights
-from extras.downloads import DownloadError, find_weights
-from extras.foreign_checkpoint import read_state
+from engine.validate import check_file, check_finite, check_weights
+from extras.downloads import find_weights
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance of two images (Zhang et al. 2018, version 0.1, VGG-16), over five depths l:
 
-        sum_l mean_hw sum_c w_lc (f_lc / |f_l| - g_lc / |g_l|)^2,     f_l, g_l (B, C_l, H_l, W_l) features of both.
+        sum_l mean_hw sum_c w_lc (f_lc / |f_l| - g_lc / |g_l|)^2,    f_l, g_l: features (B, C_l, H_l, W_l).
 
-    state: {name: tensor} of read_lpips; without it the weights are random, for tests. Nothing here is trained, and
-    there is no dropout to switch off. In float32: on a GPU its convolutions use TF32.
+    state: {name: tensor} of read_lpips; without it the weights are random. Nothing here is trained.
     """
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -47,15 +43,11 @@ class LPIPS(nn.Module):
         h = (x.float() - self.shift) / self.scale
         for layer, following in zip(self.features, [*self.features[1:], nn.MaxPool2d(2)], strict=True):
             h = layer(h)
-            if isinstance(following, nn.MaxPool2d):
-                # F.normalize has a gradient where all features are 0; x / (|x| + eps) would give NaN there.
+            if isinstance(following, nn.MaxPool2d):  # normalize has a gradient even where all features are 0
                 yield F.normalize(h, dim=1, eps=1e-10)
 
     def forward(self, x, x_hat):
-        """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances, 0 for equal ones.
-
-        The gradient goes into x_hat alone.
-        """
+        """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances. Trains x_hat alone."""
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
                 target = list(self.stages(x))
@@ -63,7 +55,7 @@ class LPIPS(nn.Module):
                        for f, g, w in zip(target, self.stages(x_hat), self.lin, strict=True))
 
 
-LPIPS_FILES = {  # name in the cache: (URL, SHA-256). The network of torchvision, and the weights w_lc
+LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and the weights w_lc
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
                            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     "lpips-vgg-v0.1.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/"
@@ -72,39 +64,36 @@ LPIPS_FILES = {  # name in the cache: (URL, SHA-256). The network of torchvision
 
 
 def find_lpips(given=None, may_download=True):
-    """The files that hold the LPIPS weights: those given, or both of LPIPS_FILES in torch's cache, else a download."""
-    for file in given or []:
-        if not Path(file).is_file():
-            raise DownloadError(f"--lpips-weights {file}: no such file")
+    """The files that hold the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download.
+    """
     if given:
-        return [Path(file) for file in given]
+        return [check_file(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
             for name, (url, sha256) in LPIPS_FILES.items()]
 
 
 def read_lpips(paths):
-    """State dict of LPIPS from the two published files, or from any that holds all: the lpips package's, a VQGAN's."""
-    state, missing = {}, set(LPIPS().state_dict())
+    """State dict of LPIPS from the two published files, or from one with both: the lpips package's, a
+    VQGAN's.
+    """
+    state, wanted = {}, LPIPS().state_dict()
     for path in paths:
-        for name, value in read_state(path).items():
-            feature = re.search(r"(?:^|[.])(?:features|slice[1-5])[.](\d+)[.](weight|bias)$", name)
-            linear = re.search(r"(?:^|[.])lin(\d)[.]model[.]\d[.]weight$", name)
-            ours = f"features.{feature[1]}.{feature[2]}" if feature else f"lin.{linear[1]}" if linear else None
-            if ours in missing:
+        for name, value in tensors_of(path, read_torch(path)).items():
+            feature = re.search(r"(?:features|slice[1-5])[.](\d+[.](?:weight|bias))$", str(name))
+            linear = re.search(r"lin(\d)[.]model[.]\d[.]weight$", str(name))
+            ours = f"features.{feature[1]}" if feature else f"lin.{linear[1]}" if linear else None
+            if ours in wanted:
+                check_finite(f"{path}: {name}", value)
                 state[ours] = value.float().flatten() if linear else value.float()
-    if len(state) < len(missing):
-        absent = sorted(missing - set(state))
-        raise DownloadError(f"{', '.join(map(str, paths))}: {len(absent)} of LPIPS' {len(missing)} weights are not "
-                            f"there, {absent[0]} for one: give {' and '.join(LPIPS_FILES)}, or a file that has both")
-    check_weights(", ".join(map(str, paths)), LPIPS().state_dict(), state)
+    where = f"{', '.join(map(str, paths))} (give {' and '.join(LPIPS_FILES)}, or a file that has both)"
+    check_weights(where, wanted, state)
     return state
 
 
 class PatchDiscriminator(nn.Module):
     """Real or reconstructed? One logit per overlapping patch (PatchGAN, Isola et al. 2017).
 
-    Strided convolutions down to an eighth (small images: less). Group instead of batch normalisation (ours): no image's
-    logits depend on the others, nor on how many processes there are.
+    Group instead of batch normalisation (ours): no image's logits depend on another's.
     """
 
     def __init__(self, size, width=64, bf16=False):
@@ -112,11 +101,11 @@ class PatchDiscriminator(nn.Module):
         if size < 8:
             raise ValueError(f"the discriminator needs images of at least 8 pixels, not {size}: --gan 0")
         self.bf16, self.layers = bf16, nn.ModuleList([nn.Conv2d(3, width, 4, stride=2, padding=1)])
-        levels = min(3, max(1, size.bit_length() - 4))
+        levels = min(3, max(1, size.bit_length() - 4))  # down to an eighth, or less for small images
         for i in range(1, levels + 1):
             before, after = width * 2 ** (i - 1), width * 2 ** i
-            self.layers.append(nn.Sequential(nn.Conv2d(before, after, 4, 2 if i < levels else 1, 1, bias=False),
-                                             nn.GroupNorm(16, after)))
+            conv = nn.Conv2d(before, after, 4, stride=2 if i < levels else 1, padding=1, bias=False)
+            self.layers.append(nn.Sequential(conv, nn.GroupNorm(16, after)))
         self.layers.append(nn.Conv2d(width * 2 ** levels, 1, 4, padding=1))
 
     def forward(self, x):
@@ -132,17 +121,66 @@ def make_discriminator(config, bf16=False):
 
 
 def hinge_loss(real, fake):
-    """L_D = 1/2 E[ max(0, 1 - D(x)) ] + 1/2 E[ max(0, 1 + D(x_hat)) ]; the decoder's side is L_G = -E[ D(x_hat) ]."""
+    """L_D = 1/2 E[ max(0, 1 - D(x)) ] + 1/2 E[ max(0, 1 + D(x_hat)) ]; the decoder's is -E[ D(x_hat) ]."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
-    """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there (Esser et al.).
+    """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there.
 
-    In float32 and clamped: where the discriminator has no gradient the quotient explodes. The same in all processes.
+    Clamped: where the discriminator has no gradient, the quotient explodes. The same in all processes.
     """
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
                  for loss in (reconstruction, adversarial)]
     all_reduce_sum(gradients)
     a, b = (gradient.norm() for gradient in gradients)
     return (a / (b + 1e-6)).clamp(max=largest).detach()
+
+
+GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight rises
+
+
+def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
+    """(loss of the tokenizer, {name: term}). outputs: of VQVAE. progress: share of the training that is over.
+
+        L = pixels + perceptual LPIPS + gan ramp adaptive_weight L_G + beta commitment (+ codebook)
+    """
+    x, x_hat = outputs["x"], outputs["x_hat"]
+    pixels = F.mse_loss(x_hat, x) if config["pixel_loss"] == "l2" else F.l1_loss(x_hat, x)
+    loss = pixels
+    terms = {"reconstruction": pixels, "commitment": outputs["commitment"], "codebook": outputs["codebook"]}
+    if lpips is not None:
+        terms["lpips"] = lpips(x, x_hat).mean()
+        loss = loss + config["perceptual"] * terms["lpips"]
+    if discriminator is not None:
+        names = ("adversarial", "weight", "discriminator", "discriminator_norm")
+        terms |= dict.fromkeys(names, torch.zeros_like(pixels))
+    if discriminator is not None and progress >= config["gan_start"] + GAN_WARMUP:
+        discriminator.requires_grad_(False)
+        terms["adversarial"] = -discriminator(x_hat).mean()
+        terms["weight"] = adaptive_weight(loss, terms["adversarial"], model.last_layer)
+        ramp = min(1.0, (progress - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
+        loss = loss + config["gan"] * ramp * terms["weight"] * terms["adversarial"]
+    loss = loss + config["beta"] * outputs["commitment"]
+    if config["codebook_update"] == "gradient":
+        loss = loss + outputs["codebook"]
+    return loss, terms
+
+
+def build_discriminator(config, bf16, device):
+    """{"discriminator", "discriminator_optimizer"}"""
+    discriminator = make_discriminator(config, bf16).to(device)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9), weight_decay=0, fused=True)
+    return {"discriminator": discriminator, "discriminator_optimizer": optimizer}
+
+
+def discriminator_step(judge, parts, outputs, lr, clip):
+    """One step of the discriminator -> {name: loss or norm}. judge: it, or its DistributedDataParallel."""
+    discriminator, optimizer = parts["discriminator"].requires_grad_(True), parts["discriminator_optimizer"]
+    optimizer.param_groups[0]["lr"] = lr
+    loss = hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), clip)
+    optimizer.step()
+    return {"discriminator": loss, "discriminator_norm": norm}

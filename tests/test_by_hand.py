@@ -23,11 +23,12 @@ import losses
 import sample
 import train
 import vqvae
-from data import DataError, ImageSet, Source
+from data import ImageSet, Source
 from embedding_diffusion import Block, EmbeddingDiffusion, normalise, sincos_2d
 from engine import distributed
 from engine.batches import image_batches
 from engine.config import DEFAULTS
+from engine.validate import UserError
 from engine.randomness import generator_for, image_generators
 from engine.tokens import TokenDataset
 from extras.datasets import find
@@ -613,7 +614,7 @@ def test_who_takes_the_place_of_an_image(capsys):
     for broken, place, taken in (({0}, 0, 2), ({0, 2}, 0, 4), ({3}, 3, 5), ({4}, 4, 0), ({5, 1}, 5, 3)):
         images = ImageSet([0, 1, 0, 1, 0, 1], ["x", "y"], 4, source=Some(broken), items=np.arange(6))
         assert (images.batch([place])[0] == 40 * taken).all() and "sound before" in capsys.readouterr().out
-    with pytest.raises(DataError, match="a and its neighbours can no longer be read"):
+    with pytest.raises(UserError, match="a and its neighbours can no longer be read"):
         ImageSet([0, 1, 0, 1, 0, 1], ["x", "y"], 4, source=Some({0, 2, 4}), items=np.arange(6)).batch([0])
 
 

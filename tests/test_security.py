@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 from engine.checkpoint import CHECKPOINT_FORMAT, CheckpointError, read_checkpoint
+from engine.validate import UserError
 from extras import foreign_checkpoint
 from extras.published_vqgan import read_published
 from tests.common import TINY, call, flags, piped
@@ -123,7 +124,7 @@ def test_small_files_that_claim_much(tmp_path, folder, run, capsys, monkeypatch)
     assert call("train.py", "--data", folder, "--out", tmp_path / "run", *flags(TINY)) == 2
     assert "cannot be read as JSON" in capsys.readouterr().err
     os.mkfifo(tmp_path / "deep" / "c.png")
-    with pytest.raises(data.DataError, match="a pipe, no file"):  # opening it would wait for a writer
+    with pytest.raises(UserError, match="a pipe, no file"):  # opening it would wait for a writer
         data.load_image(str(tmp_path / "deep" / "c.png"), 8)
     # Tensors and archives of checkpoints.
     storage = torch.arange(4.0)

@@ -21,10 +21,10 @@ from PIL import Image
 import data
 import sample
 from engine.checkpoint import CheckpointError
+from engine.validate import UserError
 from engine.distributed import init_distributed
 from extras import downloads, inception, vqgan_losses
 from extras.datasets import find
-from extras.downloads import DownloadError
 from extras.published_vqgan import PublishedVQGAN, read_published
 from extras.tokenizer_metrics import evaluate_tokenizer, ssim, usage_and_perplexity
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, hinge_loss, read_lpips
@@ -179,16 +179,16 @@ def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
     files = [cache / name for name in vqgan_losses.LPIPS_FILES]
     torch.save(network, files[0], _use_new_zipfile_serialization=False)
     torch.save(linear, files[1])
-    with pytest.raises(DownloadError, match="cut short or altered; delete it, and fetch https"):
+    with pytest.raises(UserError, match="cut short or altered; delete it, and fetch https"):
         find_lpips()
     digests = {file.name: ("", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
     monkeypatch.setattr(vqgan_losses, "LPIPS_FILES", digests)
     for found in find_lpips(), find_lpips([small_lpips]):
         read = read_lpips(found)
         assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
-    with pytest.raises(DownloadError, match="3 of LPIPS' 17 weights are not there, lin.0 for one"):
+    with pytest.raises(UserError, match="3 of LPIPS' 17 weights are not there, lin.0 for one"):
         read_lpips(files[:1])
-    with pytest.raises(DownloadError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         find_lpips(["nowhere"])
 
 
@@ -219,7 +219,7 @@ def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
     """
     settings = flags(TINY | {"perceptual": 1.0, "gan": 0.0, "pixel_loss": "l1"})
     words = ["--data", folder, "--stage", "tokenizer", *settings]
-    with mock.patch.object(downloads, "fetch", side_effect=DownloadError("cannot download")) as fetched:
+    with mock.patch.object(downloads, "fetch", side_effect=UserError("cannot download")) as fetched:
         assert call("train.py", *words, "--out", tmp_path / "a") == 2 and not (tmp_path / "a").exists()
         error = capsys.readouterr().err
         assert "cannot download" in error and "`python -m extras.downloads`" in error and "--perceptual 0" in error

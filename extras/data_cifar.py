@@ -1,0 +1,76 @@
+"""A form of data: CIFAR-10's batches, python (pickles) or binary, in a folder or in the .tar.gz as it comes.
+
+A pickle may run any program, so only arrays, numbers and text are unpickled. Called by extras/datasets.py.
+"""
+
+import gzip
+import io
+import itertools
+import os
+import pickle
+import pickletools
+import tarfile
+
+import numpy as np
+
+from engine.validate import UserError, reading
+from extras.data_arrays import Arrays
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+MAX_STEPS = 1_000_000  # of a pickle; a batch has 60,000
+MAX_BYTES = 512 << 20  # of the unpacked archive, which has 186 MB
+
+
+class ArraysOnly(pickle._Unpickler):
+    """Refuses all but arrays. Written in Python: the one in C takes memory for any number that a file names.
+
+    An array begins empty; its shape comes with its bytes, and numpy compares the two.
+    """
+
+    allowed = {("numpy", "ndarray"): None, ("numpy", "dtype"): np.dtype,
+               ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),
+               ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, "b"),
+               ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.empty(0, "b")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        return self.allowed[module, name]
+
+
+def read_cifar(path):
+    with reading(path, "fetch CIFAR-10 again"):
+        if path.is_dir():
+            files = {p.name: p.read_bytes() for p in path.iterdir() if "_batch" in p.name and p.is_file()}
+        else:
+            with gzip.open(path) as file:  # in memory: no link is followed, nothing is written
+                content = io.BytesIO(file.read(MAX_BYTES))
+            with tarfile.open(fileobj=content, mode="r:") as archive:
+                members = [m for m in archive if m.isreg() and not m.issparse() and "_batch" in m.name]
+                files = {os.path.basename(m.name): archive.extractfile(m).read() for m in members}
+        ending = ".bin" if "test_batch.bin" in files else ""
+        images, labels = [], []
+        for name in [f"data_batch_{i}{ending}" for i in range(1, 6)] + ["test_batch" + ending]:
+            if name not in files:
+                raise UserError(f"{path} lacks {name}: fetch CIFAR-10 again")
+            x, y = (read_binary if ending else read_pickle)(files[name])
+            if x.dtype != np.uint8 or x.shape != (len(y), 3072):
+                raise ValueError(f"{name} has {x.dtype} of {x.shape}, and {len(y)} labels")
+            images.append(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels.append(y)
+        splits = [(np.concatenate(images[:5]), np.concatenate(labels[:5])), (images[5], labels[5])]
+    return Arrays(path, splits, CLASSES)
+
+
+def read_binary(content):
+    """bytes -> images (n, 3072) uint8, labels (n,): rows of a label and 3,072 values."""
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    return rows[:, 1:], rows[:, 0]
+
+
+def read_pickle(content):
+    """bytes -> images (n, 3072) uint8, labels (n,)."""
+    if next(itertools.islice(pickletools.genops(content), MAX_STEPS, None), None):
+        raise ValueError(f"it has more than {MAX_STEPS:,} steps")
+    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    return batch[b"data"], batch[b"labels"]

@@ -1,0 +1,228 @@
+"""What comes before the first step: the data are found, every option and size is checked, weights of others
+are fetched, and the run directory is made or recognised (extras/run_directory.py). Called by train.py.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from embedding_diffusion import EmbeddingDiffusion
+from engine import checkpoint, process
+from engine.build import load_tokenizer, make_tokenizer, options_of, read_tokenizer, restore
+from engine.config import describe_models, flag, resolve
+from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
+from engine.tokens import encode_sets, open_tokens
+from engine.validate import UserError
+from extras import cost, run_directory
+from extras.data_arrays import TokenFile
+from extras.datasets import find
+from extras.image_cache import load_through_cache, plan_cache, remove_cache
+from extras.inception import find_inception
+from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
+from schedule import ShiftedCosine
+
+MEMORY_ADVICE = ("the same command continues with a lower --micro-batch or --activation-checkpointing "
+                 "(denoiser), a lower --eval-batch (pictures and evaluations), or, in another --out, a lower "
+                 "--tokenizer-batch")
+
+
+@dataclasses.dataclass
+class Run:
+    """What train.py works with."""
+
+    config: dict             # every option of engine/config.py, resolved
+    models: dict             # keyword arguments of the models: "tokenizer", "denoiser", "schedule"
+    source: object           # the data.Source of the images, or a TokenFile
+    load_images: Callable                                           # () -> (training, held-out) data.ImageSet
+    out: Path                # the run directory
+    seed: int
+    device: torch.device
+    lpips: object            # network of the perceptual loss, or None
+    inception: object        # file of Inception's weights, or None
+    init: dict               # {part: state dict} of --init
+    minutes: float | None    # of --minutes, in a new run
+    began: float             # time.monotonic() of the start
+    micro_batch: int         # rows per pass on one device
+    eval_batch: int          # the same without training
+
+    @property
+    def tokenizer_is_published(self):
+        return "published" in self.models["tokenizer"]
+
+
+def prepare(args, stack):
+    """The Run of the command line; rank 0 looks first, then the others. After --dry-run the program ends
+    here.
+
+    stack: a contextlib.ExitStack that keeps the run directory's lock and page.
+    """
+    rank, world = rank_and_world()
+    if rank:  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
+    run = process.main_process_first(lambda: prepare_rank(args, stack))
+    if broadcast(run is None):
+        sys.exit()
+    run = run or prepare_rank(args, stack)
+    # All take as many images at a time as the one with the least memory.
+    run.micro_batch = -all_reduce_max(-(run.micro_batch or run.config["batch"] // world))
+    run.eval_batch = -all_reduce_max(-run.eval_batch)
+    process.catch_signals()
+    return run
+
+
+def prepare_rank(args, stack):
+    began = time.monotonic()
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
+    if args.eval_fid is not None and args.eval_fid < 2:
+        raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
+    if args.chip and not args.dry_run:
+        raise UserError("--for asks for the cost on another machine: give --dry-run with it")
+    with process.user_error():
+        device = choose_device(args.device)
+    if args.chip:  # its presets, too
+        device = torch.device("cpu" if args.chip == "cpu" else "cuda")
+    elif device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise UserError(f"more processes than GPUs, {torch.cuda.device_count()}: lower --nproc-per-node")
+    source = find(args.data, args.root)
+    if args.no_classes:
+        source.class_names = []
+    out = Path(args.out or Path("runs") / source.name)
+    before = run_directory.read_config(out)
+    if "sides" in before:  # known since the first start: no image is opened for it again
+        source.sides = tuple(before["sides"])
+    print(source.describe())
+    run_directory.repeat_choices(args, before, out)
+    init = {}
+    if args.init and not (out / "ckpt.pt").exists():
+        init = read_init(args.init)
+        print(f"--init {args.init}: this run starts from its weights")
+    config, models, tokenizer = check_options(args, source, out, device, init)
+
+    make_cache, cache_plan = plan_cache(source, config["size"], out)
+    if args.dry_run:
+        print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
+    if cache_plan and not args.no_cache and not before:
+        print(cache_plan)
+    chip, (_, world) = cost.chip_of(device, args.chip), rank_and_world()
+    estimate = cost.estimate(config, models, source.counts(), chip, world,
+                             trains_tokenizer=not tokenizer and not (out / "tokens.npy").exists())
+    print("\n".join(cost.report(estimate)) if args.dry_run else cost.summary(estimate))
+    for line in cost.advice(estimate, config, models):
+        print(line)
+    if args.dry_run:
+        return None
+
+    if (args.eval_fid or config["fid_every"]) and isinstance(source, TokenFile):
+        raise UserError("--eval-fid and --fid-every need the images: give them instead of their tokens")
+    inception = find_inception() if args.eval_fid or config["fid_every"] else None
+    lpips, lpips_digest = find_perceptual(args, config, tokenizer, before, out, device)
+    run_config = {
+        "seed": args.seed, "data": source.name, "train_images": source.counts()[0],
+        "held_out_images": source.counts()[1], "classes": source.class_names, "lpips": lpips_digest,
+        "tokenizer": checkpoint.digest(tokenizer["tokenizer"]) if tokenizer else "own",
+        "init": args.init or "none", "sides": source.sizes()} | config
+    if "minutes" in before:
+        run_config["minutes"] = before["minutes"]
+    run_directory.require_same_run(out, before, run_config)
+    skipped = run_directory.read_skipped(out) if before else None
+    make_cache = make_cache and not before and not args.no_cache
+    load_images = functools.lru_cache(lambda: load_through_cache(  # if a stage needs images at all
+        source, config["size"], skipped, out, make_cache and not (out / "tokens.npy").exists()))
+    if rank_and_world()[0] == 0:
+        run_directory.make(out, source, load_images, run_config, not before, args.allow_bad, stack)
+        if tokenizer and not (out / "tokenizer.pt").exists():
+            checkpoint.save(out / "tokenizer.pt", tokenizer | {"config": models["tokenizer"]})
+    return Run(config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed,
+               device=device, lpips=lpips, inception=inception, init=init, began=began,
+               minutes=None if "minutes" in before else args.minutes,
+               micro_batch=estimate.micro_batch, eval_batch=estimate.eval_batch)
+
+
+def check_options(args, source, out, device, init):
+    """(config, models, content of --tokenizer or None); UserError for what does not fit, before any work."""
+    file, tokenizer, from_tokenizer = args.tokenizer, None, {}
+    if isinstance(source, TokenFile):  # tokens mean nothing without their tokenizer, so it decides
+        file = args.tokenizer or source.path.parent / "tokenizer.pt"
+    if file:
+        tokenizer = read_tokenizer(file)
+        from_tokenizer = options_of(tokenizer)
+        init = {name: state for name, state in init.items() if name != "tokenizer"}
+    config = resolve(args, source, device, from_tokenizer)
+    for name, value in from_tokenizer.items():
+        if config[name] != value:
+            raise UserError(f"--tokenizer {file} has {name} {value}, this run {config[name]}: leave "
+                            f"{flag(name)} away")
+    smallest = 2 ** (len(LPIPS.STAGES) - 1)
+    if config["perceptual"] and config["size"] < smallest:
+        raise UserError(f"--perceptual needs images of at least {smallest} pixels: --perceptual 0")
+    published = tokenizer["config"].get("published") if tokenizer else None
+    models = describe_models(config, len(source.class_names), published)
+    with torch.device("meta"), process.user_error():  # every size is checked here, and no memory is taken
+        parts = {"tokenizer": make_tokenizer(models["tokenizer"]),
+                 "model": EmbeddingDiffusion(**models["denoiser"])}
+        ShiftedCosine(**models["schedule"])
+        if config["gan"]:
+            make_discriminator(config)
+        restore(parts, None, init)
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts.values()]
+    kind = "bfloat16" if args.chip not in (None, "cpu") else precision(device)
+    print(f"{out}: {parts['model'].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M "
+          f"parameters, denoiser {sizes[1]:.2f} M, on {device} in {kind}")
+    return config, models, tokenizer
+
+
+def find_perceptual(args, config, tokenizer, before, out, device):
+    """(LPIPS or None, digest of its weights or "none"). A tokenizer that wants it does not begin without it.
+    """
+    needed = config["perceptual"] and not tokenizer
+    if args.lpips_weights and not needed:
+        raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
+    if not needed or (out / "tokens.npy").exists() and not args.lpips_weights:
+        return None, before.get("lpips", "none")
+    weights = read_lpips(find_lpips(args.lpips_weights))
+    return LPIPS(weights).to(device), checkpoint.digest(weights)
+
+
+def read_init(name):
+    """{part: state dict} of --init: a run directory, a ckpt.pt (its averaged weights), or a tokenizer.pt."""
+    path, parts = Path(name), {}
+    files = [path]
+    if path.is_dir():
+        files = [path / file for file in ("tokenizer.pt", "ckpt.pt") if (path / file).exists()]
+        if not files:
+            raise UserError(f"--init {name}: no tokenizer.pt and no ckpt.pt in it")
+    for file in files:
+        state = checkpoint.read_checkpoint(file, checkpoint.TOKENIZER_FORMAT, checkpoint.CHECKPOINT_FORMAT)
+        parts |= {key: state[key] for key in ("tokenizer", "discriminator") if key in state}
+        if "ema" in state:
+            parts |= {"model": state["ema"], "ema": state["ema"]}
+    return parts
+
+
+def encode_tokens(run):
+    """Stage 2: tokens.npy, every image encoded, or a copy of the tokens that an earlier run made.
+
+    All ranks call this. After it only --eval-fid opens images: the cache of decoded ones is deleted.
+    """
+    path = run.out / "tokens.npy"
+    tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
+    complete = broadcast(path.exists())
+    if not complete and isinstance(run.source, TokenFile):
+        open_tokens(run.source.path, tokenizer, run.source.class_names)
+        process.main_process_first(lambda: process.write_atomically(
+            path, lambda partial: shutil.copyfile(run.source.path, partial)))
+    elif not complete:
+        encode_sets(tokenizer, *run.load_images(), path, run.device, run.eval_batch, run.config["flip"])
+        if run.load_images()[0].pixels is None:
+            run.load_images.cache_clear()  # a file's space is free once nobody has it open
+    process.main_process_first(lambda: remove_cache(run.out))
+    rows = open_tokens(path, tokenizer, run.source.class_names)
+    print(f"tokens: {'complete' if complete else path}, {len(rows):,} images x {rows['x'].shape[1]} tokens")
