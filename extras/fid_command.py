@@ -76,6 +76,8 @@ def run(args, rank):
         network = load_inception(find_inception(args.weights), device, args.resize)
     for (word, statistics, source, _), keep in zip(sides, (args.features, MAX_KEPT), strict=False):
         found = measure(source, network, args.batch, keep, name=word) if source else statistics
+        if source and rank == 0 and found.n < source.n:
+            print(f"{word}: {source.n - found.n:,} images cannot be used and are left out")
         if source and statistics:  # ADM's reference file: statistics of the whole set, and some of its images
             found = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, found.features,
                                found.logits)

@@ -88,7 +88,8 @@ def parse_classes(text, class_names):
             found = [int(word)]
         if len(found) != 1:
             some = ", ".join(f"{i} ({class_names[i]})" for i in (found or range(len(class_names)))[:20])
-            raise UserError(f"--class: {word!r} is {'ambiguous' if found else 'no class'}: {some}")
+            problem = f"{word!r} is ambiguous" if found else f"no class {word!r} among {len(class_names)}"
+            raise UserError(f"--class: {problem}: {some}")
         classes += found
     return classes
 
