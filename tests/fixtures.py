@@ -1,4 +1,4 @@
-"""Fixtures that several modules of tests share. test_all.py imports them into its own namespace."""
+"""Fixtures that several modules of tests share; pytest loads them as a plugin (pyproject.toml)."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ import threading
 import urllib.error
 from unittest import mock
 
-import fid_peers
+import numpy as np
 import pytest
 import torch
 
@@ -21,11 +21,7 @@ from tests.common import TINY, call, flags, make_folder
 
 @pytest.fixture
 def one_thread():
-    """For tiny networks, whose threads would wait for each other; call() keeps to it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """All tests keep to one thread; this one needs to."""
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +40,8 @@ def run(folder, tmp_path_factory):
 @pytest.fixture
 def undone(run, tmp_path):
     """A run whose tokens are there and whose denoiser is not: its directory."""
-    shutil.copytree(run, tmp_path / "pets", ignore=lambda *_: ["ckpt.pt", "diffusion.csv", "evaluation.csv",
-                                                               "metrics.json"])
+    late = shutil.ignore_patterns("ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json")
+    shutil.copytree(run, tmp_path / "pets", ignore=late)
     return tmp_path / "pets"
 
 
@@ -55,12 +51,14 @@ def small_lpips(monkeypatch, tmp_path):
     monkeypatch.setattr(LPIPS, "STAGES", ((2, 2), (3, 3), (4, 4, 4)))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "no cache"))
     torch.manual_seed(0)
-    state = {}
+    state = {"encoder.conv_in.weight": torch.zeros(1)}
     for name, value in LPIPS().state_dict().items():
         kind, number, *rest = name.split(".")
-        name = f"slice1.{number}.{rest[0]}" if kind == "features" else f"lin{number}.model.1.weight"
-        state[f"loss.perceptual_loss.{'net.' if rest else ''}{name}"] = value if rest else value.view(1, -1, 1, 1)
-    torch.save({"state_dict": state | {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "lpips.ckpt")
+        if kind == "features":
+            state[f"loss.perceptual_loss.net.slice1.{number}.{rest[0]}"] = value
+        else:
+            state[f"loss.perceptual_loss.lin{number}.model.1.weight"] = value.view(1, -1, 1, 1)
+    torch.save({"state_dict": state}, tmp_path / "lpips.ckpt")
     return tmp_path / "lpips.ckpt"
 
 
@@ -96,18 +94,30 @@ def server():
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A file of random weights in the published layout, taken for the published one, and no way to a network."""
+    """A file of random weights in the published layout, taken for the published one; and no network."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(fid_peers.random_weights(), path)
+    rng, state = np.random.default_rng(0), {}
+    for name, like in inception.InceptionV3().state_dict().items():
+        if name.endswith("conv.weight"):
+            value = rng.standard_normal(like.shape) * (2 / like[0].numel()) ** 0.5  # activations stay near 1
+        elif name.endswith(("bn.weight", "running_var")):
+            value = rng.uniform(0.5, 1.5, like.shape)
+        elif name.endswith("num_batches_tracked"):
+            continue
+        else:
+            value = 0.2 * rng.standard_normal(like.shape)
+        state[name] = torch.from_numpy(value).float()
+    torch.save(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest), mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
+    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
+          mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
           mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
           mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network"))):
         yield path
 
 
 class Pixels(torch.nn.Module):
-    """In place of the network, and a thousand times faster: "features" are a few pixels of what it would read."""
+    """In place of the network, a thousand times faster: "features" are a few pixels of what it would read."""
 
     widths = {"2048": 128, "spatial": 120}
 
@@ -127,13 +137,13 @@ def fast(weights):
     """Programs take Pixels for Inception."""
     with contextlib.ExitStack() as patches:
         for module in (fid_command, fid_sources, tokenizer_report):
-            patches.enter_context(mock.patch.object(module, "load_inception", lambda path, device, resize="tf":
-                                                    Pixels(resize)))
+            patches.enter_context(mock.patch.object(
+                module, "load_inception", lambda path, device, resize="tf": Pixels(resize)))
         yield
 
 
 class Program(torch.nn.Module):
-    """TorchScript runs __setstate__ when it is loaded: "write" makes a file, "overwrite" changes one, "loop" waits."""
+    """TorchScript runs __setstate__ when it is loaded: writes a file, overwrites one, or waits for ever."""
 
     def __init__(self, act: str, target: str):
         super().__init__()
