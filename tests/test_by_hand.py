@@ -1,13 +1,12 @@
-"""Steps of training computed a second way: three steps of the denoiser with log and held-out bound, a step of the
-tokenizer and its discriminator, the codebook's start and restarts, shares of two processes, seeds, splits.
+"""Steps of training computed a second way: three steps of the denoiser, a step of the tokenizer and its
+discriminator, the codebook's start and restarts, shares of two processes, seeds, splits.
 
-Only a network's forward pass is taken from the code; formulas, optimizer, averages, order, noise are repeated here.
+Only a network's forward pass is taken from the code; formulas, optimizer, averages, order and noise are repeated.
 """
 
 import copy
 import json
 import math
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import sample
 import train
 import vqvae
 from data import ImageSet, Source
-from embedding_diffusion import Block, EmbeddingDiffusion, sincos_2d
+from embedding_diffusion import EmbeddingDiffusion
 from engine.batches import image_batches
 from engine.config import DEFAULTS
 from engine.randomness import generator_for, image_generators
@@ -27,9 +26,9 @@ from extras.datasets import find
 from extras.toy import Toy
 from extras.vqgan_losses import PatchDiscriminator
 from schedule import ShiftedCosine
-from tests.common import TINY, call, close, f64, flags, rows_of, seeded
+from tests.common import TINY, call, close, flags, rows_of, seeded
 from tests.exact import small_model
-from vqvae import VQVAE, ResBlock, VectorQuantizer
+from vqvae import VQVAE, VectorQuantizer
 
 STAGE = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3, "flips": 4}
 TOKENS = [("x", np.uint16, (4,)), ("label", np.int32), ("test", bool)]  # rows of tokens.npy
@@ -167,10 +166,9 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     found = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
     for part, expected in (("model", model), ("ema", ema)):
         for name, value in expected.state_dict().items():
-            close(found[part][name], value, rtol=0, atol=3e-4)  # of moves of 0.05, where a gradient is about 0
+            close(found[part][name], value, rtol=0, atol=3e-4)  # of moves of 0.05, if a gradient is about 0
             assert (found[part][name] - value).abs().mean() < 1e-5
-    assert any((found["model"][name] - value).abs().max() > 1.5e-3 for name, value in found["ema"].items())
-    assert abs(float((bound_by_hand(model, *held_out, 5) - trained).sum(0).mean())) > 5e-3
+    assert abs(float((bound_by_hand(model, *held_out, 5) - trained).sum(0).mean())) > 5e-3  # not of the weights
     row, = rows_of(tmp_path / "a" / "diffusion.csv")
     assert [float(row[name]) for name in ("rec", "diff", "cm", "norm")] == pytest.approx(
         np.mean(logged, 0).tolist(), rel=1e-3, abs=2e-5)
@@ -206,7 +204,7 @@ def test_figures_of_a_large_table(equal):
         table[equal[0]] = table[equal[1]] + difference
         found, distances = losses.collapse_diagnostics(table), torch.pdist(table)
         expected = [float(distances.min()), float(distances.mean())]
-        assert [found["smallest_distance"], found["mean_distance"]] == pytest.approx(expected, abs=0)
+        assert [found["smallest_distance"], found["mean_distance"]] == pytest.approx(expected)
 
 
 def test_noise_of_a_batch():
@@ -225,87 +223,9 @@ def test_noise_of_a_batch():
     e, log_snrs = torch.ones(1, 2, 3, requires_grad=True), (-torch.ones(1), torch.ones(1))
     for pairs in ("markov", "shared"):  # the target's way to the table is closed
         assert not losses.sample_z_s(pairs, 2 * e, e, e.detach(), *log_snrs, e.detach()).requires_grad
-    rows, n_rec, _ = losses.sample_noise(model, x[:2], x[:2, 0], seeded(0), rec_fraction=1.0, max_drop_rate=0.0,
-                                         label_drop=0.0, max_gap=1.0)
+    rows, n_rec, _ = losses.sample_noise(model, x[:2], x[:2, 0], seeded(0), rec_fraction=1.0,
+                                         max_drop_rate=0.0, label_drop=0.0, max_gap=1.0)
     assert n_rec == 1 and not rows["mask"].any() and rows["t"][1] > 0  # a row for each kind of loss
-
-
-# ----------------------------------------------------------------------------
-# The denoiser as it is made.
-
-def denoiser_by_hand(model, z, log_snr, labels, mask):
-    """log p (B, N, K), position by position as the formulas say."""
-    def linear(layer, h):
-        return h @ layer.weight.T + layer.bias
-
-    def normed(h):
-        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-
-    def silu(h):
-        return h * h.sigmoid()
-
-    table, alpha, variance = table_of(model), log_snr.sigmoid().sqrt()[:, None, None], (-log_snr).sigmoid()
-    distance = (z[:, :, None] - (alpha * table)[:, None]).square().sum(-1)                     # (B, N, K)
-    evidence = -distance / 2 / variance[:, None, None]
-    h = linear(model.input, torch.cat([z, evidence.softmax(-1) @ table], -1))
-    h = torch.where(mask[..., None], model.mask_embedding, h) + model.position
-    angles = log_snr[:, None] * torch.linspace(math.log(0.01), math.log(4), 64).exp()
-    c = silu(linear(model.log_snr_mlp[0], torch.cat([angles.sin(), angles.cos()], 1)))
-    c = silu(linear(model.log_snr_mlp[2], c) + model.class_embedding.weight[labels])
-    for block in model.blocks:
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(block.modulation, c)[:, None].chunk(6, -1)
-        parts = linear(block.qkv, normed(h) * (1 + scale1) + shift1).chunk(3, -1)
-        heads = []
-        for q, k, v in zip(*(part.chunk(block.heads, -1) for part in parts), strict=True):
-            q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
-                    for x, norm in ((q, block.q_norm), (k, block.k_norm)))
-            heads.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
-        h = h + gate1 * linear(block.proj, torch.cat(heads, -1))
-        hidden = linear(block.mlp[0], normed(h) * (1 + scale2) + shift2)
-        hidden = hidden / 2 * (1 + ((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden ** 3)).tanh())
-        h = h + gate2 * linear(block.mlp[2], hidden)
-    shift, scale = linear(model.final_modulation, c)[:, None].chunk(2, -1)
-    logits = linear(model.head, normed(h) * (1 + scale) + shift)
-    return (logits + evidence * ~mask[..., None]).log_softmax(-1)
-
-
-def test_the_network_by_hand():
-    """A denoiser with random weights, class, noise level, dropped positions and all, in float64."""
-    model = small_model(num_classes=2, grid=(2, 3), depth=2)
-    z, log_snr = torch.randn(4, 6, 4, dtype=torch.float64, generator=seeded(1)), f64(-6, -1, 0, 4)
-    labels, mask = torch.tensor([0, 1, 2, 1]), torch.rand(4, 6, generator=seeded(2)) < 0.3
-    found = model(z, log_snr, labels, mask=mask).log_softmax(-1)
-    close(found, denoiser_by_hand(model, z, log_snr, labels, mask), rtol=0, atol=1e-9)
-
-
-def test_a_new_denoiser():
-    """Blocks are the identity, the output is uniform, positions are sines and cosines of row and column."""
-    torch.manual_seed(0)
-    model = EmbeddingDiffusion(6, (3, 5), D=4, width=16, depth=2, heads=2, num_classes=2, output_prior=False)
-    h, c = torch.randn(2, 15, 16), torch.randn(2, 16)
-    assert all(torch.equal(block(h, c), h) for block in model.blocks)
-    assert not model(torch.randn(2, 15, 4), torch.zeros(2), torch.tensor([0, 1])).any()
-    for row in range(3):
-        for column in range(5):
-            angles = [place / 100 ** (i / 4) for place in (row, column) for i in range(4)]
-            expected = [f(angle) for f in (math.sin, math.cos) for angle in angles]
-            close(model.position[5 * row + column].detach(), torch.tensor(expected))
-    assert torch.equal(model.position, sincos_2d(3, 5, 16))
-    assert 0.8 < float(model.embedding.detach().std()) < 1.2 and not model.mask_embedding.any()
-    x = torch.randn(1, 32, 4, 4)
-    assert torch.equal(ResBlock(32)(x), x)
-
-
-@pytest.mark.parametrize("recompute, calls", [(False, 4), (True, 8)])
-def test_recomputation(recompute, calls):
-    """--activation-checkpointing runs each of four blocks twice, once of it in the backward pass."""
-    model = small_model(num_classes=2)
-    model.recompute = recompute
-    with mock.patch.object(Block, "forward", autospec=True, side_effect=Block.forward) as forward:
-        loss = model(torch.ones(2, 4, 4).double(), f64(0, 1), torch.tensor([0, 1])).square().sum()
-        assert forward.call_count == 4
-        loss.backward()
-    assert forward.call_count == calls
 
 
 def test_seeds():
@@ -349,8 +269,8 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
         model, critic = VQVAE(8, 4, 6, 3, 16, update=update).train(), PatchDiscriminator(8, 16)
         model.quantizer.initialised.fill_(True)
         before, critic_before = copy.deepcopy(model).double(), copy.deepcopy(critic).double()
-        parts = {"tokenizer": model, "optimizer": torch.optim.SGD(model.parameters()), "discriminator": critic,
-                 "discriminator_optimizer": torch.optim.SGD(critic.parameters())}
+        parts = {"tokenizer": model, "optimizer": torch.optim.SGD(model.parameters()),
+                 "discriminator": critic, "discriminator_optimizer": torch.optim.SGD(critic.parameters())}
         outputs, found = vqvae.tokenizer_step(config, parts, images, seeded(2), done, 0.7, 0.3, lpips)
 
         codes = before.quantizer.codebook
@@ -370,7 +290,7 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
             last = before.decoder[-2].weight
             a = torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
             b = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
-            expected |= {"adversarial": adversarial, "weight": min(a / b, torch.tensor(100.0))}
+            expected |= {"adversarial": adversarial, "weight": a / b}
             loss = loss + 0.5 * ramp * expected["weight"] * adversarial
         loss = loss + 0.4 * expected["commitment"]
         if update == "gradient":
@@ -393,23 +313,21 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
 
 
 def test_steps_of_the_tokenizers_training(folder, tmp_path, monkeypatch):
-    """What train.py gives each step: images in the order of the walk and mirrored by chance, the noise's seed,
-    both rates; and when it restarts codes. The status line: means, and the codes in use."""
+    """What train.py gives each step: images of the walk, mirrored by chance, seed, rates. When codes restart."""
     seen, restarts = [], []
 
     def step(config, parts, images, generator, done, lr, gan_lr, lpips):
         i = len(seen)
         seen.append((images, generator.initial_seed(), done, lr, gan_lr))
-        terms = {"reconstruction": i * 1.5, "norm": 2.0 * i, "commitment": 1.0, "codebook": 0.25}
         outputs = {"tokens": torch.tensor([[i % 5, 7, 0, 0]]), "z_e": torch.full((1, 4, 2, 2), float(i))}
-        return outputs, {name: torch.tensor(value) for name, value in terms.items()}
+        return outputs, dict.fromkeys(["reconstruction", "norm", "commitment", "codebook"], torch.tensor(1.5 * i))
 
     monkeypatch.setattr(train, "tokenizer_step", step)
     monkeypatch.setattr(train, "RESTART_EVERY", 3)
     monkeypatch.setattr(VectorQuantizer, "restart_dead_codes", lambda vq, z_e, generator: restarts.append(
         (float(z_e[0, 0, 0, 0]), generator.initial_seed())))
-    settings = TINY | dict(tokenizer_steps=12, flip=True, warmup=2, tokenizer_lr=0.01, gan_lr=0.02, log_every=6,
-                           sample_every=100, save_every=100, seed=3, stage="tokenizer")
+    settings = TINY | dict(tokenizer_steps=12, flip=True, warmup=2, tokenizer_lr=0.01, gan_lr=0.02, seed=3,
+                           log_every=6, sample_every=100, save_every=100, stage="tokenizer")
     assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(settings)) == 0
     pixels = find(str(folder)).load(8)[0].pixels
     for i, (images, seed, done, lr, gan_lr) in enumerate(seen):
@@ -420,9 +338,8 @@ def test_steps_of_the_tokenizers_training(folder, tmp_path, monkeypatch):
         assert (seed, done) == (seed_of(3, STAGE["tokenizer"], i), pytest.approx(i / 12))
         assert (lr, gan_lr) == pytest.approx((0.01 * rate, 0.02 * rate))
     assert len(seen) == 12 and restarts == [(i, seed_of(3, STAGE["tokenizer"], i)) for i in (2, 5, 8)]
-    names = ("step", "reconstruction", "norm", "commitment", "codebook", "codes")
-    rows = [[float(row[name]) for name in names] for row in rows_of(tmp_path / "a" / "tokenizer.csv")]
-    assert rows == [[6, 3.75, 5, 1, 0.25, 6], [12, 12.75, 17, 1, 0.25, 6]]
+    rows = rows_of(tmp_path / "a" / "tokenizer.csv")
+    assert [float(row["reconstruction"]) for row in rows] == [3.75, 12.75] and rows[0]["codes"] == "6"
 
 
 def test_start_of_the_codebook():
@@ -447,7 +364,7 @@ def test_start_of_the_codebook():
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_where_dead_codes_restart(update):
-    """At vectors far from their code, which are badly served; never two at one place; 7 of 8 codes if need be."""
+    """At vectors far from their code, which are badly served; never two at one place."""
     for seed in range(10):
         torch.manual_seed(seed)
         vq = VectorQuantizer(8, 3, update)
@@ -471,7 +388,8 @@ def test_where_dead_codes_restart(update):
 
 def test_shares_of_two_processes(monkeypatch):
     """Images and draws of two processes are those of one, divided; their bounds add up to its bound."""
-    model, schedule, x = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5), torch.arange(40).view(10, 4) % 6
+    model, schedule = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5)
+    x = torch.arange(40).view(10, 4) % 6
     pixels = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
     monkeypatch.setattr(sample, "sample_images", lambda _, labels, first, **options: torch.stack(
         [labels, torch.arange(first, first + len(labels))], 1))
@@ -500,22 +418,15 @@ def test_sixteen_bits():
     assert x[:2].tolist() == [[40000, 1, 2, 3], [0, 32767, 32768, 65535]] and labels.tolist() == [1, 3, 3]
 
 
-class Some(Source):
-    """Six images of two classes, some of which cannot be read."""
-
-    def __init__(self, broken):
-        self.names, self.broken = "abcdef", broken
-        super().__init__(".", ["x", "y"], [0, 1, 0, 1, 0, 1], range(6), [])
-
-    def read(self, i):
-        return b"no image" if i in self.broken else np.full((4, 4, 3), 40 * i, np.uint8)
-
-
 @pytest.mark.parametrize("broken, place, taken", [
     ({0}, 0, 2), ({0, 2}, 0, 4), ({3}, 3, 5), ({4}, 4, 0), ({5, 1}, 5, 3), ({0, 2, 4}, 0, None)])
 def test_who_takes_the_place_of_an_image(broken, place, taken, capsys):
     """The next one of the same class, and after the last the first of it, that can be read."""
-    images = ImageSet([0, 1, 0, 1, 0, 1], ["x", "y"], 4, source=Some(broken), items=np.arange(6))
+    labels, names = [0, 1, 0, 1, 0, 1], ["x", "y"]
+    source = Source(".", names, labels, range(6), [])
+    source.names = "abcdef"
+    source.read = lambda i: b"no image" if i in broken else np.full((4, 4, 3), 40 * i, np.uint8)
+    images = ImageSet(labels, names, 4, source=source, items=np.arange(6))
     if taken is None:
         with pytest.raises(ValueError, match="no longer be read"):
             images.batch([place])
