@@ -98,7 +98,7 @@ def parser_flags(program):
     """Names of all options of a program, from its own parser."""
     parser = argparse.ArgumentParser
     with (mock.patch.object(parser, "parse_args", autospec=True, side_effect=InterruptedError) as spy,
-          pytest.raises(InterruptedError)):
+          mock.patch.object(sys, "argv", [str(program)]), pytest.raises(InterruptedError)):
         PROGRAMS.get(program, program).main()
     return sorted(a.dest for a in spy.call_args.args[0]._actions if a.option_strings and a.dest != "help")
 

@@ -1,7 +1,7 @@
 """Steps of training computed a second way: three steps of the denoiser, a step of the tokenizer and its
 discriminator, the codebook's start and restarts, shares of two processes, seeds, splits.
 
-Only a network's forward pass is taken from the code; formulas, optimizer, averages, order and noise are repeated.
+Of the code only a network's forward pass is used; formulas, optimizer, averages, order, noise are here again.
 """
 
 import copy
@@ -148,8 +148,8 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     for step in range(3):
         rate = 0.05 * min(1, (step + 1) / 2) * (0.5 + 0.5 * math.cos(math.pi * step / 3))
         items = walk(20, 8, 5, "diffusion", step)
-        generator = seeded(seed_of(5, STAGE["diffusion"], step))
-        terms = terms_by_hand(model, ema, x[items], labels[items], generator)
+        noise = seeded(seed_of(5, STAGE["diffusion"], step))
+        terms = terms_by_hand(model, ema, x[items], labels[items], noise)
         gradient = torch.autograd.grad(terms @ torch.tensor([0.7, 1.3, 2.0]), list(model.parameters()))
         norm = torch.cat([g.flatten() for g in gradient]).norm()
         assert norm > 0.5  # it is clipped
@@ -166,9 +166,9 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     found = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
     for part, expected in (("model", model), ("ema", ema)):
         for name, value in expected.state_dict().items():
-            close(found[part][name], value, rtol=0, atol=3e-4)  # of moves of 0.05, if a gradient is about 0
+            close(found[part][name], value, rtol=0, atol=3e-4)  # of 0.05, where a gradient is about 0
             assert (found[part][name] - value).abs().mean() < 1e-5
-    assert abs(float((bound_by_hand(model, *held_out, 5) - trained).sum(0).mean())) > 5e-3  # not of the weights
+    assert abs(float((bound_by_hand(model, *held_out, 5) - trained).sum(0).mean())) > 5e-3
     row, = rows_of(tmp_path / "a" / "diffusion.csv")
     assert [float(row[name]) for name in ("rec", "diff", "cm", "norm")] == pytest.approx(
         np.mean(logged, 0).tolist(), rel=1e-3, abs=2e-5)
@@ -313,14 +313,15 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
 
 
 def test_steps_of_the_tokenizers_training(folder, tmp_path, monkeypatch):
-    """What train.py gives each step: images of the walk, mirrored by chance, seed, rates. When codes restart."""
+    """What train.py gives each step: images, mirrored by chance, seed, rates. When codes restart."""
     seen, restarts = [], []
 
     def step(config, parts, images, generator, done, lr, gan_lr, lpips):
         i = len(seen)
         seen.append((images, generator.initial_seed(), done, lr, gan_lr))
         outputs = {"tokens": torch.tensor([[i % 5, 7, 0, 0]]), "z_e": torch.full((1, 4, 2, 2), float(i))}
-        return outputs, dict.fromkeys(["reconstruction", "norm", "commitment", "codebook"], torch.tensor(1.5 * i))
+        names = ("reconstruction", "norm", "commitment", "codebook")
+        return outputs, {name: torch.tensor(1.5 * i) for name in names}
 
     monkeypatch.setattr(train, "tokenizer_step", step)
     monkeypatch.setattr(train, "RESTART_EVERY", 3)

@@ -114,17 +114,18 @@ def test_init_from_codebook():
 def test_shares_add_up(parts):
     """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""
     model, schedule = small_model(num_classes=2, depth=1), ShiftedCosine(0.4, -5, 5)
-    x, weights = torch.randint(6, (12, 4), generator=seeded(1)), WEIGHTS | dict(w_rec=0.7, w_diff=0.3, weight_clip=3.0)
-    noisy = losses.sample_noise(model, x, x[:, 0] % 2, seeded(2), rec_fraction=0.4, max_drop_rate=0.9, label_drop=0.1,
-                                max_gap=1.0)
+    x = torch.randint(6, (12, 4), generator=seeded(1))
+    noisy = losses.sample_noise(model, x, x[:, 0] % 2, seeded(2), rec_fraction=0.4, max_drop_rate=0.9,
+                                label_drop=0.1, max_gap=1.0)
+    weights = WEIGHTS | dict(w_rec=0.7, w_diff=0.3, weight_clip=3.0)
 
     def gradient_and_terms(shares):
         found = [losses.training_loss(model, model, schedule, *share, **weights) for share in shares]
         return [*torch.autograd.grad(sum(loss for loss, _ in found), list(model.parameters())),
                 sum(terms for _, terms in found)]
 
-    expected = gradient_and_terms([noisy])
-    for one, other in zip(gradient_and_terms([shard(*noisy, i, parts) for i in range(parts)]), expected, strict=True):
+    shares = [shard(*noisy, i, parts) for i in range(parts)]
+    for one, other in zip(gradient_and_terms(shares), gradient_and_terms([noisy]), strict=True):
         close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -138,8 +139,7 @@ def bounds(distances, schedule, clip):
 
 
 def test_two_tokens():
-    """Quadratures of its own give the exact bound; a clipped weight rewards collapse, a schedule that ends at the clip
-    does not; nor do our defaults."""
+    """Its quadrature gives the exact bound. A clipped weight rewards collapse, our schedule does not."""
     distances, long = (0.1, 0.5, 2.0), ShiftedCosine(1, -10, 10)
     rows, clipped = bounds(distances, long, 5.0)
     for d, row in zip(distances, rows, strict=True):
@@ -156,16 +156,20 @@ def test_two_tokens():
 
 
 def test_losses_alone(capsys, monkeypatch):
-    """Each flag changes what python losses.py prints; its last column is that of our schedule."""
+    """python losses.py: its last column is that of our schedule; each flag changes what it prints."""
+    assert call("losses.py") == 0
+    page = capsys.readouterr().out
+    ours = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    assert f"{bounds((1.0,), ours, DEFAULTS['weight_clip'])[1][0]:17.4f}\n    2.00" in page
+    assert page.count("over-confident") == 1 and "mean target 0.888983" in page
     assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"]
-    pages = []
+    monkeypatch.setattr(two_tokens, "two_tokens", lambda distances, schedule, clip: torch.full(
+        (len(distances), 4), clip + float(schedule.log_snr(f64(0)))))  # a second each
+    pages = set()
     for words in ([], ["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
         assert call("losses.py", *words) == 0
-        pages.append(capsys.readouterr().out)
-    assert len(set(pages)) == 4
-    ours = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
-    assert f"{bounds((1.0,), ours, DEFAULTS['weight_clip'])[1][0]:17.4f}\n    2.00" in pages[0]
-    assert pages[0].count("over-confident") == 1 and "mean target 0.888983" in pages[0]
+        pages.add(capsys.readouterr().out)
+    assert len(pages) == 4
     assert call("losses.py", "--shift", 0) == 2 and "must be positive" in capsys.readouterr().err
 
 
@@ -173,11 +177,12 @@ def test_losses_alone(capsys, monkeypatch):
 # The sampler.
 
 def drawn(model, steps, guidance=0.0, sampler="ancestral", B=3, schedule=SCHEDULE, **options):
-    """Tokens, and what was seen on the way: the arguments of each call of the network, (t, p) after each step."""
+    """Tokens, the arguments of each call of the network, and (t, p) after each step."""
     seen = []
     with mock.patch.object(model, "forward", wraps=model.forward) as spy:
-        tokens = sample.sample_tokens(model, schedule, torch.arange(B) % 2, image_generators(7, range(B)), steps,
-                                      guidance, sampler, callback=lambda t, p: seen.append((t, p)), **options)
+        tokens = sample.sample_tokens(
+            model, schedule, torch.arange(B) % 2, image_generators(7, range(B)), steps, guidance, sampler,
+            callback=lambda t, p: seen.append((t, p)), **options)
     return tokens, [call.args for call in spy.call_args_list], seen
 
 
@@ -223,7 +228,8 @@ def test_temperature(model):
     close(drawn(model, 1, temperature=2.0)[2][0][1], (logits / 2).softmax(-1), rtol=0, atol=1e-15)
     assert torch.equal(drawn(model, 1, temperature=1e-9)[0], logits.argmax(-1))
     tokens, _, seen = drawn(model, 4, temperature=1e-9)
-    assert torch.equal(tokens, seen[-1][1].argmax(-1)) and all(set(p.unique().tolist()) == {0, 1} for _, p in seen)
+    assert torch.equal(tokens, seen[-1][1].argmax(-1))
+    assert all(set(p.unique().tolist()) == {0, 1} for _, p in seen)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
@@ -246,7 +252,7 @@ def test_inpainted_tokens_come_out(model, sampler):
 
 
 def test_init_and_noise(model):
-    """Init is noised as in training, and little noise changes no token; other noise is the first noise alone."""
+    """Init is noised as in training; little noise changes no token. noise: the first noise alone is another."""
     tokens, schedule = torch.arange(16) % 6, ShiftedCosine(1, -10, 20)
     assert torch.equal(drawn(model, 4, schedule=schedule, init=(tokens[None], 1e-4))[0], tokens.expand(3, 16))
     found, calls, _ = drawn(model, 3, schedule=schedule, init=(tokens[None], 0.8), end=0.2)
