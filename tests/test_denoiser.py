@@ -252,7 +252,7 @@ def test_inpainted_tokens_come_out(model, sampler):
 
 
 def test_init_and_noise(model):
-    """Init is noised as in training; little noise changes no token. noise: the first noise alone is another."""
+    """Init is noised as in training; little noise changes no token. noise: the first noise alone."""
     tokens, schedule = torch.arange(16) % 6, ShiftedCosine(1, -10, 20)
     assert torch.equal(drawn(model, 4, schedule=schedule, init=(tokens[None], 1e-4))[0], tokens.expand(3, 16))
     found, calls, _ = drawn(model, 3, schedule=schedule, init=(tokens[None], 0.8), end=0.2)
