@@ -193,7 +193,7 @@ def contents(out):
             found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(path)]
         elif path.suffix == ".pt":
             found[path.name] = tensors(torch.load(path, weights_only=True))
-        elif path.name not in ("config.json", "index.html", "state.json"):
+        elif path.name not in ("config.json", "index.html", "run.js", "state.json"):
             found[path.name] = path.read_bytes()
     return found
 

@@ -64,23 +64,18 @@ def small_lpips(monkeypatch, tmp_path):
 
 @pytest.fixture
 def server():
-    """A web server that knows ranges, fails on request and remembers what it was asked for."""
+    """A web server of what a test puts into its `files`, {name: bytes}."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        files, asked, breaks = {}, [], []  # breaks: after how many bytes each next answer ends
+        files = {}
 
         def do_GET(self):
-            name, given = self.path.lstrip("/"), self.headers.get("Range")
-            self.asked.append((name, given))
-            if name not in self.files:
+            content = self.files.get(self.path.lstrip("/"))
+            if content is None:
                 return self.send_error(404)
-            first = int(given[6:-1]) if given else 0
-            content = self.files[name][first:]
-            if given and not content:
-                return self.send_error(416)
-            self.send_response(206 if given else 200)
+            self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:self.breaks.pop(0)] if self.breaks else content)
+            self.wfile.write(content)
 
         def log_message(self, *_):
             pass
@@ -92,14 +87,12 @@ def server():
         web.shutdown()
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A file of random weights in the published layout, taken for the published one; and no network."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+def random_weights():
+    """A state dict in the published layout of Inception-v3, whose activations stay near 1."""
     rng, state = np.random.default_rng(0), {}
     for name, like in inception.InceptionV3().state_dict().items():
         if name.endswith("conv.weight"):
-            value = rng.standard_normal(like.shape) * (2 / like[0].numel()) ** 0.5  # activations stay near 1
+            value = rng.standard_normal(like.shape) * (2 / like[0].numel()) ** 0.5
         elif name.endswith(("bn.weight", "running_var")):
             value = rng.uniform(0.5, 1.5, like.shape)
         elif name.endswith("num_batches_tracked"):
@@ -107,17 +100,24 @@ def weights(tmp_path_factory):
         else:
             value = 0.2 * rng.standard_normal(like.shape)
         state[name] = torch.from_numpy(value).float()
-    torch.save(state, path)
+    return state
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of random weights in the published layout, taken for the published one; and no network."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(random_weights(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
           mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
           mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
-          mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network"))):
+          mock.patch("torch.hub.urlopen", side_effect=urllib.error.URLError("no network"))):
         yield path
 
 
 class Pixels(torch.nn.Module):
-    """In place of the network, a thousand times faster: "features" are a few pixels of what it would read."""
+    """In place of the network, and a thousand times faster: "features" are a few pixels of what it reads."""
 
     widths = {"2048": 128, "spatial": 120}
 
@@ -170,15 +170,14 @@ def hostile_files(tmp_path_factory):
     """{name: file} of programs that pose as checkpoints. Their targets lie beside them."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "precious").write_text("years of work")
-    files = {act: folder / f"{act}.ckpt" for act in ("write", "overwrite", "loop")}
-    for act, path in files.items():
-        target = folder / {"write": "new", "overwrite": "precious", "loop": ""}[act]
-        torch.jit.save(torch.jit.script(Program(act, str(target))), path)
-    for kind, name in ((tarfile.LNKTYPE, "hard"), (tarfile.SYMTYPE, "symbolic")):
-        files[name] = folder / f"{name}.ckpt"
+    files = {name: folder / f"{name}.ckpt" for name in ("write", "overwrite", "loop", "hard", "symbolic")}
+    for act, target in (("write", "new"), ("overwrite", "precious"), ("loop", "")):
+        torch.jit.save(torch.jit.script(Program(act, str(folder / target))), files[act])
+    for name, kind in (("hard", tarfile.LNKTYPE), ("symbolic", tarfile.SYMTYPE)):
         with tarfile.open(files[name], "w") as archive:
             for member in ("storages", "tensors", "pickle"):
                 info = tarfile.TarInfo(member)
-                info.type, info.linkname = kind, str(folder / "precious")
+                info.type = kind
+                info.linkname = str(folder / "precious")
                 archive.addfile(info)
     return files

@@ -40,7 +40,7 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     assert "python sample.py runs/pets/ckpt.pt" in text
     out = tmp_path / "runs" / "pets"
     files = {path: path.stat().st_mtime_ns for path in out.iterdir()
-             if path.name not in ("config.json", "index.html", "state.json")}
+             if path.name not in ("config.json", "index.html", "run.js", "state.json")}
     assert {path.name for path in files} >= {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000008.png", "tokens.npy", "ckpt.pt", "best.pt",
         "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000008.png", "data.png", "skipped.txt"}
