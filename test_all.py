@@ -1,6 +1,7 @@
-"""Tests with exact answers: schedule, bound, coupling, fixed point, dropping, samplers, guidance, quantiser. Most of
-them put an exact denoiser in the network's place (tests/exact.py): for tokens of known probabilities the true posterior
-is Bayes' rule, so every expectation has one right value, found by quadrature or a chi-square test.
+"""Tests with exact answers: schedule, bound, consistency loss, dropping, samplers, guidance, quantiser.
+
+Most put an exact denoiser in the network's place (tests/exact.py): for tokens of known probabilities the true
+posterior is Bayes' rule, so every expectation has one right value, found by quadrature or a chi-square test.
 
 tests/ has the rest, which `pytest` runs too: the programs, every flag, data, FID, the engine, and bad input.
 """
@@ -21,7 +22,6 @@ import vqvae
 from embedding_diffusion import EmbeddingDiffusion, normalise
 from engine.randomness import image_generators
 from schedule import ShiftedCosine, add_noise, alpha_sigma, posterior
-
 from tests.common import close, f64, seeded
 from tests.exact import (
     BPSK,
@@ -66,7 +66,7 @@ def test_one_step_back():
     close(sample.ancestral_step(z_t, e, *times, eps), mean + eps / precision.sqrt(), rtol=0, atol=1e-12)
     moved = sample.ddim_step(add_noise(e, times[0], eps), e, *times)
     close(moved, add_noise(e, times[1], eps), rtol=0, atol=1e-12)
-    assert not posterior(z_t, e, times[0], times[0] - 1e-7)[1].any()  # the order of two neighbours, lost by rounding
+    assert not posterior(z_t, e, times[0], times[0] - 1e-7)[1].any()  # of two neighbours, swapped by rounding
 
 
 def test_bpsk_entropy_and_mmse():
@@ -132,8 +132,8 @@ def test_monte_carlo_bound():
     uniform = ExactPosterior(torch.full((1, 24), 1 / 24).double(), model.table(), copies=4)
     inputs = torch.randn(3, 4, 16, generator=generator).double(), f64(-4, 0, 3), torch.zeros(3).long()
     close(model(*inputs).softmax(-1), uniform(*inputs).softmax(-1), rtol=1e-10, atol=1e-14)
-    mean, margin = monte_carlo_bound(
-        model, ShiftedCosine(1, -10, 10), lambda: torch.randint(24, (1000, 4), generator=generator), 40, generator)
+    mean, margin = monte_carlo_bound(model, ShiftedCosine(1, -10, 10),
+                                     lambda: torch.randint(24, (1000, 4), generator=generator), 40, generator)
     assert mean == pytest.approx(math.log(24), abs=margin) and margin < 0.07
 
 
@@ -257,17 +257,18 @@ def test_collapse_diagnostics_and_normalisation():
         close(unit.square().mean(1), torch.ones(50).double(), rtol=1e-6, atol=0)  # eps = 1e-8
         assert torch.linalg.matrix_rank(unit) == rank
         with pytest.raises(ValueError, match="too small"):
-            EmbeddingDiffusion(6, (2, 2), D=rank - 1 if norm == "layer" else 1, width=8, depth=1, heads=2, norm=norm)
+            D = {"rms": 1, "layer": 2}[norm]
+            EmbeddingDiffusion(6, (2, 2), D=D, width=8, depth=1, heads=2, norm=norm)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_samples_follow_the_distribution(sampler):
     """20,000 pairs of tokens, 200 steps, exact posterior: chi-square against the probabilities."""
-    exact, labels = ExactPosterior(THREE, TRIANGLE, copies=5_000), torch.zeros(4, dtype=torch.int64)
+    exact, schedule = ExactPosterior(THREE, TRIANGLE, copies=5_000), ShiftedCosine(0.4, -10, 10)
 
     def draw(steps):
         generators = image_generators(0, range(4))
-        return sample.sample_tokens(exact, ShiftedCosine(0.4, -10, 10), labels, generators, steps, 0.0, sampler)
+        return sample.sample_tokens(exact, schedule, torch.zeros(4).long(), generators, steps, 0.0, sampler)
 
     def p_value(tokens, p):
         counts = torch.bincount(tokens, minlength=len(p))
@@ -281,9 +282,9 @@ def test_samples_follow_the_distribution(sampler):
 def test_guidance_samples():
     """omega = 1 samples p_c^2 / p_u, normalised; e_hat stays in the hull; logits of 1e4 pass."""
     exact = ExactPosterior(f64([0.5, 0.3, 0.2], [0.3, 0.3, 0.4]), TRIANGLE, copies=15_000)
-    labels, generators = torch.zeros(4, dtype=torch.int64), image_generators(0, range(4))
+    setting = exact, ShiftedCosine(1, -10, 10), torch.zeros(4).long(), image_generators(0, range(4))
     with mock.patch.object(sample, "ancestral_step", wraps=sample.ancestral_step) as spy:
-        tokens = sample.sample_tokens(exact, ShiftedCosine(1, -10, 10), labels, generators, 100, 1.0, "ancestral")
+        tokens = sample.sample_tokens(*setting, 100, 1.0, "ancestral")
     first, last = float(spy.call_args_list[0].args[2][0]), float(spy.call_args_list[-1].args[3][0])
     assert [spy.call_count, first, last] == pytest.approx([99, -10, 10])  # from lambda(1) to lambda(0)
     longest = max(call.args[1].norm(dim=-1).max() for call in spy.call_args_list)
@@ -291,7 +292,7 @@ def test_guidance_samples():
     share = torch.bincount(tokens.flatten(), minlength=3) / 60_000  # standard errors are about 0.002
     assert (share - f64(0.6757, 0.2432, 0.0811)).abs().sum() / 2 < 0.01
     exact.log_p = f64([1e4, 0, -1e4], [-1e4, 0, 1e4])
-    assert not sample.sample_tokens(exact, ShiftedCosine(1, -10, 10), labels, generators, 5, 1.0, "ancestral").any()
+    assert not sample.sample_tokens(*setting, 5, 1.0, "ancestral").any()
 
 
 def test_guidance_zero_is_the_conditional_model():

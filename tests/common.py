@@ -1,4 +1,4 @@
-"""Helpers of the tests: command lines in this process, made-up images in every form, the contents of a run."""
+"""Helpers of the tests: programs in this process and in others, made-up images, the contents of a run."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import gc
 import gzip
 import io
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import pickle
 import random
@@ -38,19 +38,25 @@ from engine import prepare
 from engine import process as engine_process
 from engine.status import TIMES
 
-close = torch.testing.assert_close
+HERE = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train.py": train, "sample.py": extras.sample_command, "fid.py": extras.fid_command,
-            "data.py": extras.datasets, "vqvae.py": extras.tokenizer_report,
-            "losses.py": extras.two_tokens, "schedule.py": extras.schedule_plot}
+            "data.py": extras.datasets, "vqvae.py": extras.tokenizer_report, "losses.py": extras.two_tokens,
+            "schedule.py": extras.schedule_plot}
+TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, gan=0.5,
+            gan_start=0.1, D=4, width=16, depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, shift=0.4,
+            rec_fraction=0.25, sample_steps=3, log_every=2, sample_every=4, save_every=4)
+close = torch.testing.assert_close
 
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # pytest -n 2: two processes of one each
-train.DRAWS = train.FINAL_DRAWS = 256  # one batch: tests of the programs need no precision
+os.environ["PYTHONPATH"] = str(HERE)  # where processes find what they import
+torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
+train.DRAWS = 256  # one batch: tests of the programs need no precision
+train.FINAL_DRAWS = 256
 gc.collect()
 gc.freeze()  # a million objects that stay: Python need not look through them again and again
-FIND_PRICE = prepare.find_price  # a second per run: tests/prices.py is about it, the others do without
-prepare.find_price = lambda args, source, config, *_: SimpleNamespace(**{
-    name: config[name] for name in ("micro_batch", "eval_batch")})
+FIND_PRICE = prepare.find_price  # a second per run: tests/test_prices.py is about it, the others do without
+prepare.find_price = lambda args, source, config, *_: SimpleNamespace(
+    micro_batch=config["micro_batch"], eval_batch=config["eval_batch"])
 
 
 def f64(*values):
@@ -61,36 +67,22 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-HERE = Path(__file__).resolve().parent.parent
-
-
-TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8, tokenizer_batch=4, gan=0.5,
-            gan_start=0.1, D=4, width=16, depth=1, heads=2, steps=8, batch=6, lr=1e-2, warmup=1, sample_steps=3,
-            shift=0.4, rec_fraction=0.25, log_every=2, sample_every=4, save_every=4)
-
-
-SMALL = dict(tokenizer_width=16, tokenizer_steps=2, tokenizer_batch=2, steps=2, batch=2, width=32, depth=1, heads=2,
-             sample_steps=1)
-
-
 def flags(options):
     """Dict -> command line."""
     words = []
     for name, value in options.items():
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
     return words
 
 
 def call(program, *words):
-    """main() of a program, in this process, with a command line. Returns its exit status.
-
-    program: its file, such as "train.py"; of an experiment the module.
-    """
+    """main() of a program, "train.py" or a module, in this process. Returns its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     engine_process.SIGNALS.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
     try:
         with mock.patch.object(sys, "argv", [str(program), *map(str, words)]), mock.patch.object(os, "fsync"):
             PROGRAMS.get(program, program).main()
@@ -98,20 +90,24 @@ def call(program, *words):
     except SystemExit as stop:
         return stop.code
     finally:
-        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-PROCESSES = multiprocessing.get_context("forkserver")  # one process imports torch; the others are forked from it
-PROCESSES.set_forkserver_preload(["tests.common"])
+def parser_flags(program):
+    """Names of all options of a program, from its own parser."""
+    parser = argparse.ArgumentParser
+    with (mock.patch.object(parser, "parse_args", autospec=True, side_effect=InterruptedError) as spy,
+          mock.patch.object(sys, "argv", [str(program)]), pytest.raises(InterruptedError)):
+        PROGRAMS.get(program, program).main()
+    return sorted(a.dest for a in spy.call_args.args[0]._actions if a.option_strings and a.dest != "help")
 
 
 def forkserver():
-    """What starts processes in a moment."""
-    with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):  # where the first of them finds what to import
-        multiprocessing.forkserver.ensure_running()
-    return PROCESSES
+    """What starts processes in a moment: one process imports torch, the others are forked from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.common"])
+    return context
 
 
 def start_processes(function, *args, n=1, wait=None):
@@ -119,7 +115,8 @@ def start_processes(function, *args, n=1, wait=None):
 
     wait: seconds to wait for them, all of which must end well.
     """
-    processes = [forkserver().Process(target=function, args=args if n == 1 else (rank, *args)) for rank in range(n)]
+    ranks = [()] if n == 1 else [(rank,) for rank in range(n)]
+    processes = [forkserver().Process(target=function, args=(*rank, *args)) for rank in ranks]
     for process in processes:
         process.start()
     if wait is not None:
@@ -130,22 +127,20 @@ def start_processes(function, *args, n=1, wait=None):
 
 
 def free_ports(n):
-    """n ports that processes may listen on later. Not from those that the system gives away meanwhile, to outgoing
-    connections and to servers that ask for any: on Linux these begin at 32768, elsewhere higher up."""
-    ports = []
+    """n ports to listen on later, below those that the system gives away meanwhile (from 32768)."""
+    ports = set()
     while len(ports) < n:
         port = random.SystemRandom().randrange(20000, 32000)  # not by a seed, which two processes may share
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports += [port] * (port not in ports)
-    return ports
+            ports.add(port)
+    return list(ports)
 
 
 def join_processes(rank, port):
-    """In one of two processes: what torchrun tells it."""
+    """In one of two processes: what torchrun tells it. The second waits here, half a second less long."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    deadline = time.monotonic() + 20
-    while rank and time.monotonic() < deadline:  # PyTorch would try again after half a second
+    for _ in range(4000 * rank):
         with contextlib.suppress(OSError):
             return socket.create_connection(("127.0.0.1", port), 1).close()
         time.sleep(0.005)
@@ -155,7 +150,8 @@ def write_to(connection, errors, buffered, function, *args):
     """function(*args) in a process whose output goes into a pipe, and what it says elsewhere into a file."""
     os.dup2(connection.fileno(), 1)
     connection.close()
-    sys.stdout, sys.stderr = open(1, "w", -1 if buffered else 1, closefd=False), open(errors, "w", 1)
+    sys.stdout = open(1, "w", -1 if buffered else 1, closefd=False)
+    sys.stderr = open(errors, "w", 1)
     status = function(*args)
     sys.stdout.close()  # as Python does at its end
     sys.exit(status)
@@ -163,7 +159,7 @@ def write_to(connection, errors, buffered, function, *args):
 
 @contextlib.contextmanager
 def piped(errors, function, *args, buffered=False):
-    """(process, its output as an open file); at the end of the block the process is killed if it still lives."""
+    """(process, its output as an open file); at the end of the block the process is killed."""
     reader, writer = multiprocessing.Pipe(duplex=False)
     process, = start_processes(write_to, writer, errors, buffered, function, *args)
     writer.close()
@@ -176,8 +172,14 @@ def piped(errors, function, *args, buffered=False):
             process.join()
 
 
+def rows_of(path):
+    """A CSV file as a list of dicts."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def contents(out):
-    """What a run computed: {file: content}, without speeds, times and its page, checkpoints as bytes of tensors."""
+    """What a run computed: {file: content}, without speeds, times and its page; tensors as bytes."""
     def tensors(value):
         if isinstance(value, torch.Tensor):
             return value.numpy().tobytes()
@@ -188,10 +190,9 @@ def contents(out):
     found = {}
     for path in sorted(out.iterdir()):
         if path.suffix == ".csv":
-            with path.open(newline="") as file:
-                found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+            found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(path)]
         elif path.suffix == ".pt":
-            found[path.name] = tensors(torch.load(path, weights_only=False))  # our own; and faster
+            found[path.name] = tensors(torch.load(path, weights_only=True))
         elif path.name not in ("config.json", "index.html", "run.js", "state.json"):
             found[path.name] = path.read_bytes()
     return found
@@ -200,22 +201,12 @@ def contents(out):
 def weights_of(out):
     """All weights of a run's checkpoint in one vector: the model's, the EMA's, the optimizer's."""
     content = torch.load(out / "ckpt.pt", weights_only=True)
-    moments = [value.flatten() for state in content["optimizer"]["state"].values() for value in state.values()]
-    return torch.cat([*(v.flatten() for name in ("model", "ema") for v in content[name].values()), *moments])
+    parts = [content["model"], content["ema"], *content["optimizer"]["state"].values()]
+    return torch.cat([value.flatten() for part in parts for value in part.values()])
 
 
 def scores_of(path):
     return {key: value for key, value in json.loads(path.read_text()).items() if isinstance(value, float)}
-
-
-def parser_flags(program):
-    """All long flags of a program, from its own parser."""
-    def caught(parser, *_):
-        raise InterruptedError(sorted(a.dest for a in parser._actions if a.option_strings and a.dest != "help"))
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", caught), pytest.raises(InterruptedError) as caught:
-        PROGRAMS.get(program, program).main()
-    return caught.value.args[0]
 
 
 def make_folder(root, classes=("cat", "dog"), each=20, side=10):
@@ -225,7 +216,8 @@ def make_folder(root, classes=("cat", "dog"), each=20, side=10):
         (root / name / "deep").mkdir(parents=True)
         for i in range(each):
             image = Image.fromarray(rng.integers(0, 256, (side, side + i % 3, 3)).astype(np.uint8))
-            image.save(root / name / ("deep" if i % 2 else "") / f"{i:02d}.{('png', 'PNG', 'jpg', 'Bmp')[i % 4]}")
+            ending = ("png", "PNG", "jpg", "Bmp")[i % 4]
+            image.save(root / name / ("deep" if i % 2 else "") / f"{i:02d}.{ending}")
     (root / "notes.txt").write_text("no image")
     return root
 
@@ -235,9 +227,9 @@ def noise(n, height=10, width=10, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 
 
-def png(array):
+def png(array, form="png"):
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "png")
+    Image.fromarray(array).save(file, form)
     return file.getvalue()
 
 
@@ -269,23 +261,24 @@ def write_idx(folder, train, test, gzipped):
     """Grey images (n, H, W) as MNIST's four files; image i has the label i mod 10."""
     folder.mkdir(parents=True)
     for stem, images in (("train", train), ("t10k", test)):
-        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(len(images), dtype=np.uint8) % 10)):
-            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-            file = folder / f"{stem}-{kind}-ubyte"
-            file.with_suffix(".gz" * gzipped).write_bytes(gzip.compress(content) if gzipped else content)
+        labels = np.arange(len(images), dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+            name = f"{stem}-{kind}-ubyte{'.gz' * gzipped}"
+            (folder / name).write_bytes(gzip.compress(content) if gzipped else content)
     return folder
 
 
 def write_cifar(folder, images, ending=""):
-    """(6 n, 32, 32, 3) images as CIFAR-10's batches, python or binary (.bin); image i has the label i mod 10."""
+    """(6 n, 32, 32, 3) images as CIFAR-10's batches, python or binary (.bin); image i has label i mod 10."""
     folder.mkdir(parents=True)
-    labels = np.arange(len(images)) % 10
+    labels = np.arange(len(images), dtype=np.uint8) % 10
     rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for name, x, y in zip(names, np.split(rows, 6), np.split(labels, 6), strict=True):
-        packed = np.concatenate([y[:, None].astype(np.uint8), x], 1).tobytes()
-        (folder / (name + ending)).write_bytes(packed if ending else pickle.dumps({b"data": x, b"labels": y.tolist()},
-                                                                                 protocol=2))
+        packed = np.concatenate([y[:, None], x], 1).tobytes()
+        pickled = pickle.dumps({b"data": x, b"labels": y.tolist()}, protocol=2)
+        (folder / (name + ending)).write_bytes(packed if ending else pickled)
     return folder
 
 
@@ -298,26 +291,20 @@ def pixels_of(source, size):
 
 def spoil(root, good):
     """Fifteen entries in root that no image comes of: {name: a word of the reason}."""
-    def damaged(form, cut=slice(None), flip=None):
-        file = io.BytesIO()
-        Image.fromarray(noise(1, 40, 40)[0]).save(file, form)
-        content = bytearray(file.getvalue()[cut])
-        if flip:
-            content[flip] ^= 255
-        return bytes(content)
-
-    files = {"truncated.jpg": (damaged("jpeg", slice(900)), "truncated"),
-             "truncated.png": (png(good)[:200], "truncated"),
-             "truncated.gif": (damaged("gif", slice(1000)), "truncated"),
-             "half.webp": (damaged("webp", slice(300)), ""),
-             "header.bmp": (damaged("bmp", slice(30)), ""), "checksum.png": (damaged("png", flip=900), ""),
-             "empty.png": (b"", "empty"), "empty.jpg": (b"", "empty"), "text.jpg": (b"not an image\n", "no image of"),
-             "page.png": (b"<html>404</html>", "no image of"), "dot.png": (png(good[:1, :1]), "1 x 1 pixels, a side"),
+    jpg, gif, webp, bmp = (png(noise(1, 40, 40)[0], form) for form in ("jpeg", "gif", "webp", "bmp"))
+    checksum = bytearray(png(noise(1, 40, 40)[0]))
+    checksum[900] ^= 255
+    files = {"truncated.jpg": (jpg[:900], "truncated"), "truncated.png": (png(good)[:200], "truncated"),
+             "truncated.gif": (gif[:1000], "truncated"), "half.webp": (webp[:300], ""),
+             "header.bmp": (bmp[:30], ""), "checksum.png": (checksum, ""),
+             "empty.png": (b"", "empty"), "empty.jpg": (b"", "empty"),
+             "text.jpg": (b"not an image\n", "no image of"), "page.png": (b"<html>404</html>", "no image of"),
+             "dot.png": (png(good[:1, :1]), "1 x 1 pixels, a side"),
              "line.png": (png(noise(1, 300, 2)[0]), "2 x 300 pixels, a side of less than 4")}
     for name, (content, _) in files.items():
         (root / name).write_bytes(content)
     Image.new("1", (10000, 10000)).save(root / "bomb.png")
     (root / "link.png").symlink_to("nowhere.png")
     (root / "x.png").mkdir()
-    return {name: reason for name, (_, reason) in files.items()} | {
-        "bomb.png": "10000 x 10000 pixels, more than 50,000,000", "link.png": "a link to nothing", "x.png": "directory"}
+    others = {"bomb.png": "10000 x 10000 pixels", "link.png": "a link to nothing", "x.png": "directory"}
+    return others | {name: reason for name, (_, reason) in files.items()}

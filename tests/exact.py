@@ -1,5 +1,5 @@
-"""The exact denoiser: for tokens of known probabilities the true posterior is Bayes' rule, and every expectation under
-it has one right value, found by quadrature. And the small models that tests take apart."""
+"""The exact denoiser: for tokens of known probabilities the true posterior is Bayes' rule, and an expectation
+under it has one right value, found by quadrature. And the small models that tests take apart."""
 
 import itertools
 import math
@@ -18,10 +18,10 @@ from vqvae import VectorQuantizer
 
 
 class ExactPosterior:
-    """The best denoiser there is: p(x_i | z_t) by Bayes' rule, for one or two tokens of known joint probabilities.
+    """The best denoiser there is: p(x_i | z_t) by Bayes' rule, for one or two tokens of known probabilities.
 
-    p: (C + 1, K) or (C + 1, K, K), a joint table of n = 1 or 2 tokens per class, the null class last. embedding:
-    (K, D). An image is `copies` independent groups of n tokens, so that one image can hold thousands of samples.
+    p: (C + 1, K) or (C + 1, K, K), a joint table of n = 1 or 2 tokens per class, the null class last.
+    embedding: (K, D). An image is `copies` independent groups of n tokens: thousands of samples in one image.
     """
     guided = EmbeddingDiffusion.guided
 
@@ -43,19 +43,16 @@ class ExactPosterior:
         likelihood = (evidence - evidence.amax(-1, keepdim=True)).exp()
         first, second = likelihood.view(len(z), self.copies, 2, self.K).unbind(2)  # (B, copies, K)
         p = self.p[labels]  # (B, K, K)
-        return evidence + torch.stack([second @ p.mT, first @ p], 2).log().view_as(evidence)  # sums over the other
+        sums_over_the_other = torch.stack([second @ p.mT, first @ p], 2)
+        return evidence + sums_over_the_other.log().view_as(evidence)
 
 
 BPSK = ExactPosterior(f64([0.5, 0.5]), f64([-1], [1]))
-
-
 PAIR = ExactPosterior(f64([[0.45, 0.05], [0.1, 0.4]]), f64([-1], [1]))
-
-
 TRIANGLE = f64([1, 0.4], [-1, 0.8], [0.2, -1.3])  # K = 3, D = 2
-
-
 THREE = f64([[0.20, 0.05, 0.10], [0.02, 0.25, 0.03], [0.15, 0.05, 0.15]])  # one class, two tokens
+NOISE = dict(rec_fraction=0.25, max_drop_rate=0.0, label_drop=0.1, max_gap=1.0)
+WEIGHTS = dict(w_rec=1.0, w_diff=1.0, w_cm=1.0, weight_clip=math.inf, cm_pairs="markov")
 
 
 def noise_grid(n, step):
@@ -96,26 +93,24 @@ def exact_rec_and_diff(exact, schedule, nodes):
 
 def monte_carlo_bound(model, schedule, draw, chunks, generator):
     """losses.vlb summed: mean and four standard errors, over chunks (times within one are stratified)."""
-    terms = [losses.vlb(model, schedule, x, 0 * x[:, 0], generator) for x in (draw() for _ in range(chunks))]
-    sums = torch.stack([term.sum(0).mean() for term in terms])
-    return float(sums.mean()), 4 * float(sums.std()) / math.sqrt(chunks)
-
-
-NOISE = dict(rec_fraction=0.25, max_drop_rate=0.0, label_drop=0.1, max_gap=1.0)
-WEIGHTS = dict(w_rec=1.0, w_diff=1.0, w_cm=1.0, weight_clip=math.inf, cm_pairs="markov")
+    sums = []
+    for _ in range(chunks):
+        x = draw()
+        sums.append(float(losses.vlb(model, schedule, x, 0 * x[:, 0], generator).sum(0).mean()))
+    return np.mean(sums), 4 * np.std(sums, ddof=1) / math.sqrt(chunks)
 
 
 def objective(model, teacher, schedule, x, labels, generator, **options):
-    """(loss, terms) of one step; options: of NOISE or WEIGHTS, which are the exact objective without dropping."""
-    noise = NOISE | {name: value for name, value in options.items() if name in NOISE}
-    weights = WEIGHTS | {name: value for name, value in options.items() if name not in NOISE}
+    """(loss, terms) of one step. options: of NOISE or WEIGHTS, the exact objective without dropping."""
+    noise = {name: options.pop(name, value) for name, value in NOISE.items()}
+    weights = WEIGHTS | options
     noisy = losses.sample_noise(model, x, labels, generator, **noise)
     return losses.training_loss(model, teacher, schedule, *noisy, **weights)
 
 
 def small_model(**settings):
     """A real denoiser in float64 whose weights are all random: no path through it is closed by a zero."""
-    model = EmbeddingDiffusion(**{"K": 6, "grid": (2, 2), "D": 4, "width": 8, "depth": 4, "heads": 2} | settings)
+    model = EmbeddingDiffusion(**dict(K=6, grid=(2, 2), D=4, width=8, depth=4, heads=2) | settings)
     generator = seeded(0)
     for parameter in model.double().parameters():
         parameter.data.normal_(std=0.3, generator=generator)
@@ -123,8 +118,9 @@ def small_model(**settings):
 
 
 def chi_square(counts, expected):
-    """The p-value of Pearson's test: are counts draws of these expected numbers? (scipy.stats takes long to import.)"""
-    counts, expected = (np.asarray(values, dtype=np.float64) for values in (counts, expected))
+    """p-value of Pearson's test: are counts draws of these expected numbers? (scipy.stats is slow)."""
+    counts = np.asarray(counts, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
     assert counts.sum() == pytest.approx(expected.sum())
     return float(scipy.special.chdtrc(len(counts) - 1, ((counts - expected) ** 2 / expected).sum()))
 
@@ -132,7 +128,8 @@ def chi_square(counts, expected):
 def quantizer(update):
     """Eight random codes that stay as they are, and encoder outputs (4, 3, 5, 6)."""
     torch.manual_seed(0)
-    vq, z_e = VectorQuantizer(8, 3, update), torch.randn(4, 3, 5, 6).requires_grad_()
+    vq = VectorQuantizer(8, 3, update)
+    z_e = torch.randn(4, 3, 5, 6).requires_grad_()
     vq.initialised.fill_(True)
     return vq, z_e, vectors(z_e)
 

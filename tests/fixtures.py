@@ -1,4 +1,4 @@
-"""Fixtures that several modules of tests share. test_all.py imports them into its own namespace."""
+"""Fixtures that several modules of tests share; pytest loads them as a plugin (pyproject.toml)."""
 
 import contextlib
 import hashlib
@@ -21,11 +21,7 @@ from tests.common import TINY, call, flags, make_folder
 
 @pytest.fixture
 def one_thread():
-    """For tiny networks, whose threads would wait for each other; call() keeps to it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """All tests keep to one thread; this one needs to."""
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +40,8 @@ def run(folder, tmp_path_factory):
 @pytest.fixture
 def undone(run, tmp_path):
     """A run whose tokens are there and whose denoiser is not: its directory."""
-    shutil.copytree(run, tmp_path / "pets", ignore=lambda *_: ["ckpt.pt", "diffusion.csv", "evaluation.csv",
-                                                               "metrics.json"])
+    late = shutil.ignore_patterns("ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json")
+    shutil.copytree(run, tmp_path / "pets", ignore=late)
     return tmp_path / "pets"
 
 
@@ -55,34 +51,31 @@ def small_lpips(monkeypatch, tmp_path):
     monkeypatch.setattr(LPIPS, "STAGES", ((2, 2), (3, 3), (4, 4, 4)))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "no cache"))
     torch.manual_seed(0)
-    state = {}
+    state = {"encoder.conv_in.weight": torch.zeros(1)}
     for name, value in LPIPS().state_dict().items():
         kind, number, *rest = name.split(".")
-        name = f"slice1.{number}.{rest[0]}" if kind == "features" else f"lin{number}.model.1.weight"
-        state[f"loss.perceptual_loss.{'net.' if rest else ''}{name}"] = value if rest else value.view(1, -1, 1, 1)
-    torch.save({"state_dict": state | {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "lpips.ckpt")
+        if kind == "features":
+            state[f"loss.perceptual_loss.net.slice1.{number}.{rest[0]}"] = value
+        else:
+            state[f"loss.perceptual_loss.lin{number}.model.1.weight"] = value.view(1, -1, 1, 1)
+    torch.save({"state_dict": state}, tmp_path / "lpips.ckpt")
     return tmp_path / "lpips.ckpt"
 
 
 @pytest.fixture
 def server():
-    """A web server that knows ranges, fails on request and remembers what it was asked for."""
+    """A web server of what a test puts into its `files`, {name: bytes}."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        files, asked, breaks = {}, [], []  # breaks: after how many bytes each next answer ends
+        files = {}
 
         def do_GET(self):
-            name, given = self.path.lstrip("/"), self.headers.get("Range")
-            self.asked.append((name, given))
-            if name not in self.files:
+            content = self.files.get(self.path.lstrip("/"))
+            if content is None:
                 return self.send_error(404)
-            first = int(given[6:-1]) if given else 0
-            content = self.files[name][first:]
-            if given and not content:
-                return self.send_error(416)
-            self.send_response(206 if given else 200)
+            self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:self.breaks.pop(0)] if self.breaks else content)
+            self.wfile.write(content)
 
         def log_message(self, *_):
             pass
@@ -150,7 +143,7 @@ def fast(weights):
 
 
 class Program(torch.nn.Module):
-    """TorchScript runs __setstate__ when it is loaded: "write" makes a file, "overwrite" changes one, "loop" waits."""
+    """TorchScript runs __setstate__ when it is loaded: writes a file, overwrites one, or waits for ever."""
 
     def __init__(self, act: str, target: str):
         super().__init__()
@@ -177,15 +170,14 @@ def hostile_files(tmp_path_factory):
     """{name: file} of programs that pose as checkpoints. Their targets lie beside them."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "precious").write_text("years of work")
-    files = {act: folder / f"{act}.ckpt" for act in ("write", "overwrite", "loop")}
-    for act, path in files.items():
-        target = folder / {"write": "new", "overwrite": "precious", "loop": ""}[act]
-        torch.jit.save(torch.jit.script(Program(act, str(target))), path)
-    for kind, name in ((tarfile.LNKTYPE, "hard"), (tarfile.SYMTYPE, "symbolic")):
-        files[name] = folder / f"{name}.ckpt"
+    files = {name: folder / f"{name}.ckpt" for name in ("write", "overwrite", "loop", "hard", "symbolic")}
+    for act, target in (("write", "new"), ("overwrite", "precious"), ("loop", "")):
+        torch.jit.save(torch.jit.script(Program(act, str(folder / target))), files[act])
+    for name, kind in (("hard", tarfile.LNKTYPE), ("symbolic", tarfile.SYMTYPE)):
         with tarfile.open(files[name], "w") as archive:
             for member in ("storages", "tensors", "pickle"):
                 info = tarfile.TarInfo(member)
-                info.type, info.linkname = kind, str(folder / "precious")
+                info.type = kind
+                info.linkname = str(folder / "precious")
                 archive.addfile(info)
     return files

@@ -8,7 +8,7 @@ import torch
 
 import losses
 import sample
-from embedding_diffusion import EmbeddingDiffusion
+from embedding_diffusion import Block, EmbeddingDiffusion
 from engine.config import DEFAULTS
 from engine.distributed import shard
 from engine.randomness import image_generators
@@ -16,40 +16,89 @@ from extras import two_tokens
 from extras.pictures import slerp
 from schedule import ShiftedCosine, add_noise
 from tests.common import call, close, f64, parser_flags, seeded
-from tests.exact import BPSK, ExactPosterior, exact_rec_and_diff, small_model
+from tests.exact import BPSK, WEIGHTS, ExactPosterior, exact_rec_and_diff, small_model
+from vqvae import ResBlock
 
 SCHEDULE = ShiftedCosine(0.4, -10, 10)
 
 
-def test_losses_alone(capsys):
-    """python losses.py shows what other quadratures give, and that a clipped weight rewards collapse."""
-    distances = (0.1, 0.5, 2.0)
-    rows = two_tokens.two_tokens(distances, ShiftedCosine(1, -10, 10), 5.0)
-    for d, row in zip(distances, rows, strict=True):
-        exact = exact_rec_and_diff(ExactPosterior(BPSK.p, BPSK.embedding * d / 2), ShiftedCosine(1, -10, 10), 240)
-        close(row[:2], f64(*exact), rtol=0, atol=2e-5)
-    assert rows[0, 0] + rows[0, 2] < rows[1, 0] + rows[1, 2] < rows[2, 0] + rows[2, 2]
-    # A schedule that starts where the clip ends: the clipped bound is the exact one, log 2 at every distance.
-    rows = two_tokens.two_tokens(distances, ShiftedCosine(1, -10, math.log(5)), 5.0)
-    prior = f64(*distances).square() / 8 * math.exp(-10)  # of e = +- d / 2, to first order
-    close(rows[:, 0] + rows[:, 2] + prior, torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-6)
-    schedule = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
-    rows = two_tokens.two_tokens((0.03, 0.3, 1.0, 2.0), schedule, DEFAULTS["weight_clip"])  # about there: README
-    assert ((rows[:, 0] + rows[:, 2]) / math.log(2) > 0.93).all()
-    assert two_tokens.mean_target("markov") == pytest.approx((0.756761, 0.756761), abs=1e-6)
-    assert two_tokens.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
-    assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"] and call("losses.py") == 0
-    default = capsys.readouterr().out
-    assert f"{rows[2, 0] + rows[2, 2]:17.4f}\n    2.00" in default  # the last column, d = 1
-    assert default.count("over-confident") == 1 and "shared: posterior 0.756761, mean target 0.888983" in default
-    for words in (["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
-        assert call("losses.py", *words) == 0 and capsys.readouterr().out != default
-    assert call("losses.py", "--shift", 0, "--max-snr", 2) == 2  # the old name of --weight-clip
-    assert "must be positive" in capsys.readouterr().err
+def denoiser_by_hand(model, z, log_snr, labels, mask):
+    """log p (B, N, K), position by position as the formulas say."""
+    def linear(layer, h):
+        return h @ layer.weight.T + layer.bias
+
+    def normed(h):
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    def silu(h):
+        return h * h.sigmoid()
+
+    table = model.embedding / (model.embedding.square().mean(1, keepdim=True) + 1e-8).sqrt()
+    alpha, variance = log_snr.sigmoid().sqrt()[:, None, None], (-log_snr).sigmoid()
+    distance = (z[:, :, None] - (alpha * table)[:, None]).square().sum(-1)                     # (B, N, K)
+    evidence = -distance / 2 / variance[:, None, None]
+    h = linear(model.input, torch.cat([z, evidence.softmax(-1) @ table], -1))
+    h = torch.where(mask[..., None], model.mask_embedding, h) + model.position
+    angles = log_snr[:, None] * torch.linspace(math.log(0.01), math.log(4), 64).exp()
+    c = silu(linear(model.log_snr_mlp[0], torch.cat([angles.sin(), angles.cos()], 1)))
+    c = silu(linear(model.log_snr_mlp[2], c) + model.class_embedding.weight[labels])
+    for block in model.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(block.modulation, c)[:, None].chunk(6, -1)
+        parts = linear(block.qkv, normed(h) * (1 + scale1) + shift1).chunk(3, -1)
+        heads = []
+        for q, k, v in zip(*(part.chunk(block.heads, -1) for part in parts), strict=True):
+            q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+                    for x, norm in ((q, block.q_norm), (k, block.k_norm)))
+            heads.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
+        h = h + gate1 * linear(block.proj, torch.cat(heads, -1))
+        hidden = linear(block.mlp[0], normed(h) * (1 + scale2) + shift2)
+        hidden = hidden / 2 * (1 + ((2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden ** 3)).tanh())
+        h = h + gate2 * linear(block.mlp[2], hidden)
+    shift, scale = linear(model.final_modulation, c)[:, None].chunk(2, -1)
+    logits = linear(model.head, normed(h) * (1 + scale) + shift)
+    return (logits + evidence * ~mask[..., None]).log_softmax(-1)
+
+
+def test_the_network_by_hand():
+    """A denoiser with random weights, class, noise level, dropped positions and all, in float64."""
+    model = small_model(num_classes=2, grid=(2, 3), depth=2)
+    z, log_snr = torch.randn(4, 6, 4, dtype=torch.float64, generator=seeded(1)), f64(-6, -1, 0, 4)
+    labels, mask = torch.tensor([0, 1, 2, 1]), torch.rand(4, 6, generator=seeded(2)) < 0.3
+    found = model(z, log_snr, labels, mask=mask).log_softmax(-1)
+    close(found, denoiser_by_hand(model, z, log_snr, labels, mask), rtol=0, atol=1e-9)
+
+
+def test_a_new_denoiser():
+    """Blocks are the identity, the output is uniform, positions are sines and cosines of row and column."""
+    torch.manual_seed(0)
+    model = EmbeddingDiffusion(6, (3, 5), D=4, width=16, depth=2, heads=2, num_classes=2, output_prior=False)
+    h, c = torch.randn(2, 15, 16), torch.randn(2, 16)
+    assert all(torch.equal(block(h, c), h) for block in model.blocks)
+    assert not model(torch.randn(2, 15, 4), torch.zeros(2), torch.tensor([0, 1])).any()
+    for row in range(3):
+        for column in range(5):
+            angles = [place / 100 ** (i / 4) for place in (row, column) for i in range(4)]
+            expected = [f(angle) for f in (math.sin, math.cos) for angle in angles]
+            close(model.position[5 * row + column].detach(), torch.tensor(expected))
+    assert 0.8 < float(model.embedding.detach().std()) < 1.2 and not model.mask_embedding.any()
+    x = torch.randn(1, 32, 4, 4)
+    assert torch.equal(ResBlock(32)(x), x)
+
+
+@pytest.mark.parametrize("recompute, calls", [(False, 4), (True, 8)])
+def test_recomputation(recompute, calls):
+    """--activation-checkpointing runs each of four blocks twice, once of it in the backward pass."""
+    model = small_model(num_classes=2)
+    model.recompute = recompute
+    with mock.patch.object(Block, "forward", autospec=True, side_effect=Block.forward) as forward:
+        loss = model(torch.ones(2, 4, 4).double(), f64(0, 1), torch.tensor([0, 1])).square().sum()
+        assert forward.call_count == 4
+        loss.backward()
+    assert forward.call_count == calls
 
 
 def test_init_from_codebook():
-    """Centred principal components with the square root of their spread: distances are those of C C^T's fourth root."""
+    """Centred principal components with the square root of their spread: C C^T's square root is E E^T."""
     codes = torch.randn(9, 3, dtype=torch.float64, generator=seeded(0)) * f64(9, 4, 1) + 5
     model = EmbeddingDiffusion(9, (2, 2), D=5, width=8, depth=1, heads=2).double()
     model.init_from_codebook(codes)
@@ -61,47 +110,79 @@ def test_init_from_codebook():
     assert not start[:, 3:].any()
 
 
-def test_posterior_input():
-    """The first layer sees z and E[e(x_i) | z_ti], Bayes' rule for tokens that are uniform and independent."""
-    model, seen = small_model(), []
-    z, log_snr = torch.randn(3, 4, 4, dtype=torch.float64, generator=seeded(1)), f64(-3, 0, 4)
-    labels, table = torch.zeros(3, dtype=torch.int64), model.table()
-    model.input.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    logits = model(z, log_snr, labels)
-    uniform = ExactPosterior(torch.full((1, 6), 1 / 6, dtype=torch.float64), table, copies=4)
-    close(seen[0], torch.cat([z, uniform(z, log_snr, labels).softmax(-1) @ table], -1))
-    # It is the same in the unconditional pass, and differentiable: through it alone, the table has a gradient.
-    assert torch.equal(model.guided(z, log_snr, labels, 1.0), logits) and seen[0].requires_grad
-    assert small_model(posterior_input=False).input.in_features == 4
-
-
 @pytest.mark.parametrize("parts", [2, 5, 12])
 def test_shares_add_up(parts):
     """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""
-    model, schedule = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5)
-    x, options = torch.randint(6, (12, 4), generator=seeded(1)), dict(
-        w_rec=0.7, w_diff=0.3, w_cm=0.9, weight_clip=3.0, cm_pairs="markov")
-    noisy, (narrow, *_) = (losses.sample_noise(model, x, x[:, 0] % 2, seeded(2), rec_fraction=0.4, max_drop_rate=0.9,
-                                               label_drop=0.1, max_gap=max_gap) for max_gap in (1.0, 0.01))
-    assert all(torch.equal(noisy[0][name], narrow[name]) for name in narrow if name != "s")
-    assert (narrow["s"] <= narrow["t"]).all() and (narrow["s"] >= narrow["t"] - 0.01001).all()
-    loss, terms = losses.training_loss(model, model, schedule, *noisy, **options)
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    found = [losses.training_loss(model, model, schedule, *shard(*noisy, i, parts), **options)
-             for i in range(parts)]
-    close(sum(t for _, t in found), terms, rtol=1e-12, atol=0)
-    gradient = torch.autograd.grad(sum(part for part, _ in found), list(model.parameters()))
-    for one, other in zip(gradient, expected, strict=True):
+    model, schedule = small_model(num_classes=2, depth=1), ShiftedCosine(0.4, -5, 5)
+    x = torch.randint(6, (12, 4), generator=seeded(1))
+    noisy = losses.sample_noise(model, x, x[:, 0] % 2, seeded(2), rec_fraction=0.4, max_drop_rate=0.9,
+                                label_drop=0.1, max_gap=1.0)
+    weights = WEIGHTS | dict(w_rec=0.7, w_diff=0.3, weight_clip=3.0)
+
+    def gradient_and_terms(shares):
+        found = [losses.training_loss(model, model, schedule, *share, **weights) for share in shares]
+        return [*torch.autograd.grad(sum(loss for loss, _ in found), list(model.parameters())),
+                sum(terms for _, terms in found)]
+
+    shares = [shard(*noisy, i, parts) for i in range(parts)]
+    for one, other in zip(gradient_and_terms(shares), gradient_and_terms([noisy]), strict=True):
         close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def drawn(model, steps, guidance=0.0, sampler="ancestral", B=3, schedule=None, **options):
-    """Tokens, and what was seen on the way: the arguments of each call of the network, (t, p) after each step."""
+# ----------------------------------------------------------------------------
+# python losses.py
+
+def bounds(distances, schedule, clip):
+    """(rows of the table, their last column: the clipped bound)."""
+    rows = two_tokens.two_tokens(distances, schedule, clip)
+    return rows, rows[:, 0] + rows[:, 2]
+
+
+def test_two_tokens():
+    """Its quadrature gives the exact bound. A clipped weight rewards collapse, our schedule does not."""
+    distances, long = (0.1, 0.5, 2.0), ShiftedCosine(1, -10, 10)
+    rows, clipped = bounds(distances, long, 5.0)
+    for d, row in zip(distances, rows, strict=True):
+        exact = exact_rec_and_diff(ExactPosterior(BPSK.p, BPSK.embedding * d / 2), long, 60)
+        close(row[:2], f64(*exact), rtol=0, atol=2e-5)
+    assert clipped[0] < clipped[1] < clipped[2]
+    _, clipped = bounds(distances, ShiftedCosine(1, -10, math.log(5)), 5.0)
+    prior = f64(*distances).square() / 8 * math.exp(-10)  # of e = +- d / 2, to first order
+    close(clipped + prior, torch.full((3,), math.log(2), dtype=torch.float64), rtol=0, atol=1e-6)
+    ours = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    assert (bounds((0.03, 0.3, 1.0, 2.0), ours, DEFAULTS["weight_clip"])[1] / math.log(2) > 0.93).all()
+    assert two_tokens.mean_target("markov") == pytest.approx((0.756761, 0.756761), abs=1e-6)
+    assert two_tokens.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
+
+
+def test_losses_alone(capsys, monkeypatch):
+    """python losses.py: its last column is that of our schedule; each flag changes what it prints."""
+    assert call("losses.py") == 0
+    page = capsys.readouterr().out
+    ours = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    assert f"{bounds((1.0,), ours, DEFAULTS['weight_clip'])[1][0]:17.4f}\n    2.00" in page
+    assert page.count("over-confident") == 1 and "mean target 0.888983" in page
+    assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"]
+    monkeypatch.setattr(two_tokens, "two_tokens", lambda distances, schedule, clip: torch.full(
+        (len(distances), 4), clip + float(schedule.log_snr(f64(0)))))  # a second each
+    pages = set()
+    for words in ([], ["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
+        assert call("losses.py", *words) == 0
+        pages.add(capsys.readouterr().out)
+    assert len(pages) == 4
+    assert call("losses.py", "--shift", 0) == 2 and "must be positive" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------
+# The sampler.
+
+def drawn(model, steps, guidance=0.0, sampler="ancestral", B=3, schedule=SCHEDULE, **options):
+    """Tokens, the arguments of each call of the network, and (t, p) after each step."""
     seen = []
     with mock.patch.object(model, "forward", wraps=model.forward) as spy:
-        tokens = sample.sample_tokens(model, schedule or SCHEDULE, torch.arange(B) % 2,
-                                      image_generators(7, range(B)), steps, guidance, sampler,
-                                      callback=lambda t, p: seen.append((t, p)), **options)
+        tokens = sample.sample_tokens(
+            model, schedule, torch.arange(B) % 2, image_generators(7, range(B)), steps, guidance, sampler,
+            callback=lambda t, p: seen.append((t, p)), **options)
     return tokens, [call.args for call in spy.call_args_list], seen
 
 
@@ -110,60 +191,74 @@ def first_noise(model, B=3, seed=7):
                         for generator in image_generators(seed, range(B))])
 
 
-def test_sampling_options(one_thread):
-    """temperature, interval and end: nothing at their defaults, else exactly what they say."""
-    model = small_model(num_classes=2, grid=(4, 4))
-    plain, calls, _ = drawn(model, 5, 2.0)
-    assert torch.equal(plain, drawn(model, 5, 2.0, temperature=1.0, interval=(0.0, 1.0), end=0.3)[0])
-    assert [len(z) for z, *_ in calls] == [6] * 5
-    # few steps end before 0, in proportion to where they start; one step has nowhere to go, and many end at 0
-    assert [drawn(model, steps)[2][-1][0] for steps in (1, 2, 4, 16)] == pytest.approx([1, 0.2, 0.05, 0], abs=1e-15)
-    ends = [drawn(model, steps, 0.1)[2][-1][0] for steps in (1, 2, 15, 16)]
-    assert ends == pytest.approx([1, 0.3, 0.3, 0], abs=1e-15)
-    init = torch.zeros(1, 16, dtype=torch.int64), 0.5
-    for omega, end in ((0, 0.1), (-0.5, 0.1), (1.0, 0.15)):
-        assert drawn(model, 2, omega, init=init)[2][-1][0] == pytest.approx(end, abs=1e-15)
-    # omega counts at t = 1, 3/4, 1/2, 1/4, 0 in the interval only; elsewhere there is one pass, not two
-    tokens, calls, _ = drawn(model, 5, 2.0, interval=(0.3, 0.45), end=0.0)
-    assert torch.equal(tokens, drawn(model, 5, 0.0, end=0.0)[0]) and [len(z) for z, *_ in calls] == [3] * 5
-    assert [len(z) for z, *_ in drawn(model, 5, 2.0, interval=(0.25, 0.75), end=0.0)[1]] == [3, 6, 6, 6, 3]
-    # one step is softmax(logits / T); T -> 0 is the argmax, at every step
-    log_snr = SCHEDULE.log_snr(f64(1, 1, 1))
-    logits = model(first_noise(model), log_snr, torch.arange(3) % 2)
+@pytest.fixture
+def model():
+    return small_model(num_classes=2, grid=(4, 4), depth=1)
+
+
+@pytest.mark.parametrize("steps, guidance, options, end", [
+    (1, 0.0, {}, 1), (2, 0.0, {}, 0.2), (4, 0.0, {}, 0.05), (16, 0.0, {}, 0),  # few steps end before 0
+    (1, 0.1, {}, 1), (2, 0.1, {}, 0.3), (15, 0.1, {}, 0.3), (16, 0.1, {}, 0),
+    (2, 0.0, {"init": 0.5}, 0.1), (2, -0.5, {"init": 0.5}, 0.1), (2, 1.0, {"init": 0.5}, 0.15),
+    (3, 0.0, {"end": 0.5}, 0.5), (5, 2.0, {"end": 0.0}, 0)])
+def test_grid_of_times(model, steps, guidance, options, end):
+    """Uniform from where sampling starts to its end, which lies in proportion to the start."""
+    start = options.get("init", 1.0)
+    if "init" in options:
+        options = {"init": (torch.zeros(1, 16, dtype=torch.int64), start)}
+    _, calls, seen = drawn(model, steps, guidance, **options)
+    times = torch.linspace(start, end, steps, dtype=torch.float64) if steps > 1 else f64(1)
+    assert [t for t, _ in seen] == pytest.approx(times.tolist(), abs=1e-15)
+    assert [float(log_snr[0]) for _, log_snr, _ in calls] == pytest.approx(SCHEDULE.log_snr(times).tolist())
+
+
+@pytest.mark.parametrize("interval, passes", [
+    ((0.0, 1.0), [6] * 5), ((0.3, 0.45), [3] * 5), ((0.25, 0.75), [3, 6, 6, 6, 3])])
+def test_guidance_counts_in_its_interval(model, interval, passes):
+    """At t = 1, 3/4, 1/2, 1/4, 0 there are two passes, for three images, or one."""
+    tokens, calls, _ = drawn(model, 5, 2.0, interval=interval, end=0.0)
+    assert [len(z) for z, *_ in calls] == passes
+    same = {3: 0.0, 6: 2.0}.get(max(passes) if len(set(passes)) == 1 else None)
+    assert same is None or torch.equal(tokens, drawn(model, 5, same, end=0.0)[0])
+
+
+def test_temperature(model):
+    """One step is softmax(logits / T); T -> 0 is the argmax, at every step."""
+    logits = model(first_noise(model), SCHEDULE.log_snr(f64(1, 1, 1)), torch.arange(3) % 2)
     close(drawn(model, 1, temperature=2.0)[2][0][1], (logits / 2).softmax(-1), rtol=0, atol=1e-15)
-    tokens, _, seen = drawn(model, 4, temperature=1e-9)
     assert torch.equal(drawn(model, 1, temperature=1e-9)[0], logits.argmax(-1))
-    assert torch.equal(tokens, seen[-1][1].argmax(-1)) and all(set(p.unique().tolist()) == {0, 1} for _, p in seen)
-    # the grid is uniform from 1 to end
-    _, calls, seen = drawn(model, 3, end=0.5)
-    assert [t for t, _ in seen] == [1, 0.75, 0.5]
-    assert [float(log_snr[0]) for _, log_snr, _ in calls] == SCHEDULE.log_snr(f64(1, 0.75, 0.5)).tolist()
+    tokens, _, seen = drawn(model, 4, temperature=1e-9)
+    assert torch.equal(tokens, seen[-1][1].argmax(-1))
+    assert all(set(p.unique().tolist()) == {0, 1} for _, p in seen)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_inpainted_tokens_come_out(one_thread, sampler):
-    """Exactly, and e_hat is their embedding at every step; the others vary, and differ from image to image."""
-    model = small_model(num_classes=2, grid=(4, 4))
+def test_inpainted_tokens_come_out(model, sampler):
+    """Exactly, and e_hat is their embedding at every step; the others vary from image to image."""
     inpaint = torch.where(torch.arange(16) % 3 == 0, torch.arange(16) % 6, -1)[None]  # one row for all images
-    kept, step = inpaint[0] >= 0, f"{sampler}_step"
+    known, step = inpaint[0] >= 0, f"{sampler}_step"
     with mock.patch.object(sample, step, wraps=getattr(sample, step)) as spy:
         tokens, _, _ = drawn(model, 6, 1.0, sampler, inpaint=inpaint)
-    assert (tokens[:, kept] == inpaint[:, kept]).all()
-    assert all((tokens[i, ~kept] != tokens[j, ~kept]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert (tokens[:, known] == inpaint[:, known]).all()
+    assert all((tokens[i, ~known] != tokens[j, ~known]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
     for move in spy.call_args_list:
-        assert (move.args[1][:, kept] == model.table()[inpaint[0, kept]]).all()
+        assert (move.args[1][:, known] == model.table()[inpaint[0, known]]).all()
     nothing = torch.full((3, 16), -1)
     assert torch.equal(drawn(model, 6, 1.0, sampler, inpaint=nothing)[0], drawn(model, 6, 1.0, sampler)[0])
+    everything = torch.arange(16)[None] % 6
+    for steps, options in ((1, {}), (3, {"end": 0.95, "temperature": 50.0})):  # which the model cannot know
+        found = drawn(model, steps, 0.0, sampler, inpaint=everything, **options)[0]
+        assert torch.equal(found, everything.expand(3, -1))
 
 
-def test_init_and_noise(one_thread):
-    """Init is noised as in training, and little noise changes no token; other noise is the first noise alone."""
-    model, tokens, schedule = small_model(grid=(4, 4), num_classes=2), torch.arange(16) % 6, ShiftedCosine(1, -10, 20)
+def test_init_and_noise(model):
+    """Init is noised as in training; little noise changes no token. noise: the first noise alone."""
+    tokens, schedule = torch.arange(16) % 6, ShiftedCosine(1, -10, 20)
     assert torch.equal(drawn(model, 4, schedule=schedule, init=(tokens[None], 1e-4))[0], tokens.expand(3, 16))
-    found, calls, seen = drawn(model, 3, schedule=schedule, init=(tokens[None], 0.8), end=0.2)
+    found, calls, _ = drawn(model, 3, schedule=schedule, init=(tokens[None], 0.8), end=0.2)
     log_snr = schedule.log_snr(f64(0.8, 0.8, 0.8))
     assert torch.equal(calls[0][0], add_noise(model.table()[tokens][None], log_snr, first_noise(model)))
-    assert [t for t, _ in seen] == pytest.approx([0.8, 0.5, 0.2], abs=1e-15) and (found != tokens).any()
+    assert (found != tokens).any()
     here, there = first_noise(model), first_noise(model, seed=8)
     assert torch.equal(drawn(model, 4, noise=here)[0], drawn(model, 4)[0])
     with mock.patch.object(sample, "ancestral_step", wraps=sample.ancestral_step) as spy:
@@ -171,7 +266,10 @@ def test_init_and_noise(one_thread):
         drawn(model, 2)
     assert torch.equal(calls[0][0], there)
     assert torch.equal(*(call.args[4] for call in spy.call_args_list))  # the later noise is the same
-    path = slerp(here[0], there[0], 5)
-    assert torch.equal(path[0], here[0]) and torch.equal(path[4], there[0]) and len(slerp(*here[:2], 1)) == 1
+
+
+def test_slerp():
+    """The way from one noise to another, in equal angles."""
     path = slerp(f64([3, 0]), f64([0, 3]), 4)  # in steps of 30 degrees
     close(path, 3 * f64([[1, 0]], [[0.75 ** 0.5, 0.5]], [[0.5, 0.75 ** 0.5]], [[0, 1]]), rtol=0, atol=1e-12)
+    assert len(slerp(f64([3, 0]), f64([0, 3]), 1)) == 1
