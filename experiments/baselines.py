@@ -1,12 +1,12 @@
-"""What VQ-LCMD is compared with, on the same tokens and with the same transformer: discrete-state diffusion, and
-continuous diffusion trained by plain cross-entropy (at the end).
+"""What VQ-LCMD is compared with, on the same tokens and with the same transformer: discrete-state diffusion,
+and continuous diffusion trained by plain cross-entropy (at the end).
 
-Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn code
-with b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
+Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn
+code with b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
 
-    absorbing          a = 1 - t, c = t                     D3PM (Austin et al. 2021), MDLM (Sahoo et al. 2024)
-    uniform            a = 1 - t, b = t                     multinomial diffusion (Hoogeboom et al. 2021)
-    mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10  VQ-Diffusion (Gu et al. 2022)
+    absorbing          a = 1 - t, c = t                    D3PM (Austin et al. 2021), MDLM (Sahoo et al.
+    2024) uniform            a = 1 - t, b = t                     multinomial diffusion (Hoogeboom et al.
+    2021) mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10  VQ-Diffusion (Gu et al. 2022)
 
 The network p(k | x_t) predicts the clean token. With Q the step from s to t, by Bayes' rule,
 
@@ -15,8 +15,8 @@ The network p(k | x_t) predicts the clean token. With Q the step from s to t, by
 
     L = sum over T intervals (s, t] of KL( q(x_s | x_t, x_0) || p(x_s | x_t) )    (s = 0: -log p(x_0 | x_t))
 
-bounds -log p(x_0) from above. For T -> infinity the absorbing one is MDLM's integral of -log p(x_i | x_t) / t over
-masked positions. T = 1000 here, within 1 / T of it.
+bounds -log p(x_0) from above. For T -> infinity the absorbing one is MDLM's integral of -log p(x_i | x_t) / t
+over masked positions. T = 1000 here, within 1 / T of it.
 """
 
 import itertools
@@ -71,9 +71,9 @@ def reverse(kind, p, x_t, t, s):
 def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, temperature=1.0):
     """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
 
-    labels (B,), or None for the null class. guidance: omega, of the raw logits. temperature divides the sum of all
-    that follows. kind: add the closed-form term log q(x_t | x_0 = k) = log(a [x_t = k] + b / K), as the output prior
-    does for VQ-LCMD; nothing where x_t is a mask.
+    labels (B,), or None for the null class. guidance: omega, of the raw logits. temperature divides the sum
+    of all that follows. kind: add the closed-form term log q(x_t | x_0 = k) = log(a [x_t = k] + b / K), as
+    the output prior does for VQ-LCMD; nothing where x_t is a mask.
     """
     mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
@@ -91,8 +91,8 @@ def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, tempe
 def loss(kind, model, schedule, x, generator, labels=None, analytic=False, auxiliary=0.0):
     """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified.
 
-    analytic: with the closed-form term of predict. auxiliary: weight of -log p(x_0 | x_t) beside each interval's KL
-    (VQ-Diffusion: 5e-4, with 100 steps; D3PM's hybrid loss: 0.01); with it this is no bound.
+    analytic: with the closed-form term of predict. auxiliary: weight of -log p(x_0 | x_t) beside each
+    interval's KL (VQ-Diffusion: 5e-4, with 100 steps; D3PM's hybrid loss: 0.01); with it this is no bound.
     """
     number = (stratified(len(x), generator, x.device) * T).long()
     t, s = (number + 1) / T, number / T  # (B,)
@@ -120,8 +120,8 @@ def time_grid(steps, end=None):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0,
-           guided_below=1.0, end=None):
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False,
+           temperature=1.0, guided_below=1.0, end=None):
     """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on time_grid(steps, end), then to t = 0.
 
     analytic: as in loss. guided_below: omega counts for t up to this time only.
@@ -140,11 +140,13 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
 
 
 @torch.no_grad()
-def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0, gumbel=1.0,
-                         guided_below=1.0):
-    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
+def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0,
+                         gumbel=1.0, guided_below=1.0):
+    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a
+    cosine.
 
-    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise, t the share of the steps that is left.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise, t the share of the steps that is
+    left.
     """
     device, left = generator.device, model.N
     x = torch.full((n, model.N), model.K, device=device)
@@ -176,7 +178,8 @@ def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
 def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.0):
     """The loss of one batch x (B, N), labels (B,) for a row of an experiment.
 
-    options["loss"]: one of KINDS, or cross-entropy, else VQ-LCMD. The others are train.py's, with its defaults.
+    options["loss"]: one of KINDS, or cross-entropy, else VQ-LCMD. The others are train.py's, with its
+    defaults.
     """
     options, kind = DEFAULTS | options, options.get("loss")
     if kind and label_drop:

@@ -2,21 +2,23 @@
 
     python experiments/collapse.py                      80 seconds on one CPU core
 
-Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain (markov_chain.py),
-each code a point in the plane (D = 2), so that the table can be looked at as it is. All else is equal. The weight of
-L_diff is clipped at 1 and the table is not normalised: the naive choice, which rewards points that lie close together.
+Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain
+(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at as it is. All
+else is equal. The weight of L_diff is clipped at 1 and the table is not normalised: the naive choice, which
+rewards points that lie close together.
 
     naive         L_rec + L_diff
     L_CM          L_rec + L_diff + L_CM, the paper's cure
     4 L_CM        the same with four times the weight
     closed form   L_rec + L_diff, and the output prior in the logits (embedding_diffusion.py)
 
-    collapse.png   the distances over training, the tables at the end, the bigrams of samples beside the true ones
-    collapse.gif   the tables as they move
-    results.csv    step, mean and smallest distance, held-out bits per token, of each
+    collapse.png   the distances over training, the tables at the end, the bigrams of samples beside the true
+    ones collapse.gif   the tables as they move results.csv    step, mean and smallest distance, held-out bits
+    per token, of each
 
-What to look for: the naive points draw together until L_rec, at t = 0, stops them. L_CM pulls the other way. What the
-samples are worth is their total variation (TV) from the true bigrams; as many true samples have `floor`.
+What to look for: the naive points draw together until L_rec, at t = 0, stops them. L_CM pulls the other way.
+What the samples are worth is their total variation (TV) from the true bigrams; as many true samples have
+`floor`.
 """
 
 import argparse
@@ -52,13 +54,14 @@ class Row:
         torch.manual_seed(seed)  # the same start for all
         self.model = EmbeddingDiffusion(K, (1, N), 2, width=48, depth=2, heads=3, norm="none",
                                         output_prior=output_prior, posterior_input=False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
+                                           fused=True)
 
     def train_step(self, noise, schedule, lr):
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = training_loss(self.model, self.model, schedule, *noise, w_rec=1.0, w_diff=1.0, w_cm=self.w_cm,
-                                weight_clip=1.0, cm_pairs="markov")
+        loss, _ = training_loss(self.model, self.model, schedule, *noise, w_rec=1.0, w_diff=1.0,
+                                w_cm=self.w_cm, weight_clip=1.0, cm_pairs="markov")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -83,8 +86,8 @@ def train(rows, chain, steps, seed):
             return schedule
         x = torch.from_numpy(chain.draw(BATCH, rng))
         for row in rows.values():
-            noise = sample_noise(row.model, x, 0 * x[:, 0], generator_for(seed, "diffusion", step), rec_fraction=0.25,
-                                 max_drop_rate=0.0, label_drop=0.0, max_gap=1.0)
+            noise = sample_noise(row.model, x, 0 * x[:, 0], generator_for(seed, "diffusion", step),
+                                 rec_fraction=0.25, max_drop_rate=0.0, label_drop=0.0, max_gap=1.0)
             row.train_step(noise, schedule, learning_rate(step, steps, 50, 5e-3))
 
 
@@ -98,19 +101,21 @@ def draw_figure(plt, rows, found, chain, extent):
     for name, row in rows.items():
         for panel, column in zip(axes[0], ("mean_distance", "smallest_distance", "bits"), strict=False):
             panel.plot([line["step"] for line in row.lines], [line[column] for line in row.lines], label=name)
-            panel.set(title=f"{column.replace('_', ' ')} of two embeddings", xlabel="training step", ylim=(0, None))
+            panel.set(title=f"{column.replace('_', ' ')} of two embeddings", xlabel="training step",
+                      ylim=(0, None))
         for panel in tables:
             panel.scatter(*row.tables[-1].T, label=name, s=25)
     bits.axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
     bits.set(title="held-out bits per token ≤", ylim=(1, 4))
     bits.legend(fontsize=8)
-    tables[0].set(title="the tables at the end", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
+    tables[0].set(title="the tables at the end", xlim=(-extent, extent), ylim=(-extent, extent),
+                  aspect="equal")
     tables[1].set(title="the same, closer", xlim=(-extent / 3, extent / 3), ylim=(-extent / 3, extent / 3),
                   aspect="equal")
     for panel, (name, (matrix, tv)) in zip(axes[1], found.items(), strict=True):
         panel.imshow(np.sqrt(matrix), cmap="magma_r", vmin=0, vmax=math.sqrt(chain.bigrams.max()))
-        panel.set(title=f"{name}: TV {tv:.3f}" if name != "true" else f"true bigrams: floor {tv:.3f}", xticks=[],
-                  yticks=[])
+        panel.set(title=f"{name}: TV {tv:.3f}" if name != "true" else f"true bigrams: floor {tv:.3f}",
+                  xticks=[], yticks=[])
     figure.tight_layout()
     return figure
 
@@ -153,13 +158,14 @@ def main():
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
     draw_figure(plt, rows, found, chain, extent).savefig(out / "collapse.png", dpi=80)
     first, *rest = (draw_frame(plt, rows, i, extent) for i in range(len(rows["naive"].tables)))
-    first.save(out / "collapse.gif", save_all=True, append_images=rest, duration=[120] * len(rest) + [3000], loop=0)
-    print(f"entropy {chain.entropy() / math.log(2):.2f} bits per token, TV of true samples {found['true'][1]:.3f}")
+    first.save(out / "collapse.gif", save_all=True, append_images=rest, duration=[120] * len(rest) + [3000],
+               loop=0)
+    print(f"entropy {chain.entropy() / math.log(2):.2f} bits, TV of true samples {found['true'][1]:.2f}")
     for name, row in rows.items():
         line = row.lines[-1]
-        print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, smallest "
-              f"{line['smallest_distance']:.2f}, {line['bits']:.2f} bits per token, TV {found[name][1]:.3f}")
-    print(f"{time.perf_counter() - start:.0f} seconds; look at {out / 'collapse.png'} and {out / 'collapse.gif'}")
+        print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, "
+              f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits per token, TV {found[name][1]:.3f}")
+    print(f"{time.perf_counter() - start:.0f} seconds; look at {out}/collapse.png and collapse.gif")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the experiments share: CSV files, tables, the optimizer's step, the bound. It finds the repository, too."""
+"""What the experiments share: CSV files, tables, the optimizer's step, the bound. It finds the repository,
+too."""
 
 import csv
 import platform

@@ -1,16 +1,16 @@
 """VQ-LCMD beside discrete-state diffusion and beside itself with something changed, on real images.
 
-    python experiments/compare.py --data mnist --budget 1500                everything, one row after the other
-    python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
+    python experiments/compare.py --data mnist --budget 1500                everything, one row after the
+    other python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
 
 Every row has the same tokens, transformer, optimizer, batches and number of steps (--budget); "VQ-LCMD" is
 train.py, bit for bit. All other words go to train.py, which makes the tokenizer and says the network's sizes.
 
-    tokens/, classifier.pt     in the run directory: tokenizer and tokens; whose features measure (features.py)
-    ROW-SEED-BUDGET.pt         weights, and what became of the embeddings in training
-    ROW-SAMPLER-STEPS.png      samples of a row, seed 0
-    results.csv                a line per row, seed, sampler, steps and guidance
-    results.md, collapse.png   the table; rank and smallest distance of the embeddings in training
+    tokens/, classifier.pt     in the run directory: tokenizer and tokens; whose features measure
+    (features.py) ROW-SEED-BUDGET.pt         weights, and what became of the embeddings in training
+    ROW-SAMPLER-STEPS.png      samples of a row, seed 0 results.csv                a line per row, seed,
+    sampler, steps and guidance results.md, collapse.png   the table; rank and smallest distance of the
+    embeddings in training
 
 The same command again goes on. Two of them with different rows or seeds may share one directory.
 """
@@ -30,8 +30,20 @@ from types import SimpleNamespace
 import baselines
 import numpy as np
 import torch
-from common import HERE, append, facts, held_out_bound, learning_rate, markdown, pyplot, read, select, spread
-from common import update, values
+from common import (
+    HERE,
+    append,
+    facts,
+    held_out_bound,
+    learning_rate,
+    markdown,
+    pyplot,
+    read,
+    select,
+    spread,
+    update,
+    values,
+)
 from features import Evaluator, spread_out
 from tqdm import tqdm
 
@@ -85,11 +97,13 @@ ABLATIONS = {
     **{f"{option} {value:g}": {option: value} for option in SWEEPS for value in SWEEPS[option]},
 }
 ROWS = METHODS | ABLATIONS
-SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min", "log_snr_max",
-            "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights that have a file
+# of weights that have a file
+SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min",
+            "log_snr_max", "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")
 OMEGAS, GUIDED_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0), 16  # of the sweep of guidance
 POINTS = 20  # of the curves over training
-HELD_OUT, DRAWS = 2000, 20000  # images of the bound at most, draws in all: its standard error is 0.01 to 0.02 bit
+# images of the bound at most, draws in all: its standard error is 0.01 to 0.02 bit
+HELD_OUT, DRAWS = 2000, 20000
 MEASURES = ["distance", "kid", "precision", "recall", "agreement"]
 COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "guided_below",
            "temperature", "gumbel", "end", "n", *MEASURES, "bound", "rank", "smallest", "train_seconds",
@@ -115,8 +129,9 @@ def prepare(args, words):
     held_out = np.flatnonzero(rows["test"])
     held_out = held_out[spread_out(len(held_out), HELD_OUT)]
     images, unseen = find(args.data, args.root).load(config["size"])
-    shared = SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer, classes=config["classes"],
-                             tokens=TokenDataset(rows[~rows["test"]], device), images=images, unseen=unseen,
+    shared = SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer,
+                             classes=config["classes"], tokens=TokenDataset(rows[~rows["test"]], device),
+                             images=images, unseen=unseen,
                              held_out=TokenDataset(rows[held_out], device).batch(np.arange(len(held_out))))
     shared.evaluator = Evaluator(args, shared)
     return shared
@@ -127,7 +142,8 @@ def weights_of(out, name, seed, budget):
 
 
 def train_row(name, seed, budget, shared):
-    """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if it is there."""
+    """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if it is
+    there."""
     device, config = shared.device, shared.config | ROWS[name]
     path = weights_of(shared.out, name, seed, budget)
     models = describe_models(config, len(shared.classes))
@@ -149,14 +165,16 @@ def train_row(name, seed, budget, shared):
     curve, start = [], time.perf_counter()
     for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, budget, config["warmup"], config["lr"])
-        x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion", step))
+        x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion",
+                                                      step))
         noise = generator_for(seed, "diffusion", step, device)
         loss = baselines.objective(config, model, ema, schedule, x, labels, noise, config["label_drop"])
         loss.backward()
         update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
         if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
-    state = {"ema": ema.state_dict(), "settings": settings, "curve": curve, "seconds": time.perf_counter() - start}
+    state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
+             "seconds": time.perf_counter() - start}
     write_atomically(path, functools.partial(torch.save, state))
     return ema, schedule, state
 
@@ -169,22 +187,23 @@ def bound(name, model, schedule, shared, seed):
     noise, row = generator_for(seed, "evaluation", 0, shared.device), ROWS[name]
     parts = (torch.arange(DRAWS, device=x.device) % len(x)).split(256)
     with torch.no_grad():
-        nats = [baselines.loss(row["loss"], model, schedule, x[part], noise, labels[part], row.get("analytic", False))
-                for part in parts]
+        nats = [baselines.loss(row["loss"], model, schedule, x[part], noise, labels[part],
+                               row.get("analytic", False)) for part in parts]
     return float(torch.cat(nats).mean()) / math.log(2)
 
 
 def plain(name, steps, sampler="ancestral", guidance=0.0):
     """A setting of sampling without anything tuned, for draw."""
-    return dict(sampler=sampler, steps=steps, guidance=guidance, guided_below=1.0, temperature=1.0, gumbel=1.0,
-                end="" if is_discrete(name) else default_end(steps, guidance))
+    return dict(sampler=sampler, steps=steps, guidance=guidance, guided_below=1.0, temperature=1.0,
+                gumbel=1.0, end="" if is_discrete(name) else default_end(steps, guidance))
 
 
-def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_below, temperature, gumbel, end,
-         batch=250):
+def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_below, temperature, gumbel,
+         end, batch=250):
     """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
 
-    guided_below: guidance at t up to this alone. gumbel: of decoding by confidence alone; end: of the other ways.
+    guided_below: guidance at t up to this alone. gumbel: of decoding by confidence alone; end: of the other
+    ways.
     """
     images = []
     for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
@@ -194,8 +213,9 @@ def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_b
         options = dict(labels=labels if shared.classes else None, guidance=guidance, temperature=temperature,
                        guided_below=guided_below)
         if not is_discrete(name):
-            tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps, guidance,
-                                   sampler, temperature=temperature, end=end, interval=(0.0, guided_below))
+            tokens = sample_tokens(model, schedule, labels, image_generators(0, indices.tolist()), steps,
+                                   guidance, sampler, temperature=temperature, end=end,
+                                   interval=(0.0, guided_below))
         elif sampler == "confidence":
             tokens = baselines.sample_by_confidence(model, schedule, len(labels), steps, noise, gumbel=gumbel,
                                                     **options)
@@ -207,7 +227,8 @@ def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_b
 
 
 def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
-    """One line of a CSV file, a dict, from there if it was measured before; and draws the picture of seed 0."""
+    """One line of a CSV file, a dict, from there if it was measured before; and draws the picture of seed
+    0."""
     trained = dict(row=name, lr=(shared.config | ROWS[name])["lr"], seed=seed, budget=budget)
     line = trained | dict(calls=calls, n=n, features=shared.evaluator.name) | setting
     known = select(read(path), **line)
@@ -217,14 +238,17 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
     start = time.perf_counter()
     images = draw(name, model, schedule, shared, n, **setting)
     found = {"train_seconds": state["seconds"], "sample_seconds": time.perf_counter() - start}
-    found |= shared.evaluator(images, distance_alone=purpose == "tried")  # the others take longer than the samples
+    # the others take longer than the samples
+    found |= shared.evaluator(images, distance_alone=purpose == "tried")
     bounds = values(select(read(path), **trained), "bound")
     found["bound"] = bounds[0] if bounds else bound(name, model, schedule, shared, seed)
     collapse = collapse_diagnostics(model.table())
     found |= {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    line |= facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value in found.items()}
+    line |= facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value
+                                                           in found.items()}
     append(path, line, COLUMNS)
-    print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}", flush=True)
+    print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}",
+          flush=True)
     if seed == 0 and purpose == "untuned":
         save_grid(images[:30], shared.out / f"{name.replace(' ', '_')}-{setting['sampler']}-{calls}.png", 10)
     return {key: str(value) for key, value in line.items()}
@@ -252,7 +276,8 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the measures but distance at the most steps up to 50."""
+    """Markdown: a line per row, sampler and guidance; the measures but distance at the most steps up to
+    50."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
         mine = select(lines, row=name, sampler=sampler, guidance=omega)
@@ -286,12 +311,15 @@ def plot(lines, out):
 
 def make_parser(description):
     """Arguments that tuned.py has, too."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=f"{description} Other words go to train.py.")
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description=f"{description} Other words go to train.py.")
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    parser.add_argument("--budget", type=int, default=1500, help="training steps of every row (default: 1500)")
+    parser.add_argument("--budget", type=int, default=1500,
+                        help="training steps of every row (default: 1500)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features (default: 1500)")
-    parser.add_argument("--features-of", metavar="DATA", help="another set, as for --data, from whose classes "
+    parser.add_argument("--features-of", metavar="DATA",
+                        help="another set, as for --data, from whose classes "
                         "features are learned: for images without classes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
@@ -300,19 +328,19 @@ def make_parser(description):
 
 def main():
     parser = make_parser("Compare methods and ablations.")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"], default=ROWS,
-                        help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and batches (default: 0)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"],
+                        default=ROWS, help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
+                        help="of weights and batches (default: 0)")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
                         help="calls of the network per sample (default: 8 16 50 200)")
     parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
     args, words = parser.parse_known_args()
     shared, groups = prepare(args, words), {"methods": METHODS, "ablations": ABLATIONS}
     names = [name for word in args.only for name in groups.get(word, [word])]
-    lines = [measure(shared.out / "results.csv", name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
-                     shared)
-             for seed in args.seeds for name in names
-             for setting in settings_of(name, seed, args.sampling_steps, shared.classes)]
+    lines = [measure(shared.out / "results.csv", name, seed, args.budget, "untuned", setting["steps"],
+                     setting, args.n, shared) for seed in args.seeds for name in names for setting
+             in settings_of(name, seed, args.sampling_steps, shared.classes)]
     real = "; ".join(f"{name}: {distance:.2f}" for name, distance in references(shared, args.n).items())
     text = f"Features: {shared.evaluator.name}. Distance of {real}.\n\n{table(lines)}"
     (shared.out / "results.md").write_text(text)

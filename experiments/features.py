@@ -1,10 +1,11 @@
-"""The measures of images, by the formulas of fid.py: on Inception-v3 if its weights are there (then it is FID), else on
-a classifier trained here on the training images, whose distance is never called FID.
+"""The measures of images, by the formulas of fid.py: on Inception-v3 if its weights are there (then it is
+FID), else on a classifier trained here on the training images, whose distance is never called FID.
 
 A set without classes takes the classifier of another set (--features-of), as FID takes that of ImageNet.
 """
 
 import functools
+import sys
 from pathlib import Path
 
 import common  # noqa: F401
@@ -81,12 +82,14 @@ class Evaluator:
         train, test, kind, file = shared.images, shared.unseen, "classes", "classifier.pt"
         if args.features_of:
             train, test = find(args.features_of, args.root).load(shared.config["size"])
-            kind, file = (form.format(Path(args.features_of).stem) for form in ("{}'s classes", "classifier-{}.pt"))
+            kind, file = (form.format(Path(args.features_of).stem) for form
+                          in ("{}'s classes", "classifier-{}.pt"))
         if not train.class_names:
-            raise ValueError(f"{args.features_of or args.data} has no classes that features could be learned from: "
-                             "give --features-of another set, such as cifar10")
+            sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give --features-of "
+                     "another set, such as cifar10")
         self.device, self.num_classes = shared.device, max(len(shared.classes), 1)
-        classifier, accuracy = load_or_train(shared.out / file, train, test, self.device, args.classifier_steps)
+        classifier, accuracy = load_or_train(shared.out / file, train, test, self.device,
+                                             args.classifier_steps)
         self.classifier = classifier if train is shared.images else None
         self.name = f"own classifier of {kind}, {accuracy:.2%} right on held-out images"
         self.network = lambda images: classifier[:-1](to_float(images))

@@ -1,11 +1,12 @@
-"""The first hour on a GPU, in ten minutes: does it compute what the CPU computes, in the memory and time foretold?
+"""The first hour on a GPU, in ten minutes: does it compute what the CPU computes, in the memory and time
+foretold?
 
-    python experiments/first_hour.py                            no data, no network; results in runs/first_hour
-    python experiments/first_hour.py --only memory processes --processes 2 4
+    python experiments/first_hour.py                            no data, no network; results in
+    runs/first_hour python experiments/first_hour.py --only memory processes --processes 2 4
 
-report.md, written anew after each part, has what was found beside what was predicted before any GPU was seen. A part
-that fails says why, and the next one goes on. On a CPU everything is tiny, which shows only that the program works.
-Speed, measure by measure: experiments/speed.py.
+report.md, written anew after each part, has what was found beside what was predicted before any GPU was seen.
+A part that fails says why, and the next one goes on. On a CPU everything is tiny, which shows only that the
+program works. Speed, measure by measure: experiments/speed.py.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def machine(here):
     chip = chip_of(here.device)
     yield finding("memory", "?" if chip.memory is None else f"{chip.memory / GB:.1f} GB")
     yield finding("bfloat16 is used", chip.bf16, not here.tiny, chip.bf16 == (not here.tiny))
-    yield at_least(f"rate of a large matrix product, of the {chip.flops / 1e12:.3g} TFLOP/s that the price takes",
+    yield at_least(f"rate of a large matrix product, of {chip.flops / 1e12:.3g} TFLOP/s, as the price has it",
                    speed.matrix_rate(here.device, chip.bf16) / chip.flops, 0.5)
 
 
@@ -86,7 +87,8 @@ def tokens(here):
     torch.manual_seed(0)
     model = VQVAE(**describe_models(config, 0)["tokenizer"])
     images = torch.randint(256, (64 if here.tiny else 16, 3, *[config["size"] // 8] * 2), dtype=torch.uint8)
-    images = torch.nn.functional.interpolate(images.float(), [config["size"]] * 2, mode="bilinear").to(torch.uint8)
+    images = torch.nn.functional.interpolate(images.float(), [config["size"]] * 2,
+                                             mode="bilinear").to(torch.uint8)
     model.train()(images, torch.Generator().manual_seed(0))
     expected = model.eval().encode(images)
     for bf16, least in (False, 0.98), (True, 0.8):
@@ -105,13 +107,14 @@ def make_step(here, config, stage):
         setup = speed.prepare(config, here.device)
         return speed.training_step(setup, recompute=config["activation_checkpointing"])
     torch.manual_seed(0)
-    run = SimpleNamespace(seed=0, config=config, models=describe_models(config, 10), device=here.device, init={},
-                          tokenizer_is_published=False)
+    run = SimpleNamespace(seed=0, config=config, models=describe_models(config, 10), device=here.device,
+                          init={}, tokenizer_is_published=False)
     parts = train.build_tokenizer(run, None)
     lpips = LPIPS().to(here.device) if config["perceptual"] else None
     shape = config["tokenizer_batch"], 3, config["size"], config["size"]
     images = torch.randint(256, shape, dtype=torch.uint8, device=here.device)
-    return lambda: tokenizer_step(config, parts, images, torch.Generator().manual_seed(0), 1.0, 1e-4, 1e-4, lpips)
+    return lambda: tokenizer_step(config, parts, images, torch.Generator().manual_seed(0), 1.0, 1e-4, 1e-4,
+                                  lpips)
 
 
 def memory(here):
@@ -134,8 +137,8 @@ def memory(here):
                 yield finding(what, f"{peak / GB:.3f}", f"{counted / GB:.3f}, within 15 %",
                               abs(peak / counted - 1) < 0.15)
             ratio = seconds / price.stages[stage].seconds
-            yield finding(f"{preset}, {stage}: time of a step, of what was foretold", f"{ratio:.2f}", "0.5 to 2",
-                          0.5 <= ratio <= 2)
+            yield finding(f"{preset}, {stage}: time of a step, of what was foretold", f"{ratio:.2f}",
+                          "0.5 to 2", 0.5 <= ratio <= 2)
             del step
 
 
@@ -143,7 +146,8 @@ def memory(here):
 # Whole runs of train.py.
 
 def start(here, name, words, processes=1, kill=False, bf16=False):
-    """train.py, under torchrun if need be -> its run directory. kill: with its first checkpoint of the denoiser."""
+    """train.py, under torchrun if need be -> its run directory. kill: with its first checkpoint of the
+    denoiser."""
     program, out = here.runs / "program.py", here.runs / name
     program.write_text(PROGRAM)
     command = [sys.executable, program, "--device", here.device.type, *words, "--out", out]
@@ -166,7 +170,8 @@ def start(here, name, words, processes=1, kill=False, bf16=False):
 def tokenizer_of(here):
     """A short tokenizer of the built-in set -> its file."""
     steps = 300 if here.tiny else 2000
-    return start(here, "tokenizer", [*TOY, "--stage", "tokenizer", "--tokenizer-steps", steps]) / "tokenizer.pt"
+    return start(here, "tokenizer", [*TOY, "--stage", "tokenizer", "--tokenizer-steps",
+                                     steps]) / "tokenizer.pt"
 
 
 def difference(a, b):
@@ -178,14 +183,16 @@ def difference(a, b):
 def precision(here):
     """300 steps of the built-in set, 500 on a GPU: bfloat16 ends where float32 does."""
     steps, ends = 300 if here.tiny else 500, []
-    words = [*TOY, "--tokenizer", tokenizer_of(here), "--steps", steps, "--sample-every", steps, "--log-every", 10]
+    words = [*TOY, "--tokenizer", tokenizer_of(here), "--steps", steps, "--sample-every", steps,
+             "--log-every", 10]
     for name, bf16, seed in ("float32", False, 0), ("float32, another seed", False, 1), ("bfloat16", True, 0):
         out = start(here, f"precision-{bf16}-{seed}", [*words, "--seed", seed], bf16=bf16)
         with (out / "diffusion.csv").open() as file:
-            losses = [float(row[key]) for row in csv.DictReader(file) for key in ("rec", "diff", "cm", "norm")]
+            losses = [float(row[key]) for row in csv.DictReader(file) for key
+                      in ("rec", "diff", "cm", "norm")]
         ends.append(json.loads((out / "metrics.json").read_text())["vlb"]["total"])
-        yield finding(f"{name}: bits per token after {steps} steps; all losses finite", f"{ends[-1]:.4f}", "finite",
-                      all(map(math.isfinite, losses)))
+        yield finding(f"{name}: bits per token after {steps} steps; all losses finite", f"{ends[-1]:.4f}",
+                      "finite", all(map(math.isfinite, losses)))
     yield below("bfloat16 against float32, of the distance of two seeds",
                 abs(ends[2] - ends[0]) / abs(ends[1] - ends[0]), 1)
 
@@ -198,8 +205,8 @@ def resume(here):
     killed = start(here, "killed", words)
     itself, other = difference(calm, again), difference(calm, killed)
     yield finding("the same command twice: largest difference of a weight", f"{itself:.3g}", "0", itself == 0)
-    yield finding("killed and continued: largest difference of a weight", f"{other:.3g}", "as for the same twice",
-                  other <= 10 * itself)
+    yield finding("killed and continued: largest difference of a weight", f"{other:.3g}",
+                  "as for the same twice", other <= 10 * itself)
 
 
 def processes(here):
@@ -249,7 +256,8 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", default=PARTS,
                         help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--processes", type=int, nargs="+", default=[2], metavar="W", help="default: 2")
-    parser.add_argument("--limit", type=float, default=180, help="seconds for a run of train.py (default: 180)")
+    parser.add_argument("--limit", type=float, default=180,
+                        help="seconds for a run of train.py (default: 180)")
     parser.add_argument("--out", default="runs/first_hour", help="default: runs/first_hour")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     args = parser.parse_args()
@@ -259,8 +267,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as runs:
-        here = SimpleNamespace(device=device, tiny=device.type == "cpu", runs=Path(runs), processes=args.processes,
-                               limit=args.limit)
+        here = SimpleNamespace(device=device, tiny=device.type == "cpu", runs=Path(runs),
+                               processes=args.processes, limit=args.limit)
         for part in args.only:
             results[part] = run_part(here, part)
             write_report(out / "report.md", f"{name}, torch {torch.__version__}", results)

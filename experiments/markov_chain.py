@@ -1,17 +1,18 @@
-"""An exact toy: tokens of a known Markov chain, so that every sample has a likelihood and every bigram a probability.
+"""An exact toy: tokens of a known Markov chain, so that every sample has a likelihood and every bigram a
+probability.
 
     python experiments/markov_chain.py --jobs 2         three seeds: 36 runs of two or three minutes each
     python experiments/markov_chain.py --only "plain cross-entropy" --seeds 1 --steps 100
 
 Each row is VQ-LCMD with something changed, or a discrete-state diffusion (baselines.py) with the same
-transformer, optimizer, steps and batches. results.csv has a line per row and seed, results.md the table; the same
-command again does what is missing.
+transformer, optimizer, steps and batches. results.csv has a line per row and seed, results.md the table; the
+same command again does what is missing.
 
     rank, smallest  effective rank of the embedding table's EMA, and the smallest distance of two rows
     bound           held-out bound, nats per token; the held-out tokens' own NLL is the least there is
     CE at t         -log p(x | z_t) at two times: how much the denoiser knows
-    NLL             of samples under the chain, nats per token: the entropy for perfect samples, less for timid ones
-    TV              total variation between the samples' bigrams and the chain's
+    NLL             of samples under the chain, nats per token: the entropy for perfect samples, less for
+    timid ones TV              total variation between the samples' bigrams and the chain's
 """
 
 import argparse
@@ -36,7 +37,8 @@ from sample import sample_tokens
 from schedule import ShiftedCosine, add_noise
 
 K, N, D, BATCH = 10, 6, 8, 256
-# No output prior (Plaid's), no posterior input, no unit-RMS norm, no schedule that starts where the clip ends (ours).
+# No output prior (Plaid's), no posterior input, no unit-RMS norm, no schedule that starts where the clip ends
+# (ours).
 PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0, log_snr_max=7.0)
 ROWS = {  # what differs from train.py's defaults; "loss": another objective
     "rec + diff": PLAIN | dict(w_cm=0.0),
@@ -94,7 +96,8 @@ def train(options, seed, steps, chain):
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
-                               **{name: options[name] for name in ("norm", "output_prior", "posterior_input")})
+                               **{name: options[name] for name
+                                  in ("norm", "output_prior", "posterior_input")})
     schedule = ShiftedCosine(*(options[name] for name in ("shift", "log_snr_min", "log_snr_max")))
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99),
@@ -147,15 +150,16 @@ def run(task):
     options = DEFAULTS | ROWS[name]
     found = measure(options, *train(options, seed, steps, chain), samples, chain)
     return {"row": name, "seed": seed, "steps": steps, "samples": samples,
-            "seconds": f"{time.perf_counter() - start:.1f}"} | {key: f"{value:.5f}" for key, value in found.items()}
+            "seconds": f"{time.perf_counter() - start:.1f}"} | {key: f"{value:.5f}" for key, value
+                                                                in found.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every row (default: 3)")
     parser.add_argument("--steps", type=int, default=2500, help="training steps of each run (default: 2500)")
-    parser.add_argument("--samples", type=int, default=4000, help="of each run; bounds: five times as many held out "
-                        "(default: 4000)")
+    parser.add_argument("--samples", type=int, default=4000,
+                        help="of each run; bounds: five times as many held out " "(default: 4000)")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=ROWS, help="these rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (default: 1)")
     parser.add_argument("--out", default="runs/markov_chain", help="directory of results.csv and results.md")
@@ -164,16 +168,18 @@ def main():
     chain, path = Chain(), Path(args.out) / "results.csv"
     floor, held_out = (chain.score(chain.draw(n, np.random.default_rng(10 ** 6)))
                        for n in (args.samples, 5 * args.samples))
-    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {args.samples:,} true "
-          f"samples: NLL {floor[0]:.4f}, TV {floor[1]:.4f}; held out: {held_out[0]:.4f}, the least bound")
+    print(f"chain: {K} codes, {N} tokens, entropy {chain.entropy():.4f} nats per token; {args.samples:,} "
+          f"true samples: NLL {floor[0]:.4f}, TV {floor[1]:.4f}; held out: {held_out[0]:.4f}, the least bound")
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = dict(steps=args.steps, samples=args.samples)
     tasks = [(name, seed, *sizes.values()) for seed in range(args.seeds) for name in args.only
              if not select(read(path), row=name, seed=seed, **sizes)]
-    with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else contextlib.nullcontext() as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs) if args.jobs > 1 else contextlib.nullcontext() as pool:
         for line in pool.imap_unordered(run, tasks) if pool else map(run, tasks):
             append(path, line | facts(torch.device("cpu")), COLUMNS)
-            print(", ".join(f"{name} {line[name]}" for name in ("row", "seed", *MEASURES) if name in line), flush=True)
+            print(", ".join(f"{name} {line[name]}" for name in ("row", "seed", *MEASURES) if name in line),
+                  flush=True)
     lines = {name: select(read(path), row=name, **sizes) for name in ROWS}
     text = markdown(["row", "seeds", *MEASURES], [
         [name, len(mine), *(spread(values(mine, column), 3) for column in MEASURES)]

@@ -3,11 +3,11 @@
     python experiments/speed.py                minutes on a CPU, one thread
     python experiments/speed.py --compile      torch.compile as well
 
-On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, A, B, C, A, B, C, so
-that a machine that slows down slows all of them; medians count, after a first round that does not. The matrix rate is
-that of one large product in the precision of the network. Model FLOPs are those of the matrix products: a backward
-pass counts as two forward passes, the teacher of L_CM as one over its share of the batch; what is computed twice to
-save memory counts once.
+On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, A, B, C, A,
+B, C, so that a machine that slows down slows all of them; medians count, after a first round that does not.
+The matrix rate is that of one large product in the precision of the network. Model FLOPs are those of the
+matrix products: a backward pass counts as two forward passes, the teacher of L_CM as one over its share of
+the batch; what is computed twice to save memory counts once.
 """
 
 import argparse
@@ -55,16 +55,18 @@ def forward_flops(model):
     """Of the matrix products of one image's way through the denoiser."""
     width, N = model.position.shape[1], model.N
     block = N * (24 * width ** 2 + 4 * N * width) + 12 * width ** 2  # linear layers, attention, modulation
-    products = (model.output_prior or model.posterior_input) + model.posterior_input  # likelihoods, their mean
+    # likelihoods, their mean
+    products = (model.output_prior or model.posterior_input) + model.posterior_input
     own = products * model.D * model.K + model.K
     return len(model.blocks) * block + N * 2 * (model.input.in_features * width + width * model.K + own)
 
 
 def make_encoder(model, heads):
-    """torch.nn.TransformerEncoder of the denoiser's width, depth, heads, with its linear first and last layer."""
+    """torch.nn.TransformerEncoder of the denoiser's width, depth, heads, with its linear first and last
+    layer."""
     width = model.position.shape[1]
-    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True,
-                                       activation=nn.GELU(approximate="tanh"))
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True,
+                                       norm_first=True, activation=nn.GELU(approximate="tanh"))
     return nn.Sequential(nn.Linear(model.D, width),
                          nn.TransformerEncoder(layer, len(model.blocks), enable_nested_tensor=False),
                          nn.Linear(width, model.K))
@@ -74,15 +76,15 @@ def prepare(config, device):
     """The denoiser, its EMA, one batch of random tokens: what the ways below share."""
     B, grid = config["batch"], (config["size"] // config["f"],) * 2
     torch.manual_seed(0)
-    model = EmbeddingDiffusion(config["K"], grid, config["D"], config["width"], config["depth"], config["heads"],
-                               num_classes=10, bf16=bf16_works(device)).to(device)
+    model = EmbeddingDiffusion(config["K"], grid, config["D"], config["width"], config["depth"],
+                               config["heads"], num_classes=10, bf16=bf16_works(device)).to(device)
     for layer in [block.modulation for block in model.blocks] + [model.head]:
         nn.init.normal_(layer.weight, std=0.02)  # as after some training: no gradient is zero
-    return SimpleNamespace(
-        model=model, ema=copy.deepcopy(model).requires_grad_(False), device=device, config=config,
-        schedule=ShiftedCosine(config["shift"], config["log_snr_min"], config["log_snr_max"]),
-        x=torch.randint(config["K"], (B, model.N), device=device), labels=torch.randint(10, (B,), device=device),
-        generator=torch.Generator(device))
+    return SimpleNamespace(model=model, ema=copy.deepcopy(model).requires_grad_(False), device=device,
+                           config=config, schedule=ShiftedCosine(config["shift"], config["log_snr_min"],
+                                                                 config["log_snr_max"]),
+                           x=torch.randint(config["K"], (B, model.N), device=device),
+                           labels=torch.randint(10, (B,), device=device), generator=torch.Generator(device))
 
 
 def forward_and_backward(network, *inputs, gradient, bf16):
@@ -96,13 +98,15 @@ def forward_and_backward(network, *inputs, gradient, bf16):
 
 
 def training_step(setup, compiled=False, recompute=False, **changed):
-    """A function that does what train.py does in a step. recompute: activation checkpointing. changed: settings."""
+    """A function that does what train.py does in a step. recompute: activation checkpointing. changed:
+    settings."""
     model, config = setup.model, setup.config | changed
     loss_of = functools.partial(training_loss, model, model, setup.schedule, **{
         name: config[name] for name in LOSS_ARGS})
     if compiled:
         loss_of = torch.compile(loss_of)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     options = {name: config[name] for name in NOISE_ARGS}
     passes = -(-config["batch"] // (config["micro_batch"] or config["batch"]))
 
@@ -121,13 +125,15 @@ def training_step(setup, compiled=False, recompute=False, **changed):
 def matrix_rate(device, bf16):
     """FLOP/s of one large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _
+            in range(2))
     seconds, _ = measure({"product": lambda: a @ b}, device, 9, 2)["product"]
     return 2 * n ** 3 / seconds
 
 
 def print_table(title, found, images, reference=None, used=None):
-    """found: of measure. reference: which one is 1.00, or the first. used: {name: share of the matrix rate}."""
+    """found: of measure. reference: which one is 1.00, or the first. used: {name: share of the matrix
+    rate}."""
     one, _ = found[reference or next(iter(found))]
     rows = [[name, f"{seconds:.4g}", f"{seconds / one:.2f}", f"{images / seconds:.4g}",
              f"{used[name]:.0%}" if used else "", f"{memory / 1e9:.1f}" if memory else ""]
@@ -150,7 +156,8 @@ def training(setup, args):
             "training step, activation checkpointing": (step, training_step(setup, recompute=True))}
     if args.compile:
         fast_encoder, fast_model = torch.compile(encoder), torch.compile(model)
-        ways |= {"nn.TransformerEncoder, compiled": (3 * forward, forward_and_backward(fast_encoder, z, **alone)),
+        ways |= {"nn.TransformerEncoder, compiled": (3 * forward,
+                                                     forward_and_backward(fast_encoder, z, **alone)),
                  "denoiser, compiled": (3 * forward, forward_and_backward(fast_model, *inputs, **alone)),
                  "training step, compiled": (step, training_step(setup, compiled=True))}
     rate = matrix_rate(device, model.bf16)
@@ -179,7 +186,8 @@ def main():
     parser = argparse.ArgumentParser(description="Speed of training and sampling.")
     parser.add_argument("--preset", choices=PRESETS, help="of train.py (default: 32-cpu, on a GPU 256)")
     for name in SIZES:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="in place of the preset's")
+        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N",
+                            help="in place of the preset's")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
     parser.add_argument("--inner", type=int, default=2, help="steps per round (default: 2)")
     parser.add_argument("--sample-steps", type=int, default=50, help="network calls per image (default: 50)")
@@ -193,8 +201,8 @@ def main():
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")] | given, device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
-    print(f"{torch.cuda.get_device_name(device) if cuda else device}, torch {torch.__version__}, {millions:.1f} M "
-          f"parameters, batch {setup.config['batch']}, N = {setup.model.N}, K = {setup.model.K}")
+    name = torch.cuda.get_device_name(device) if cuda else device
+    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, N = {setup.model.N}, K = {setup.model.K}")
     training(setup, args)
     sampling(setup, args)
 

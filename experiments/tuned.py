@@ -1,25 +1,29 @@
 """Every method at its best: the same care for each, on the tokens of experiments/compare.py.
 
     python experiments/tuned.py --data mnist --budget 4800 --rows VQ-LCMD absorbing --seeds 0 1 2 3 ...
-    python experiments/tuned.py --tables       the tables of README.md and tuned.png, from the CSV files beside it
+    python experiments/tuned.py --tables       the tables of README.md and tuned.png, from the CSV files
+    beside it
 
 All other words go to train.py, as in compare.py, whose run directory (--out) this may share. For each row:
 
-    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out bound
+    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out
+    bound
        wins; while it is the largest or the smallest that was tried, twice or half of it is tried, too
     2. training with it, once per seed
-    3. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the first
+    3. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the
+    first
        seed, after --tuned-at steps of training, and the one with the least distance is taken
-    4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain step
+    4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain
+    step
        per call, no guidance, temperature 1
 
-Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone (a
-limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are left are
-drawn: the method's own, or larger. While the strongest guidance or the largest end that was tried is the best, a
-larger one is tried (up to --most-guidance).
+Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone
+(a limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are
+left are drawn: the method's own, or larger. While the strongest guidance or the largest end that was tried is
+the best, a larger one is tried (up to --most-guidance).
 
-tuned.csv has a line per row, seed and setting (purpose: tried, result, untuned), rates.csv the bounds of step 1,
-tuned.md and tuned.png the results. The same command again goes on.
+tuned.csv has a line per row, seed and setting (purpose: tried, result, untuned), rates.csv the bounds of step
+1, tuned.md and tuned.png the results. The same command again goes on.
 """
 
 import itertools
@@ -33,7 +37,8 @@ from sample import default_end
 
 RATES = ["row", "lr", "budget", "bound", "seconds"]
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
-ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)  # beside the method's own: the first three in up to 8 calls, else the first
+# beside the method's own: the first three in up to 8 calls, else the first
+ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)
 # The tables of README.md. {name in the files: in the tables}; {set: (title, digits of a distance)}.
 NAMES = {"VQ-LCMD": "VQ-LCMD", "absorbing": "absorbing",
          "mask-and-replace + likelihood, auxiliary 0.1": "mask-and-replace"}
@@ -61,7 +66,8 @@ def first_ends(calls):
 
 
 def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
-    """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has them."""
+    """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has
+    them."""
     found, discrete = [], kind in KINDS
     ends = first_ends(calls) if ends is None else ends
     guided_ways = itertools.product(omegas if classes else (), (1.0, 0.5))
@@ -82,7 +88,8 @@ def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
 
 
 def best_rate(name, args, shared):
-    """Step 1 -> the name of the row with the learning rate that has the least bound after a short training."""
+    """Step 1 -> the name of the row with the learning rate that has the least bound after a short
+    training."""
     path, bounds, rates = shared.out / "rates.csv", {}, list(args.rates)
     while rates:
         lr = rates.pop()
@@ -107,11 +114,13 @@ def best_setting(name, args, calls, shared):
     omegas, ends = [omega for omega in OMEGAS if omega <= args.most_guidance], first_ends(calls)
 
     def distance(setting):
-        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], args.tuned_at or args.budget,
-                                     "tried", calls, setting, args.tune_n, shared)["distance"])
+        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], args.tuned_at
+                                     or args.budget, "tried", calls, setting, args.tune_n,
+                                     shared)["distance"])
 
     while True:
-        best = min(settings(compare.ROWS[name].get("loss"), calls, shared.classes, omegas, ends), key=distance)
+        best = min(settings(compare.ROWS[name].get("loss"), calls, shared.classes, omegas, ends),
+                   key=distance)
         if best["guidance"] == max(omegas, default=1) and 2 * omegas[-1] <= args.most_guidance:
             omegas.append(2 * omegas[-1])
         elif best["end"] == ends[-1] < ENDS[-1]:
@@ -140,7 +149,7 @@ def words(line):
 
 
 def table(title, lines, calls, bits, digits):
-    """Markdown: distance per row and number of calls, mean ± half the range over the seeds, and the settings.
+    """Markdown: distance per row and number of calls, mean ± half the range over seeds, and the settings.
 
     lines: of one purpose. bits: {row: [bits per token of each seed]}. "–" is what was not measured.
     """
@@ -151,13 +160,15 @@ def table(title, lines, calls, bits, digits):
             found = select(lines, row=name, calls=number)
             said = {words(line) for line in found if line["purpose"] != "untuned"}
             assert len(said) < 2, f"{name}, {number} calls: several results, {said}"
-            cells.append((spread(values(found, "distance"), digits) or "–") + "".join(f" ({one})" for one in said))
+            cells.append((spread(values(found, "distance"), digits) or "–")
+                         + "".join(f" ({one})" for one in said))
         rows.append(cells)
     return markdown([title, "bits per token", *(f"{number} calls" for number in calls)], rows)
 
 
 def curves(panel, lines, references):
-    """Distance against calls into one panel of matplotlib: each row at its best and untuned, the range over the seeds.
+    """Distance against calls into one panel of matplotlib: each row at its best and untuned, the range over
+    the seeds.
 
     references: {words: distance}, a line each where it is not far below everything else.
     """
@@ -200,17 +211,20 @@ def draw(path, sets):
 
 
 def page_lines(name, budget):
-    return [line for row in NAMES for line in select(read(HERE / f"tuned_{name}.csv"), row=row, budget=budget)]
+    return [line for row in NAMES for line in select(read(HERE / f"tuned_{name}.csv"), row=row,
+                                                     budget=budget)]
 
 
 def page_tables():
-    """The tables of README.md: (set, training steps, Markdown). A purpose "..., smaller grid" is not in them."""
+    """The tables of README.md: (set, training steps, Markdown). A purpose "..., smaller grid" is not in
+    them."""
     for (name, (_, digits)), budget in itertools.product(SETS.items(), (4800, 19200)):
         lines, bounds = page_lines(name, budget), select(read(HERE / "bounds.csv"), set=name, budget=budget)
         bits = {row: values(select(bounds, row=row), "bound") for row in NAMES}
         calls = [number for number in CALLS if select(lines, calls=number)]
         best = "at its best" if budget == 4800 else "settings of 4,800 steps"
-        for purpose, title in ("untuned", "untuned"), ("result", best), ("tuned on itself", "tuned on itself"):
+        for purpose, title in ("untuned", "untuned"), ("result", best), ("tuned on itself",
+                                                                         "tuned on itself"):
             if some := select(lines, purpose=purpose):
                 yield name, budget, table(title, some, calls, bits, digits)
 
@@ -225,12 +239,14 @@ def page_picture(path):
 
 def parse_arguments():
     parser = compare.make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--tables", action="store_true", help="print the tables of experiments/README.md and draw its "
+    parser.add_argument("--tables", action="store_true",
+                        help="print the tables of experiments/README.md and draw its "
                         "picture; nothing else")
-    parser.add_argument("--tuned-at", type=int, metavar="STEPS", help="choose the settings of sampling after as many "
+    parser.add_argument("--tuned-at", type=int, metavar="STEPS",
+                        help="choose the settings of sampling after as many "
                         "training steps, for a long training (default: --budget)")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=compare.ROWS, default=["VQ-LCMD", "absorbing"],
-                        help="of compare.py (default: VQ-LCMD absorbing)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=compare.ROWS,
+                        default=["VQ-LCMD", "absorbing"], help="of compare.py (default: VQ-LCMD absorbing)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
                         help="the first one tunes, the others are measured (default: 0 1 2 3)")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3],
@@ -238,8 +254,8 @@ def parse_arguments():
     parser.add_argument("--short", type=int, default=600, help="steps of step 1 (default: 600)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="N",
                         help="of the network per image (default: 4 8 16 50)")
-    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no stronger one: "
-                        "some features like what looks bad (default: twice as much while the strongest is best)")
+    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no stronger "
+                        "one: some features like what looks bad (default: twice as much while that is best)")
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
     return parser.parse_known_args()
@@ -258,8 +274,8 @@ def main():
             best = best_setting(name, args, calls, shared)
             for seed in args.seeds[1:]:
                 for setting, purpose in (best, "result"), (compare.plain(name, calls), "untuned"):
-                    lines.append(compare.measure(shared.out / "tuned.csv", name, seed, args.budget, purpose, calls,
-                                                 setting, args.n, shared))
+                    lines.append(compare.measure(shared.out / "tuned.csv", name, seed, args.budget, purpose,
+                                                 calls, setting, args.n, shared))
     bits = {line["row"]: [] for line in lines}
     for row, _, bound in dict.fromkeys((line["row"], line["seed"], line["bound"]) for line in lines):
         bits[row].append(float(bound))
