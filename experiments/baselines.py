@@ -1,33 +1,31 @@
-"""What VQ-LCMD is compared with, on the same tokens and with the same transformer: discrete-state diffusion, and
-continuous diffusion trained by plain cross-entropy (at the end).
+"""What VQ-LCMD is compared with, on the same tokens and with the same transformer: discrete-state diffusion,
+and continuous diffusion trained by plain cross-entropy (at the end).
 
-Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn code with
-b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
+Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn
+code with b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
 
-    absorbing          a = 1 - t, c = t                      D3PM (Austin et al. 2021), MDLM (Sahoo et al. 2024)
-    uniform            a = 1 - t, b = t                      multinomial diffusion (Hoogeboom et al. 2021)
-    mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10   VQ-Diffusion (Gu et al. 2022)
+    absorbing          a = 1 - t, c = t                    D3PM (Austin et al. 2021), MDLM (Sahoo et al.
+    2024) uniform            a = 1 - t, b = t                     multinomial diffusion (Hoogeboom et al.
+    2021) mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10  VQ-Diffusion (Gu et al. 2022)
 
 The network p(k | x_t) predicts the clean token. With Q the step from s to t, by Bayes' rule,
 
     q(x_s = j | x_t = i, x_0 = k) = Q[j -> i] q_s(j | k) / q_t(i | k)
     p(x_s = j | x_t = i) = sum_k p(k | x_t) q(x_s = j | x_t = i, x_0 = k)
 
-    L = sum over T intervals (s, t] of KL( q(x_s | x_t, x_0) || p(x_s | x_t) )        (s = 0 gives -log p(x_0 | x_t))
+    L = sum over T intervals (s, t] of KL( q(x_s | x_t, x_0) || p(x_s | x_t) )    (s = 0: -log p(x_0 | x_t))
 
-bounds -log p(x_0) from above; nothing is left at t = 1. For T -> infinity the absorbing one is MDLM's integral of
--log p(x_i | x_t) / t over masked positions. T = 1000 here, within 1 / T of it.
+bounds -log p(x_0) from above. For T -> infinity the absorbing one is MDLM's integral of -log p(x_i | x_t) / t
+over masked positions. T = 1000 here, within 1 / T of it.
 """
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
+import common  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import DEFAULTS
 from losses import LOSS_ARGS, noise_like, sample_noise, stratified, training_loss
 from schedule import add_noise
@@ -60,10 +58,10 @@ def reverse(kind, p, x_t, t, s):
     keep, to_mask = a_t / a_s, 1 - (1 - c_t) / (1 - c_s)  # of one step; c_s < 1, for s < 1
     i, codes = x_t[..., None], torch.arange(K, device=p.device)
     masked, same = i == K, i == codes
-    q_t = torch.where(masked, c_t, a_t * same + b_t / K)                                           # q(x_t | x_0 = k)
-    weight = torch.where(q_t > 0, p / q_t.clamp(min=1e-30), 0)                                     # (..., K)
+    q_t = torch.where(masked, c_t, a_t * same + b_t / K)  # q(x_t | x_0 = k)
+    weight = torch.where(q_t > 0, p / q_t.clamp(min=1e-30), 0)  # (..., K)
     total = weight.sum(-1, keepdim=True)
-    arrive = torch.where(masked, to_mask, keep * same + (1 - keep - to_mask) / K)                  # Q[j -> x_t]
+    arrive = torch.where(masked, to_mask, keep * same + (1 - keep - to_mask) / K)  # Q[j -> x_t]
     as_code = arrive * (a_s * weight + b_s / K * total)
     as_mask = masked * c_s * total  # a mask stays one
     joint = torch.cat([as_code, as_mask], -1)
@@ -73,10 +71,9 @@ def reverse(kind, p, x_t, t, s):
 def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, temperature=1.0):
     """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
 
-    labels (B,), or None for the null class. guidance: omega, of the raw logits, as in EmbeddingDiffusion.guided. kind:
-    add what x_ti itself says of x_i, as the output prior does for VQ-LCMD: log q(x_t | x_0 = k) in the logits, that is
-    log(a [x_t = k] + b / K), and nothing where it is masked. The network learns what the neighbours say. temperature
-    divides the sum, as in sample.sample_tokens.
+    labels (B,), or None for the null class. guidance: omega, of the raw logits. temperature divides the sum
+    of all that follows. kind: add the closed-form term log q(x_t | x_0 = k) = log(a [x_t = k] + b / K), as
+    the output prior does for VQ-LCMD; nothing where x_t is a mask.
     """
     mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
@@ -86,7 +83,7 @@ def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, tempe
         logits = (1 + guidance) * logits - guidance * model(z, log_snr, null, mask=mask, table=table)
     if kind is not None:
         a, b, _ = (rate[:, None, None] for rate in rates(kind, t))
-        same = x_t[..., None] == torch.arange(model.K, device=x_t.device)                          # (B, N, K)
+        same = x_t[..., None] == torch.arange(model.K, device=x_t.device)  # (B, N, K)
         logits = logits + torch.where(mask[..., None], 0, (a * same + b / model.K).clamp(min=1e-30).log())
     return (logits / temperature).log_softmax(-1)
 
@@ -94,18 +91,17 @@ def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, tempe
 def loss(kind, model, schedule, x, generator, labels=None, analytic=False, auxiliary=0.0):
     """One draw of the bound per image, (B,), in nats per token: T times the KL of one interval, stratified.
 
-    analytic: with the closed-form term of predict. auxiliary: weight of -log p(x_0 | x_t) beside each interval's KL,
-    5e-4 in VQ-Diffusion, whose 100 steps make it a tenth of what it is here, 0.01 in D3PM's hybrid loss; with it this
-    is no bound.
+    analytic: with the closed-form term of predict. auxiliary: weight of -log p(x_0 | x_t) beside each
+    interval's KL (VQ-Diffusion: 5e-4, with 100 steps; D3PM's hybrid loss: 0.01); with it this is no bound.
     """
     number = (stratified(len(x), generator, x.device) * T).long()
-    t, s = (number + 1) / T, number / T                                                            # (B,)
+    t, s = (number + 1) / T, number / T  # (B,)
     x_t = corrupt(kind, x, model.K, t, generator)
     log_p = predict(model, schedule, x_t, t, labels, 0.0, kind if analytic else None)
     p = log_p.exp()
     truth = reverse(kind, F.one_hot(x, model.K).to(p.dtype), x_t, t[:, None], s[:, None])
     ours = reverse(kind, p, x_t, t[:, None], s[:, None])
-    kl = (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1)                 # (B, N)
+    kl = (torch.xlogy(truth, truth) - truth * ours.clamp(min=1e-30).log()).sum(-1)  # (B, N)
     if auxiliary:
         kl = kl - auxiliary * log_p.gather(-1, x[..., None])[..., 0]
     return T * kl.mean(1)
@@ -124,11 +120,11 @@ def time_grid(steps, end=None):
 
 
 @torch.no_grad()
-def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False, temperature=1.0,
-           guided_below=1.0, end=None):
-    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on time_grid(steps, end), then to t = 0. analytic: as in loss.
+def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0, analytic=False,
+           temperature=1.0, guided_below=1.0, end=None):
+    """n ancestral samples (n, N): x_s ~ p(x_s | x_t) on time_grid(steps, end), then to t = 0.
 
-    guided_below: omega counts for t up to this time only, as the interval of sample.sample_tokens.
+    analytic: as in loss. guided_below: omega counts for t up to this time only.
     """
     device = generator.device
     start = torch.full((model.K + 1,), KINDS[kind][0] / model.K, device=device)
@@ -144,17 +140,18 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
 
 
 @torch.no_grad()
-def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0, gumbel=1.0,
-                         guided_below=1.0):
-    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a cosine.
+def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0,
+                         gumbel=1.0, guided_below=1.0):
+    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a
+    cosine.
 
-    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise. guided_below: as in sample; t is the
-    share of the steps that is left.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise, t the share of the steps that is
+    left.
     """
     device, left = generator.device, model.N
     x = torch.full((n, model.N), model.K, device=device)
     for i in range(steps, 0, -1):
-        masks = x == model.K                                                                       # (n, N)
+        masks = x == model.K  # (n, N)
         omega = guidance if i / steps <= guided_below else 0.0
         log_p = predict(model, schedule, x, masks.float().mean(1), labels, omega, temperature=temperature)
         drawn = draw(log_p.exp(), generator)
@@ -179,9 +176,10 @@ def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
 
 
 def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.0):
-    """The loss of one batch for a row of an experiment. "loss": a discrete-state kind, or cross-entropy, else VQ-LCMD.
+    """The loss of one batch x (B, N), labels (B,) for a row of an experiment.
 
-    x (B, N), labels (B,); the other options are train.py's, with its defaults, and label_drop is an argument.
+    options["loss"]: one of KINDS, or cross-entropy, else VQ-LCMD. The others are train.py's, with its
+    defaults.
     """
     options, kind = DEFAULTS | options, options.get("loss")
     if kind and label_drop:

@@ -1,36 +1,33 @@
-"""What does the denoiser know at each noise level, is it right about how much, and what does the sampler show it?
+"""What does the denoiser know at each noise level, is it right about how much, and what does the sampler show
+it?
 
     python experiments/noise_levels.py runs/toy/ckpt.pt
 
 For each time t of the sampler's own grid, in bits per token of held-out images:
 
-    own         cross-entropy of what a token's own noisy embedding says (the closed-form likelihood, uniform prior)
-    CE          cross-entropy of p_theta(x | z_t): what the denoiser does not know
-    H           entropy of p_theta(x | z_t): what it believes not to know; equal to CE where it is calibrated
-    H, sampled  the same on the sampler's own z_t: above H, it has gone where the denoiser knows less than on data
-    L_diff      the integrand of the bound with the exact weight, and with the clipped one of training
-    bound       CE + the integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are read out
-                at t, not at 0. For the true posterior of independent tokens it is the same at every t: where it does
-                not rise towards t = 0, the denoiser loses nothing at the smaller noise
+    own         cross-entropy of what a token's own noisy embedding says (the closed-form likelihood, uniform
+    prior) CE          cross-entropy of p_theta(x | z_t): what the denoiser does not know H           entropy
+    of p_theta(x | z_t): what it believes not to know; equal to CE where it is calibrated H, sampled  the same
+    on the sampler's own z_t: above H, it has gone where the denoiser knows less than on data L_diff      the
+    integrand of the bound with the exact weight, and with the clipped one of training bound       CE + the
+    integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are read out
+                at t, not at 0. Where it does not rise towards t = 0, nothing is lost at the smaller noise.
 
-The settings of the sampler are those of the checkpoint without guidance, unless given.
+The sampler has the settings of the checkpoint, unless given, and no guidance.
 """
 
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import markdown
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from agreement import read_checkpoint_and_data
-
-from engine.config import DEFAULTS
+from engine.distributed import choose_device
 from engine.randomness import generator_for, image_generators
+from extras.datasets import find
 from losses import diffusion_loss, stratified
-from sample import sample_tokens
+from sample import load_checkpoint, sample_tokens
 from schedule import add_noise
 
 COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped", "bound")
@@ -43,11 +40,13 @@ def entropy(p):
 
 @torch.no_grad()
 def known_at(model, schedule, x, labels, t, clip, generator):
-    """Means over tokens x (B, N) at one time t, in nats: own, CE, H, L_diff and L_diff with the weight clipped."""
+    """Means over tokens x (B, N) at one time t, in nats: own, CE, H, L_diff and L_diff with the weight
+    clipped."""
     table = model.table()
     e = F.embedding(x, table)
     times = torch.full((len(x),), t, device=x.device)
-    log_snr = schedule.log_snr(torch.tensor(t, dtype=torch.float64)).to(times).expand(len(x))      # as the sampler's
+    # as the sampler's
+    log_snr = schedule.log_snr(torch.tensor(t, dtype=torch.float64)).to(times).expand(len(x))
     z = add_noise(e, log_snr, torch.randn(e.shape, generator=generator, device=x.device))
     logits = model(z, log_snr, labels, table=table)
     own, ce = (F.cross_entropy(scores.flatten(0, 1), x.flatten()) for scores in
@@ -60,9 +59,11 @@ def known_at(model, schedule, x, labels, t, clip, generator):
 
 @torch.no_grad()
 def integrand(model, schedule, x, labels, generator):
-    """Times (B,) and L_diff / density of the times (B,), exact weight, one draw per image of x (B, N); nats, float64.
+    """Times (B,) and L_diff / density of the times (B,), exact weight, one draw per image of x (B, N); nats,
+    float64.
 
-    t = u^2, of density 1 / (2 u): more draws where the weight is large. The mean over t_i >= t is the integral from t.
+    t = u^2, of density 1 / (2 u): more draws where the weight is large. The mean over t_i >= t is the
+    integral from t.
     """
     table = model.table()
     u, e = stratified(len(x), generator, x.device), F.embedding(x, table)
@@ -76,15 +77,16 @@ def integrand(model, schedule, x, labels, generator):
 
 @torch.no_grad()
 def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip, batch=256):
-    """{t: {column: bits per token}} over x (M, N) with labels (M,), t from 1 to the end of the sampler's grid."""
+    """{t: {column: bits per token}} over x (M, N) with labels (M,), t from 1 to the end of the sampler's
+    grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
     found, draws = {}, []
     for start in range(0, len(x), batch):
         rows, classes = (value[start:start + batch].to(device) for value in (x, labels))
         seen = []  # (t, entropy of p_theta) along the sampler's own way
-        sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))), steps, 0.0,
-                      sampler, temperature=temperature,
-                      callback=lambda t, p, seen=seen: seen.append((t, entropy(p).mean().cpu().double())))
+        sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))),
+                      steps, 0.0, sampler, temperature=temperature, callback=lambda t, p,
+                      seen=seen: seen.append((t, entropy(p).mean().cpu().double())))
         for t, sampled in seen:
             own, ce, predicted, exact, clipped = known_at(model, schedule, rows, classes, t, clip,
                                                           generator_for(seed, "evaluation", start, device))
@@ -102,31 +104,34 @@ def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip
 def main():
     parser = argparse.ArgumentParser(description="What a denoiser knows at each noise level.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
-    parser.add_argument("--data", default="toy", help="the data that the checkpoint was trained on (default: toy)")
+    parser.add_argument("--data", default="toy",
+                        help="the data that the checkpoint was trained on (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--n", type=int, default=1000, help="held-out images, and samples (default: 1000)")
-    parser.add_argument("--steps", type=int, default=16, help="of the sampler, the lines of the table (default: 16)")
+    parser.add_argument("--steps", type=int, default=16,
+                        help="of the sampler, the lines of the table (default: 16)")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: the checkpoint's")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
-    try:
-        pipeline, _, test = read_checkpoint_and_data(args)
-    except ValueError as error:
-        print(f"noise_levels.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    chosen = torch.arange(min(args.n, len(test))) * len(test) // min(args.n, len(test))  # evenly over all classes
-    x = torch.cat([pipeline.tokenizer.encode(test.batch(part).to(pipeline.device)) for part in chosen.split(250)])
-    labels = test.labels[chosen] if test.class_names else torch.zeros(len(chosen), dtype=torch.long)
+    pipeline, source = load_checkpoint(args.checkpoint, choose_device(args.device)), find(args.data,
+                                                                                          args.root)
+    if source.class_names != pipeline.class_names:
+        parser.error(f"--data {args.data} has other classes than {args.checkpoint}")
+    _, test = source.load(pipeline.tokenizer.size)
+    n = min(args.n, len(test))
+    chosen = torch.arange(n) * len(test) // n  # evenly over all classes
+    x = torch.cat([pipeline.tokenizer.encode(test.batch(part).to(pipeline.device)) for part
+                   in chosen.split(250)])
+    labels = test.labels[chosen] if test.class_names else torch.zeros(n, dtype=torch.long)
     found = noise_levels(pipeline, x, labels, steps=args.steps, temperature=args.temperature, seed=args.seed,
                          sampler=args.sampler or pipeline.sampling["sampler"],
-                         clip=pipeline.config["training"].get("weight_clip", DEFAULTS["weight_clip"]))
-    print(f"bits per token, {len(x):,} held-out images, {args.steps} steps, seed {args.seed}\n\n| t | log-SNR | "
-          + " | ".join(COLUMNS) + " |\n|" + " --- |" * (2 + len(COLUMNS)))
-    for t, line in found.items():
-        print(f"| {t:.3f} | {float(pipeline.schedule.log_snr(torch.tensor(t))):.1f} | "
-              + " | ".join(f"{line[name]:.3f}" for name in COLUMNS) + " |")
+                         clip=pipeline.config["training"]["weight_clip"])
+    print(f"bits per token, {n:,} held-out images, {args.steps} steps, seed {args.seed}\n")
+    rows = [[f"{t:.3f}", f"{float(pipeline.schedule.log_snr(torch.tensor(t))):.1f}",
+             *(f"{line[name]:.3f}" for name in COLUMNS)] for t, line in found.items()]
+    print(markdown(["t", "log-SNR", *COLUMNS], rows))
 
 
 if __name__ == "__main__":

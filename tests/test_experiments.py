@@ -1,0 +1,440 @@
+"""The experiments: discrete diffusion by enumeration of all states, and each program with tiny settings.
+
+The transition matrices are written out here, (K + 1, K + 1), and the steps between two times solved from
+them.
+"""
+
+import functools
+import itertools
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import baselines
+import collapse
+import common
+import compare
+import first_hour
+import markov_chain
+import noise_levels
+import numpy as np
+import pytest
+import scipy.special
+import speed
+import torch
+import torch.nn.functional as F
+import tuned
+from torch.utils.flop_counter import FlopCounterMode
+
+import losses
+from embedding_diffusion import EmbeddingDiffusion
+from engine.config import DEFAULTS, PRESETS
+from engine.randomness import image_generators
+from sample import default_end, sample_tokens
+from schedule import ShiftedCosine, alpha_sigma
+from tests.common import TINY, call, close, flags, seeded
+from tests.exact import chi_square, small_model
+from vqvae import VQVAE
+
+LEVELS = ShiftedCosine(0.4, -10, 7)
+SHARES = {"absorbing": lambda t: (1 - t, 0, t), "uniform": lambda t: (1 - t, t, 0),
+          "mask-and-replace": lambda t: (1 - t, 0.1 * t, 0.9 * t)}  # still itself, any code, masked
+
+
+def network(depth=1, **sizes):
+    """A denoiser with random weights, two classes and no output prior, which has nothing to say of clean
+    embeddings."""
+    return small_model(num_classes=2, output_prior=False, depth=depth, **sizes).float()
+
+
+def corruption(kind, K, t):
+    """(K + 1, K + 1): probability of each state at t, given the state at 0; a mask stays one."""
+    a, b, c = SHARES[kind](t)
+    Q = np.zeros((K + 1, K + 1))
+    Q[:K, :K] = a * np.eye(K) + b / K
+    Q[:K, K], Q[K, K] = c, 1
+    return Q
+
+
+def steps_back(kind, K, t, s):
+    """(K, K + 1, K + 1): q(x_s = j | x_t = i, x_0 = k) at [k, i, j]; NaN where x_t = i is impossible."""
+    Q_s, Q_t = corruption(kind, K, s), corruption(kind, K, t)
+    step = np.linalg.solve(Q_s, Q_t)  # from s to t
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (Q_s[:K, None, :] * step.T[None] / Q_t[:K, :, None]).clip(0)
+
+
+def predicted(model, x_t, t, labels, omega=0.0, kind=None, temperature=1.0):
+    """p(x_0 | x_t) (B, N, K) of states (B, N) at times (B,): what the network is to be told, and is not."""
+    masked = x_t == model.K
+    z = torch.stack([torch.zeros(model.D) if i == model.K else model.table()[i] for i
+                     in x_t.flatten().tolist()])
+    z = z.view(*x_t.shape, model.D)
+    conditional, null = (model(z, LEVELS.log_snr(t), c, mask=masked).double() for c
+                         in (labels, 0 * labels + 2))
+    logits = (1 + omega) * conditional - omega * null
+    if kind is not None:
+        evidence = torch.stack([torch.from_numpy(corruption(kind, model.K, float(time))[:-1, row].T)
+                                for row, time in zip(x_t, t, strict=True)])
+        logits = torch.where(masked[..., None], logits, logits + evidence.log())
+    return (logits / temperature).softmax(-1).detach().numpy()
+
+
+def mixed(back, p, i):
+    """sum_k p(k) q(x_s | x_t = i, x_0 = k), the impossible k left out and the rest normalised: (K + 1,)."""
+    possible = ~np.isnan(back[:, i]).any(1)
+    row = p[possible] @ back[possible, i]
+    return row / row.sum()
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_bound_by_enumeration(kind, monkeypatch):
+    """loss() of given labels, plain, with the closed form, and with the auxiliary term: each image's value
+    from the same random numbers, state by state."""
+    monkeypatch.setattr(baselines, "T", 5)
+    model, K, B = network(K=3, grid=(1, 2)), 3, 12
+    x, labels = torch.randint(K, (B, 2), generator=seeded(1)), torch.arange(B) % 2
+    for analytic, auxiliary in ((False, 0.0), (True, 0.0), (False, 0.3)):
+        analytic = analytic and kind != "absorbing"
+        found = baselines.loss(kind, model, LEVELS, x, seeded(2), labels, analytic, auxiliary)
+        generator, expected = seeded(2), []
+        numbers = ((torch.rand((), generator=generator) + torch.arange(B) / B) % 1 * 5).long()
+        u, other = torch.rand(B, 2, generator=generator), torch.randint(K, (B, 2), generator=generator)
+        t = (numbers[:, None] + 1) / 5
+        a, b, _ = SHARES[kind](t)
+        x_t = torch.where(u < a, x, torch.where(u < a + b, other, K))
+        p = predicted(model, x_t, t[:, 0], labels, kind=kind if analytic else None)
+        for i, number in enumerate(numbers.tolist()):
+            back, total = steps_back(kind, K, (number + 1) / 5, number / 5), 0
+            for position, state in enumerate(x_t[i].tolist()):
+                truth, ours = back[x[i, position], state], mixed(back, p[i, position], state)
+                total += scipy.special.rel_entr(truth, ours).sum() - auxiliary * np.log(p[i, position,
+                                                                                          x[i, position]])
+            expected.append(5 * total / 2)
+        close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-4, atol=2e-5)  # float32
+    assert len(set(numbers.tolist())) == 5
+
+
+@pytest.mark.parametrize("end", [None, 0.55])
+@pytest.mark.parametrize("kind", SHARES)
+def test_samples_by_enumeration(kind, end):
+    """Two tokens in three steps, the last one or two guided: 4,000 samples follow the product of three
+    matrices."""
+    model, K, steps, n = network(K=3, grid=(1, 2)), 3, 3, 4000
+    kind_of, states = None if kind == "absorbing" else kind, list(itertools.product(range(K + 1), repeat=2))
+    _, b, c = SHARES[kind](1)
+    one = np.array([b / K] * K + [c])
+    now = np.outer(one, one).ravel()
+    for t, s in ((1, 0.775), (0.775, 0.55), (0.55, 0)) if end else ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
+        back, matrix = steps_back(kind, K, t, s), np.zeros((len(states), len(states)))
+        p = predicted(model, torch.tensor(states), torch.full((len(states),), t),
+                      torch.ones(len(states)).long(), 0.7 * (t < 0.7), kind_of, 1.6)
+        for row, state in enumerate(states):
+            if now[row]:
+                matrix[row] = np.outer(*(mixed(back, p[row, j], state[j]) for j in (0, 1))).ravel()
+        now = now @ matrix
+    assert now.sum() == pytest.approx(1)
+    drawn = baselines.sample(kind, model, LEVELS, n, steps, seeded(0), torch.ones(n).long(), 0.7,
+                             kind_of is not None, 1.6, 0.7, end)
+    counts = torch.bincount(drawn @ torch.tensor([K + 1, 1]), minlength=(K + 1) ** 2).numpy()
+    assert not counts[now < 1e-9].any() and (now > 1e-9).sum() == K * K
+    assert chi_square(counts[now > 1e-9], n * now[now > 1e-9]) > 1e-3
+
+
+@pytest.mark.parametrize("temperature, gumbel, masks, below", [
+    (1.0, 0.0, [6, 5, 4, 2], 1.0), (0.7, 2.0, [6, 5, 4, 2], 0.5), (1.0, 0.0, [6, 5, 4, 3, 2, 1, 0], 1.0)])
+def test_most_confident_tokens_are_kept(temperature, gumbel, masks, below):
+    """With the likeliest code in the place of the draw: which positions are decoded in which step, image by
+    image.
+
+    No call is for nothing while there are masks, though the cosine would have it.
+    """
+    model, n, steps = network(K=5, grid=(2, 3)), 4, len(masks)
+    labels, visited = torch.tensor([0, 1, 1, 0]), []
+    predict = baselines.predict
+
+    def watched(*args, **options):
+        visited.append(args[2].clone())
+        return predict(*args, **options)
+
+    with mock.patch.object(baselines, "draw", lambda p, generator: p.argmax(-1)), mock.patch.object(
+            baselines, "predict", watched):
+        found = baselines.sample_by_confidence(model, LEVELS, n, steps, seeded(3), labels, 1.5, temperature,
+                                               gumbel, below)
+    x, generator = torch.full((n, 6), 5), seeded(3)
+    for i in range(steps):
+        assert torch.equal(visited[i], x)
+        t, noise = 1 - i / steps, torch.empty(n, 6).exponential_(generator=generator)
+        left = (masks[1:] + [0])[i]
+        every = predicted(model, x, torch.full((n,), masks[i] / 6), labels, 1.5 * (t <= below),
+                          temperature=temperature)
+        for row, p in enumerate(every):
+            open_ = [j for j in range(6) if x[row, j] == 5]
+            score = {j: np.log(p[j].max()) - gumbel * (t - 1 / steps) * float(noise[row, j].log()) for j
+                     in open_}
+            for j in sorted(open_, key=score.get)[left:]:
+                x[row, j] = int(p[j].argmax())
+    assert torch.equal(found, x) and (found < 5).all()
+    assert [int((v == 5).sum(1)[0]) for v in visited] == masks
+
+
+def test_objective_of_every_row():
+    """Label drop, the share at t = 0, options and teacher of each kind of row: the scalar by its own
+    formula."""
+    model, ema = network(K=6).double(), network(K=6).double()
+    ema.head.weight.data[0] += 0.5
+    x, labels = torch.randint(6, (16, 4), generator=seeded(0)), torch.arange(16) % 2
+    generator = seeded(1)
+    dropped = torch.where(torch.rand(16, generator=generator) < 0.5, 2, labels)
+    assert (dropped == 2).any() and (dropped < 2).any()
+    for kind, more in (("uniform", {"auxiliary": 0.1, "analytic": True}), ("absorbing", {})):
+        after = torch.Generator()
+        after.set_state(generator.get_state())
+        expected = baselines.loss(kind, model, LEVELS, x, after, dropped, more.get("analytic", False),
+                                  more.get("auxiliary", 0.0)).mean()
+        assert torch.equal(baselines.objective({"loss": kind} | more, model, ema, LEVELS, x, labels,
+                                               seeded(1), 0.5), expected)
+        assert not torch.equal(expected, baselines.objective({"loss": kind}, model, ema, LEVELS, x, labels,
+                                                             seeded(1)))
+    # cross-entropy at stratified times, the first quarter at t = 0
+    found = baselines.objective({"loss": "cross-entropy", "rec_fraction": 0.25}, model, ema, LEVELS, x,
+                                labels, seeded(1), 0.5)
+    t = torch.cat([torch.zeros(4), (torch.rand((), generator=generator) + torch.arange(12) / 12) % 1])
+    alpha, sigma = (v[:, None, None] for v in alpha_sigma(LEVELS.log_snr(t)))
+    z = alpha * model.table()[x] + sigma * torch.randn(16, 4, model.D, generator=generator,
+                                                       dtype=torch.float64)
+    log_p = model(z, LEVELS.log_snr(t), dropped).log_softmax(-1)
+    close(found, -(log_p * F.one_hot(x, 6)).sum(-1).mean())
+    # VQ-LCMD: train.py's options, one by one
+    for options in ({}, {"teacher": "current"}, {"w_rec": 3.0}, {"w_diff": 3.0}, {"w_cm": 0.0},
+                    {"weight_clip": 0.5}, {"cm_pairs": "shared"}, {"rec_fraction": 0.5},
+                    {"max_drop_rate": 0.9}, {"max_gap": 0.1}):
+        o = DEFAULTS | options
+        noisy = losses.sample_noise(model, x, labels, seeded(1), label_drop=0.5,
+                                    rec_fraction=o["rec_fraction"], max_drop_rate=o["max_drop_rate"],
+                                    max_gap=o["max_gap"])
+        expected, _ = losses.training_loss(model, model if options.get("teacher") else ema, LEVELS, *noisy,
+                                           w_rec=o["w_rec"], w_diff=o["w_diff"], w_cm=o["w_cm"],
+                                           weight_clip=o["weight_clip"], cm_pairs=o["cm_pairs"])
+        found = baselines.objective(options, model, ema, LEVELS, x, labels, seeded(1), 0.5)
+        assert torch.equal(found, expected), options
+        if options:
+            assert not torch.equal(found, baselines.objective({}, model, ema, LEVELS, x, labels, seeded(1),
+                                                              0.5))
+
+
+@pytest.mark.parametrize("kind", [None, "absorbing"])
+def test_guided_steps_are_two_calls(kind, monkeypatch):
+    """As many steps as calls allow, counted at the network."""
+    model, labels, n = network(), torch.tensor([0, 1]), []
+    monkeypatch.setattr(type(model), "forward", lambda self, z, *_, **__: n.append(len(z)) or torch.zeros(
+        *z.shape[:2], self.K))
+    for calls, below, end in itertools.product((2, 4, 8, 13, 16, 50), (1.0, 0.5), (None, 0.3)):
+        steps, guided = tuned.most_steps(calls, below, kind is not None, end)
+        for count, more in ((steps, 0), (steps + 1, 1)):
+            n.clear()
+            if kind:
+                baselines.sample(kind, model, LEVELS, 2, count, seeded(0), labels, 1.0, guided_below=below,
+                                 end=end)
+            else:
+                sample_tokens(model, LEVELS, labels, image_generators(0, range(2)), count, 1.0, "ancestral",
+                              interval=(0.0, below), end=default_end(count) if end is None else end)
+            assert sum(n) / 2 > calls if more else sum(n) / 2 == steps + guided <= calls
+
+
+# ----------------------------------------------------------------------------
+# The programs.
+
+@pytest.fixture
+def tiny(folder, tmp_path, monkeypatch):
+    """A command line for compare.py and tuned.py, with train.py in this process."""
+    def run(words, **_):
+        return SimpleNamespace(returncode=call("train.py", *words[2:]) if "train.py" in words[1] else 0,
+                               stdout="abc")
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "DRAWS", 64)
+    kernel_distance = functools.partial(compare.Evaluator.__call__.__globals__["kernel_distance"], subsets=2)
+    monkeypatch.setitem(compare.Evaluator.__call__.__globals__, "kernel_distance", kernel_distance)
+    return ["--data", folder, "--out", tmp_path / "c", "--classifier-steps", 2, *flags(TINY)]
+
+
+def test_compare(tiny, run, tmp_path):
+    """VQ-LCMD is train.py bit for bit; the same command again computes nothing; other settings need another
+    --out."""
+    rows, path = ["VQ-LCMD", "absorbing", "cross-entropy",
+                  "frozen random table"], tmp_path / "c" / "results.csv"
+    words = [*tiny, "--budget", TINY["steps"], "--n", 4, "--sampling-steps", 1, 2, "--only", *rows]
+    assert call(compare, *words) == 0
+    weights = {name: torch.load(compare.weights_of(tmp_path / "c", name, 0, TINY["steps"])) for name in rows}
+    expected = torch.load(run / "ckpt.pt", weights_only=True)["ema"]
+    assert all(torch.equal(weights["VQ-LCMD"]["ema"][name], value) for name, value in expected.items())
+    frozen, moved = (weights[name]["curve"] for name in ("frozen random table", "cross-entropy"))
+    assert frozen[0][1:] == frozen[-1][1:] and moved[0][1:] != moved[-1][1:]
+    lines, before = common.read(path), path.read_text()
+    # with 5 omegas; 2 more samplers
+    assert [len(common.select(lines, row=name)) for name in rows] == [9, 9, 7, 2]
+    assert all(0 <= float(line["recall"]) <= 1 and 0 < float(line["bound"]) for line in lines)
+    with mock.patch.object(compare, "plot"):
+        assert call(compare, *words) == 0 and path.read_text() == before
+    assert "| frozen random table | ancestral |" in (tmp_path / "c" / "results.md").read_text()
+    assert {"VQ-LCMD-ddim-2.png", "absorbing-confidence-1.png", "collapse.png"} < {
+        file.name for file in (tmp_path / "c").iterdir()}
+    path.unlink()
+    assert "other settings" in call(compare, *words, "--clip", 2.0)
+
+
+def test_tuned(tiny, folder, tmp_path, monkeypatch):
+    """The least bound chooses the rate, the least distance of the first seed the setting; all others are
+    measured."""
+    monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
+        compare.plain("VQ-LCMD", calls) | {"temperature": t, "end": 0.3} for t in (0.5, 1.0)])
+    monkeypatch.setattr(compare, "bound", lambda name, *_: abs(math.log2(compare.ROWS[name]["lr"] / 4e-2)))
+    words = [*tiny, "--features-of", folder, "--budget", 3, "--tuned-at", 2, "--short", 1, "--rates", 1e-2,
+             2e-2, "--seeds", 0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD"]
+    assert call(tuned, *words) == 0
+    rates, lines = (common.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
+    assert {line["lr"] for line in rates} == {"0.01", "0.02", "0.04", "0.08"}
+    assert {line["row"] for line in lines} == {"VQ-LCMD, lr 0.04"} and {line["lr"] for line
+                                                                        in lines} == {"0.04"}
+    tried = common.select(lines, purpose="tried", seed=0, budget=2)
+    chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
+    assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r
+            in lines[2:]] == [("result", "1", "4", chosen),
+                              ("untuned", "1", "4", "1.0")] and (tmp_path / "c" / "tuned.png").exists()
+    assert not any(line["kid"] for line in tried) and all(line["kid"] for line in lines[2:])
+    assert f"{folder.name}'s classes" in lines[0]["features"] and not lines[0]["agreement"]
+    assert call(tuned, *words) == 0 and common.read(tmp_path / "c" / "tuned.csv") == lines
+
+
+def test_what_is_tried():
+    """Calls, guidance, ends and temperatures of settings()."""
+    some = tuned.settings("absorbing", 4, True)
+    assert len(some) == 102 and all(s["end"] == "" for s in some if s["sampler"] == "confidence")
+    assert {(s["steps"], s["guided_below"]) for s in some if s["guidance"]} == {(2, 1.0), (3, 0.5)}
+    assert all(not s["guidance"] for s in tuned.settings(None, 1, True)) and len(tuned.settings(None, 1,
+                                                                                                False)) == 7
+    ends = [{s["end"] for s in tuned.settings(*of, False)} for of in ((None, 4), ("uniform", 8), (None, 16))]
+    assert ends == [{0.05, 0.3, 0.45, 0.6}, {"", 0.3, 0.45, 0.6}, {0.0, 0.3}]
+
+
+@pytest.mark.parametrize("calls, most, end, omega, taken", [
+    (4, 64.0, 0.75, 8.0, (0.75, 8.0)), (4, 2.0, 0.99, 8.0, (0.9, 2.0)), (8, 64.0, 0.3, 0.5, (0.3, 0.5)),
+    (16, 64.0, 0.45, 0.0, (0.45, 0.0)), (50, 64.0, 0.0, 4.0, (0.0, 4.0))])
+def test_while_the_largest_is_best_a_larger_one_is_tried(calls, most, end, omega, taken, monkeypatch):
+    """... of guidance and of the time of the last call, up to a limit."""
+    monkeypatch.setattr(compare, "measure", lambda path, name, seed, at, purpose, calls, setting, *_: {
+        "distance": abs(setting["end"] - end) + abs(setting["guidance"] - omega)})
+    args = SimpleNamespace(most_guidance=most, seeds=[0], tuned_at=1, tune_n=4)
+    best = tuned.best_setting("VQ-LCMD", args, calls, SimpleNamespace(classes=2, out=Path()))
+    assert (best["end"], best["guidance"]) == taken
+
+
+def test_the_tables_of_the_readme(tmp_path):
+    """Every line of the tables that the CSV files give stands there; an end is named where it is not the
+    default."""
+    text = (common.HERE / "README.md").read_text()
+    lines = [line for _, _, table in tuned.page_tables() for line in table.splitlines()]
+    assert len(lines) > 40 and [line for line in lines if line not in text] == []
+    tuned.page_picture(tmp_path / "tuned.png")
+    assert (tmp_path / "tuned.png").stat().st_size > 10_000
+    line = dict(row="VQ-LCMD", steps="4", guidance="0.0", guided_below="1.0", temperature="1.0", sampler="",
+                end="0.05")
+    guided = line | {"guidance": "2.0", "guided_below": "0.5"}
+    assert [tuned.words(line | {"end": end}) for end in ("0.05", "0.0")] == ["4 steps, τ 1",
+                                                                             "4 steps, τ 1, end 0"]
+    assert tuned.words(line | {"row": "uniform"}) == "4 steps, τ 1, end 0.05"
+    assert tuned.words(guided | {"end": "0.3"}) == "4 steps, ω 2 at t ≤ 0.5, τ 1"
+
+
+def test_markov_chain(tmp_path, monkeypatch):
+    """Entropy and score by enumeration; rows of every kind run, and the same command again computes
+    nothing."""
+    for name, value in dict(K=4, N=3, BATCH=8).items():
+        monkeypatch.setattr(markov_chain, name, value)
+    chain, every = markov_chain.Chain(), np.array(list(itertools.product(range(4), repeat=3)))
+    p = chain.start[every[:, 0]] * (chain.transition[every[:, :-1], every[:, 1:]]).prod(1)
+    assert p.sum() == pytest.approx(1, abs=1e-12) and chain.bigrams.sum(0) == pytest.approx(chain.start)
+    assert chain.entropy() == pytest.approx(-(p * np.log(p)).sum() / 3, abs=1e-12)
+    drawn = chain.draw(20000, np.random.default_rng(0))
+    assert chi_square(np.bincount(drawn @ [16, 4, 1], minlength=64), 20000 * p) > 1e-3
+    nll, distance = chain.score(every[:1])  # 0, 0, 0: all bigrams are (0, 0)
+    assert nll == pytest.approx(-np.log(p[0]) / 3) and distance == pytest.approx(1 - chain.bigrams[0, 0])
+    rows, path = ["rec + diff", "plain cross-entropy", "discrete: absorbing"], tmp_path / "results.csv"
+    words = ["--seeds", 1, "--steps", 2, "--samples", 20, "--out", tmp_path, "--only", *rows]
+    assert call(markov_chain, *words) == 0
+    lines = common.read(path)
+    assert [line["row"] for line in lines] == rows and all(float(line["NLL 50"]) > 0 for line in lines)
+    assert call(markov_chain, *words) == 0 and common.read(path) == lines
+    assert all(f"| {row} | 1 |" in (tmp_path / "results.md").read_text() for row in rows)
+
+
+def test_collapse(tmp_path, monkeypatch):
+    """All start from one table and end elsewhere; the film has a frame for each measurement."""
+    monkeypatch.setattr(collapse, "FRAMES", 2)
+    monkeypatch.setattr(collapse, "SAMPLES", 20)
+    assert call(collapse, "--steps", 4, "--seed", 3, "--out", tmp_path) == 0
+    lines = common.read(tmp_path / "results.csv")
+    assert [(line["row"], line["step"]) for line in lines] == [(name, n) for name in collapse.ROWS for n
+                                                               in "024"]
+    first, last = ({line["mean_distance"] for line in common.select(lines, step=n)} for n in (0, 4))
+    assert len(first) == 1 and len(last) == 4 and (tmp_path / "collapse.png").exists()
+    assert (tmp_path / "collapse.gif").stat().st_size > 1000
+
+
+def test_noise_levels(folder, run, capsys):
+    """An untrained network is the exact denoiser of independent tokens: CE is the token's own, and CE(t) +
+    the integral of L_diff from t to 1 is log K for every t. The terms by hand."""
+    torch.manual_seed(0)
+    model, schedule = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2), ShiftedCosine(0.7, -10, 7)
+    x, labels, t = torch.randint(6, (16000, 4)), torch.zeros(16000, dtype=torch.long), 0.2
+    own, ce, H, exact, clipped = noise_levels.known_at(model, schedule, x, labels, t, 0.5, seeded(0))
+    log_snr, e = schedule.log_snr(torch.tensor(t)), model.table()[x]
+    alpha, sigma = alpha_sigma(log_snr)
+    z = alpha * e + sigma * torch.randn(e.shape, generator=seeded(0))
+    # (B, N, K)
+    p = (-(z[:, :, None] - alpha * model.table()).square().sum(-1) / (2 * sigma ** 2)).softmax(-1)
+    weight = -schedule.d_log_snr(torch.tensor(t)) / 2
+    by_hand = weight * log_snr.exp() * (e - p @ model.table()).square().sum(-1).mean()
+    close(torch.stack([own, H, exact]), torch.stack([ce, -(p * p.log()).sum(-1).mean(), by_hand]).double(),
+          rtol=1e-5, atol=0)
+    close(clipped / exact, (0.5 / log_snr.exp()).double(), rtol=1e-6, atol=0)
+    times, values = noise_levels.integrand(model, schedule, x, labels, seeded(1))
+    for t in (0.02, 0.3, 0.8):
+        ce, rest = noise_levels.known_at(model, schedule, x, labels, t, 1,
+                                         seeded(2))[1], values * (times >= t)
+        error = (rest.std() + math.log(6)) / len(x) ** 0.5  # the second part: more than CE's own
+        assert abs(ce + rest.mean() - math.log(6)) < 3 * error < 0.15
+    words = [run / "ckpt.pt", "--n", 40, "--steps", 3, "--sampler", "ddim", "--temperature", 0.8, "--data"]
+    assert call(noise_levels, *words, "toy") == 2 and "other classes" in capsys.readouterr().err
+    assert call(noise_levels, *words, folder) == 0
+    assert len(re.findall(r"^\| [\d.]+ \| -?[\d.]+ \|( [\d.]+ \|){7}$", capsys.readouterr().out, re.M)) == 3
+
+
+def test_speed(capsys, monkeypatch):
+    """All tables at tiny sizes, compilers left out; FLOPs by PyTorch's own counter."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    sizes = dict(size=8, f=4, K=8, D=4, width=16, depth=1, heads=2, batch=6, micro_batch=3)
+    assert call(speed, *flags(sizes), "--repeat", 1, "--inner", 1, "--sample-steps", 2, "--compile") == 0
+    ways = dict(re.findall(r"^\| ([^|]+) \| [\d.e-]+ \| ([\d.]+) \|", capsys.readouterr().out, re.M))
+    assert len(ways) == 8 + 4 and ways["denoiser"] == "1.00"
+    model = EmbeddingDiffusion(8, (4, 4), 4, 16, 3, 2)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(1, 16, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    small = 2 * (128 * 16 + 16 * 16 + 2 * 16 * 16)  # conditioning and last modulation, which it leaves out
+    assert counter.get_total_flops() - small == speed.forward_flops(model)
+
+
+def test_first_hour(monkeypatch, tmp_path):
+    """Tokens of a GPU that rounds wrongly are found out; a part that fails says why."""
+    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"] | {"tokenizer_width": 16, "K": 9})
+    encode = VQVAE.encode
+    monkeypatch.setattr(VQVAE, "encode", lambda model, x: encode(model, x) // (1 + model.bf16))
+    monkeypatch.setitem(first_hour.PARTS, "resume", lambda here: [][0])
+    assert call(first_hour, "--out", tmp_path, "--only", "tokens", "resume", "--device", "cpu") == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "Not as predicted: 2" in text and "float32 | 1 | at least 0.98 | yes |" in text
+    assert "bfloat16" in text and "| ended early | IndexError: list index out of range |  | **no** |" in text
