@@ -42,8 +42,7 @@ from extras.fid_sources import FEW
 from extras.grids import contact_sheet
 from extras.image_cache import load_through_cache, plan_cache
 from extras.inception import find_inception
-from extras.meta_count import chip_of
-from extras.price import advice, estimate, report, summary
+from extras.cost import advice, chip_of, estimate, report, summary
 from extras.published_vqgan import make_tokenizer
 from extras.run_page import page_of_a_run
 from extras.sampling_options import WNID
@@ -190,11 +189,11 @@ def check_options(args, source, out, device, init, by_number):
 
 
 def find_price(args, source, config, models, tokenizer, out, device):
-    """price.estimate of what is left of the run; says it in a line, with --dry-run in full, and what does not fit."""
+    """cost.estimate of what is left of the run; says it in a line, with --dry-run in full, and what does not fit."""
     found = estimate(config, models, source.counts(), chip_of(device, args.chip), rank_and_world()[1],
                      trains_tokenizer=not tokenizer and not (out / "tokens.npy").exists())
     print("\n".join(report(found)) if args.dry_run else summary(found))
-    for line in advice(found, config, models):
+    for line in advice(found):
         print(line)
     return found
 

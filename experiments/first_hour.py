@@ -35,7 +35,7 @@ from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import compute_gradient
 from engine.randomness import image_generators
 from extras.inception import InceptionV3, fold_batch_norm
-from extras.price import chip_of, estimate
+from extras.cost import chip_of, estimate
 from extras.vqgan_losses import LPIPS
 from losses import NOISE_ARGS, sample_noise
 from sample import sample_tokens

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.process import UserError, user_error
-from extras.price import fitting_batch
+from extras.cost import fitting_batch
 from sample import SAMPLERS, check_settings, load_checkpoint
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
