@@ -31,7 +31,7 @@ import train
 from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import choose_device
 from extras.inception import InceptionV3, fold_batch_norm
-from extras.price import chip_of, estimate
+from extras.cost import chip_of, estimate
 from extras.vqgan_losses import LPIPS
 from vqvae import VQVAE, tokenizer_step
 

@@ -13,7 +13,7 @@ import torch
 from engine.build import load_checkpoint
 from engine.process import user_error
 from engine.validate import UserError
-from extras.price import fitting_batch
+from extras.cost import fitting_batch
 from sample import SAMPLERS, check_settings
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"

@@ -1,0 +1,193 @@
+"""The cost of a run before it starts: memory, operations, hours, disk; and how many images at a
+time fit the memory. Called by engine/prepare.py and extras/sampling_options.py.
+
+    python train.py --data FOLDER --dry-run --for 4090      one run, in full
+    python -m extras.cost --for 4090                        a line for each preset
+
+The training steps and the sampler are those of this repository, on the meta device (extras/meta_count.py).
+Hours are operations at UTILISATION of the chip's peak. Reading images is not counted.
+"""
+
+import argparse
+import functools
+import math
+from types import SimpleNamespace
+
+import torch
+
+from embedding_diffusion import EmbeddingDiffusion
+from engine.config import DEFAULTS, PRESETS, describe_models
+from engine.randomness import image_generators
+from extras.meta_count import CHIPS, UTILISATION, GiB, Stage, autocast, chip_of, fits
+from extras.published_vqgan import make_tokenizer
+from extras.vqgan_losses import LPIPS, make_discriminator
+from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
+from sample import COLUMNS, sample_tokens
+from schedule import ShiftedCosine
+from vqvae import tokenizer_step
+
+
+def count_tokenizer(config, models, chip, images):
+    """A late step of stage 1, when the discriminator is at work."""
+    def build():
+        parts = {"tokenizer": make_tokenizer(models["tokenizer"], chip.bf16)}
+        parts["tokenizer"].quantizer.started = True
+        if config["gan"]:
+            parts["discriminator"] = make_discriminator(config, chip.bf16)
+        modules = list(parts.values())
+        for name, module in zip(("optimizer", "discriminator_optimizer"), modules, strict=False):
+            parts[name] = torch.optim.SGD(module.parameters())  # without state, which Stage adds
+        pixels = torch.zeros(images, 3, config["size"], config["size"], dtype=torch.uint8)
+        lpips = LPIPS() if config["perceptual"] else None
+        return modules, lambda: tokenizer_step(config, parts, pixels, None, 1.0, 0.0, 0.0, lpips)
+    return Stage(build, images)
+
+
+def count_diffusion(config, models, chip, images):
+    """A step of stage 3, from that of one block and that of two: everything is linear in the depth."""
+    def build(depth):
+        model, ema = (EmbeddingDiffusion(**models["denoiser"] | {"depth": depth}, bf16=chip.bf16,
+                                         recompute=config["activation_checkpointing"]) for _ in range(2))
+        x = torch.zeros(images, model.N, dtype=torch.int64)
+
+        def step():
+            noisy = sample_noise(model, x, x[:, 0], None, **{name: config[name] for name in NOISE_ARGS})
+            loss, _ = training_loss(model, ema.requires_grad_(False), ShiftedCosine(**models["schedule"]),
+                                    *noisy, **{name: config[name] for name in LOSS_ARGS})
+            with autocast("meta", enabled=chip.bf16):  # for blocks that are computed again
+                loss.backward()
+        return [model], step
+
+    one, two = (Stage(functools.partial(build, depth), images, ema=True) for depth in (1, 2))
+    more = models["denoiser"]["depth"] - 1
+    one.flops += more * (two.flops - one.flops)
+    one.size += more * (two.size - one.size)
+    one.peak = {kind: size + more * (two.peak[kind] - size) for kind, size in one.peak.items()}
+    return one
+
+
+@torch.no_grad()
+def count_untrained(config, models, chip, images=8):
+    """(encoding, two steps of sampling)."""
+    def encode():
+        tokenizer = make_tokenizer(models["tokenizer"], chip.bf16).eval()
+        pixels = torch.zeros(images, 3, tokenizer.size, tokenizer.size, dtype=torch.uint8)
+        return [tokenizer], lambda: tokenizer.encode(pixels)
+
+    def sample():
+        model = EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16).eval()
+        return [model], functools.partial(
+            sample_tokens, model, ShiftedCosine(**models["schedule"]), torch.zeros(images, dtype=torch.int64),
+            image_generators(0, range(images)), 2, config["guidance"], config["sampler"])
+
+    return Stage(encode, images, trained=False), Stage(sample, images, trained=False)
+
+
+def fitting_batch(pipeline, most):
+    """Images that sample.py draws at a time: `most`, or as many as fit."""
+    chip = chip_of(pipeline.device)
+    _, sampling = count_untrained(DEFAULTS, pipeline.config, chip)
+    return sampling.fit(chip, most).images
+
+
+def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
+    """The cost of a run on `world` chips, and the images at a time for which it fits each of them.
+
+    models: of engine.config.describe_models; counts: (training, held-out) images. -> a namespace: micro_batch
+    and eval_batch, as asked for or as fit; stages {name: Stage}; flops, hours {name: of the whole run}; ...
+    """
+    (n_train, n_test), batch = counts, config["batch"] // world
+    rows, N = n_train * (1 + config["flip"]) + n_test, math.prod(models["denoiser"]["grid"])
+    encoding, sampling = count_untrained(config, models, chip)
+    stages = {}
+    if trains_tokenizer:
+        stages["tokenizer"] = count_tokenizer(config, models, chip, config["tokenizer_batch"] // world)
+    diffusion = count_diffusion(config, models, chip, batch)
+    diffusion.peak["weights"] += (rows - n_test) * (2 * N + 8)  # all tokens and labels lie on the device
+    smallest = stages["diffusion"] = diffusion.fit(chip, batch, least=2)
+    if config["micro_batch"]:
+        stages["diffusion"] = diffusion.at(min(config["micro_batch"], batch))
+    untrained = max(encoding, sampling, key=lambda stage: stage.peak["activations"])
+    untrained.peak["weights"] = max(stage.total - stage.peak["activations"] for stage in stages.values())
+    stages["untrained"] = untrained.fit(chip, config["eval_batch"])
+
+    call = sampling.flops / sampling.images / 2  # of the denoiser for an image; guidance included
+    pictures = COLUMNS * min(models["denoiser"]["num_classes"] or COLUMNS, 16)
+    evaluation = call * (2 * max(1000, min(n_test, 2000)) + config["sample_steps"] * pictures)
+    steps = {"tokenizer": config["tokenizer_steps"], "diffusion": config["steps"]}
+    flops = {name: steps[name] * stages[name].flops * world for name in steps if name in stages}
+    flops["tokens"] = encoding.flops / encoding.images * rows
+    flops["evaluation"] = evaluation * (1 + config["steps"] // config["sample_every"])
+    first = flops.get("tokenizer", 0) + flops["tokens"] + 2 * evaluation + (
+        min(1, config["sample_every"] / config["steps"]) * flops["diffusion"])
+    rate = world * chip.flops * UTILISATION * 3600
+    return SimpleNamespace(
+        chip=chip, world=world, stages=stages, smallest=smallest, steps=steps, flops=flops,
+        micro_batch=config["micro_batch"] or smallest.images % batch, eval_batch=stages["untrained"].images,
+        first=first / rate, hours={name: value / rate for name, value in flops.items()},
+        passes={"tokenizer": config["tokenizer_steps"] * config["tokenizer_batch"] / n_train,
+                "diffusion": config["steps"] * config["batch"] / n_train},
+        fits={name: fits(chip, stage.total) for name, stage in stages.items()},
+        disk=rows * (2 * N + 5) + 14 * (encoding.size + diffusion.size))  # with what is being replaced
+
+
+# ----------------------------------------------------------------------------
+# In words.
+
+def in_words(hours):
+    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.2g} min"
+
+
+def summary(cost):
+    """One line, before the training."""
+    name = max(cost.stages, key=lambda name: cost.stages[name].total)
+    passes = f", the batch in passes of {cost.micro_batch} images" if cost.micro_batch else ""
+    return (f"cost, by counting: {cost.stages[name].total / GiB:.2g} GiB at most ({name}){passes}; about "
+            f"{in_words(sum(cost.hours.values()))} at {UTILISATION:.0%} of the peak of {cost.chip.name}, "
+            f"the first generated picture after {in_words(cost.first)}")
+
+
+def report(cost):
+    """Many lines, for --dry-run."""
+    yield (f"cost on {cost.world} x {cost.chip.name} ({cost.chip.memory / GiB:.1f} GiB, "
+           f"{cost.chip.flops / 1e12:.3g} TFLOP/s), by counting")
+    for name, stage in cost.stages.items():
+        kinds = ", ".join(f"{kind} {size / GiB:.3f}" for kind, size in stage.peak.items() if size)
+        yield (f"  {name:<10} {stage.total / GiB:>8.3f} GiB at peak, {stage.images} images at a time: {kinds}"
+               + ("" if cost.fits[name] else "; does not fit"))
+    for name, hours in cost.hours.items():
+        line = f"  {name:<10} {in_words(hours):>8}: {cost.flops[name]:.2g} FLOP"
+        if name in cost.steps:
+            line += f" in {cost.steps[name]:,} steps, {cost.passes[name]:,.0f} passes over the data"
+        yield line
+    yield f"  disk: {cost.disk / 1e9:.2g} GB at most"
+    yield summary(cost)
+
+
+def advice(cost):
+    """What to do about a stage that does not fit.
+
+    The tokenizer's batch is never split: its codebook and its discriminator's weight depend on all of it.
+    """
+    if not cost.fits.get("tokenizer", True):
+        stage = cost.stages["tokenizer"]
+        batch = stage.fit(cost.chip, stage.images).images * cost.world
+        yield (f"the tokenizer's batch does not fit the memory. What does: --tokenizer-batch {batch}, which "
+               "changes the result, or more GPUs (torchrun), which do not")
+    if not cost.fits["diffusion"] and fits(cost.chip, cost.smallest.total):
+        yield f"the denoiser's batch does not fit the memory. What does: --micro-batch {cost.smallest.images}"
+    elif not cost.fits["diffusion"]:
+        yield "the denoiser does not fit the memory: --activation-checkpointing, or a smaller --width"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The cost of every preset, by counting; needs no data.")
+    parser.add_argument("--for", dest="chip", choices=[*CHIPS], default="4090", help="default: 4090")
+    chip = chip_of(None, parser.parse_args().chip)
+    for preset, options in PRESETS.items():
+        config = DEFAULTS | options
+        print(f"{preset:<14}", summary(estimate(config, describe_models(config, 10), (100000, 2000), chip)))
+
+
+if __name__ == "__main__":
+    main()
