@@ -107,7 +107,7 @@ def optimize_tokenizer(run, parts, log):
             draw_reconstructions(run, model, log.step)
         if log.due("save_every"):
             checkpoint.save(run.out / "tokenizer.pt", checkpoint.tokenizer_state(run, parts) | log.state())
-        run_page.update_page(run.out, at_once=False)
+        run_page.update_page(run.out)
 
 
 def train_tokenizer(run):
@@ -223,7 +223,7 @@ def optimize_denoiser(run, parts, tokens, log, begin=0, pipeline=None, held_out=
         if log.due("save_every"):
             content = checkpoint.denoiser_state(run, pipeline, parts, begin)
             checkpoint.save(run.out / "ckpt.pt", content | log.state())
-        run_page.update_page(run.out, at_once=False)
+        run_page.update_page(run.out)
 
 
 def train_diffusion(run):

@@ -1,5 +1,5 @@
 """The cost of a run before it starts: memory, operations, hours, disk; and how many images at a
-time fit the memory. Called by engine/prepare.py and extras/sampling_options.py.
+time fit the memory. Called by extras/setup.py and extras/sampling_options.py.
 
     python train.py --data FOLDER --dry-run --for 4090      one run, in full
     python -m extras.cost --for 4090                        a line for each preset
@@ -16,30 +16,34 @@ from types import SimpleNamespace
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.randomness import image_generators
 from extras.meta_count import CHIPS, UTILISATION, GiB, Stage, autocast, chip_of, fits
-from extras.published_vqgan import make_tokenizer
-from extras.vqgan_losses import LPIPS, make_discriminator
+from extras.vqgan_losses import LPIPS, discriminator_loss, make_discriminator, tokenizer_loss
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
 from sample import COLUMNS, sample_tokens
 from schedule import ShiftedCosine
-from vqvae import tokenizer_step
 
 
 def count_tokenizer(config, models, chip, images):
     """A late step of stage 1, when the discriminator is at work."""
     def build():
-        parts = {"tokenizer": make_tokenizer(models["tokenizer"], chip.bf16)}
-        parts["tokenizer"].quantizer.started = True
-        if config["gan"]:
-            parts["discriminator"] = make_discriminator(config, chip.bf16)
-        modules = list(parts.values())
-        for name, module in zip(("optimizer", "discriminator_optimizer"), modules, strict=False):
-            parts[name] = torch.optim.SGD(module.parameters())  # without state, which Stage adds
-        pixels = torch.zeros(images, 3, config["size"], config["size"], dtype=torch.uint8)
+        tokenizer = make_tokenizer(models["tokenizer"], chip.bf16)
+        tokenizer.quantizer.has_codes = True
+        discriminator = make_discriminator(config, chip.bf16) if config["gan"] else None
         lpips = LPIPS() if config["perceptual"] else None
-        return modules, lambda: tokenizer_step(config, parts, pixels, None, 1.0, 0.0, 0.0, lpips)
+        pixels = torch.zeros(images, 3, config["size"], config["size"], dtype=torch.uint8)
+
+        def step():
+            outputs = tokenizer(pixels)
+            loss, _ = tokenizer_loss(config, tokenizer, discriminator, outputs, 1.0, lpips)
+            loss.backward()
+            if discriminator is not None:
+                discriminator.requires_grad_(True)
+                discriminator_loss(discriminator, outputs).backward()
+
+        return [tokenizer] if discriminator is None else [tokenizer, discriminator], step
     return Stage(build, images)
 
 

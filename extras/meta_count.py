@@ -78,8 +78,12 @@ def call_with(function, dtype, *args, **options):
 @contextlib.contextmanager
 def autocast(device_type, dtype=None, enabled=True):
     """What the meta device lacks: autocast as on CUDA; and flash attention, which stores no N x N matrix."""
-    functions = {"scaled_dot_product_attention": lambda *qkv: (
-        torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0])}
+    def attention(q, k, v):
+        if q.ndim == 3:  # a published VQGAN's, of one head
+            return attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    functions = {"scaled_dot_product_attention": attention}
     for name, cast in CASTS.items() if enabled else ():
         functions[name] = functools.partial(call_with, getattr(F, name), cast)
     with mock.patch.multiple(F, **functions):

@@ -99,11 +99,11 @@ def write_page(out, run=None):
     write_atomically(out / "index.html", lambda partial: shutil.copyfile(page, partial))
 
 
-def update_page(out, at_once):
-    """Writes the page, at once or as far as its SHARE of the time allows. Was it tried?"""
+def update_page(out, at_once=False):
+    """Writes the page, at once or as far as its SHARE of the time allows. Rank 0 does."""
     begin = time.monotonic()
-    if not at_once and begin < pace["next_page"]:
-        return False
+    if rank_and_world()[0] or not at_once and begin < pace["next_page"]:
+        return
     try:
         write_page(out)
     except Exception as error:  # no page is worth a run
@@ -111,7 +111,6 @@ def update_page(out, at_once):
             tqdm.write(f"no page of this run, which goes on without: {reason_of(error)}")
         pace["failed"] = True
     pace["next_page"] = time.monotonic() + (time.monotonic() - begin) / SHARE
-    return True
 
 
 @contextlib.contextmanager

@@ -122,6 +122,10 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
+def discriminator_loss(judge, outputs):
+    return hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
+
+
 def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
     """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there.
 
@@ -175,7 +179,7 @@ def discriminator_step(judge, parts, outputs, lr, clip):
     """One step of the discriminator -> {name: loss or norm}. judge: it, or its DistributedDataParallel."""
     discriminator, optimizer = parts["discriminator"].requires_grad_(True), parts["discriminator_optimizer"]
     optimizer.param_groups[0]["lr"] = lr
-    loss = hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
+    loss = discriminator_loss(judge, outputs)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), clip)
