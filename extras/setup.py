@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
@@ -23,7 +24,7 @@ from engine.validate import UserError
 from extras import cost, run_directory
 from extras.data_arrays import TokenFile
 from extras.datasets import find
-from extras.image_cache import load_through_cache, plan_cache, remove_cache
+from extras.image_cache import CACHE, load_through_cache, plan_cache, remove_cache
 from extras.inception import find_inception
 from extras.vqgan_losses import LPIPS, find_lpips, make_discriminator, read_lpips
 from schedule import ShiftedCosine
@@ -93,7 +94,7 @@ def prepare_rank(args, stack):
         raise UserError(f"more processes than GPUs, {torch.cuda.device_count()}: lower --nproc-per-node")
     source = find(args.data, args.root)
     if args.no_classes:
-        source.class_names = []
+        source.class_names, source.labels = [], np.zeros_like(source.labels)
     out = Path(args.out or Path("runs") / source.name)
     before = run_directory.read_config(out)
     if "sides" in before:  # known since the first start: no image is opened for it again
@@ -115,7 +116,7 @@ def prepare_rank(args, stack):
     estimate = cost.estimate(config, models, source.counts(), chip, world,
                              trains_tokenizer=not tokenizer and not (out / "tokens.npy").exists())
     print("\n".join(cost.report(estimate)) if args.dry_run else cost.summary(estimate))
-    for line in cost.advice(estimate, config, models):
+    for line in cost.advice(estimate):
         print(line)
     if args.dry_run:
         return None
@@ -135,7 +136,7 @@ def prepare_rank(args, stack):
     skipped = run_directory.read_skipped(out) if before else None
     make_cache = make_cache and not before and not args.no_cache
     load_images = functools.lru_cache(lambda: load_through_cache(  # if a stage needs images at all
-        source, config["size"], skipped, out, make_cache and not (out / "tokens.npy").exists()))
+        source, config["size"], skipped, out / CACHE, make_cache and not (out / "tokens.npy").exists()))
     if rank_and_world()[0] == 0:
         run_directory.make(out, source, load_images, run_config, not before, args.allow_bad, stack)
         if tokenizer and not (out / "tokenizer.pt").exists():
