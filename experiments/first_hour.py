@@ -30,8 +30,8 @@ from common import HERE, markdown
 import train
 from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import choose_device
-from extras.inception import InceptionV3, fold_batch_norm
 from extras.cost import chip_of, estimate
+from extras.inception import InceptionV3, fold_batch_norm
 from extras.vqgan_losses import LPIPS
 from vqvae import VQVAE, tokenizer_step
 

@@ -112,12 +112,8 @@ def prepare_rank(args, stack):
         print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
     if cache_plan and not args.no_cache and not before:
         print(cache_plan)
-    chip, (_, world) = cost.chip_of(device, args.chip), rank_and_world()
-    estimate = cost.estimate(config, models, source.counts(), chip, world,
-                             trains_tokenizer=not tokenizer and not (out / "tokens.npy").exists())
-    print("\n".join(cost.report(estimate)) if args.dry_run else cost.summary(estimate))
-    for line in cost.advice(estimate):
-        print(line)
+    trains_tokenizer = not tokenizer and not (out / "tokens.npy").exists()
+    estimate = estimate_cost(args, source, config, models, device, trains_tokenizer)
     if args.dry_run:
         return None
 
@@ -178,6 +174,16 @@ def check_options(args, source, out, device, init):
     print(f"{out}: {parts['model'].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M "
           f"parameters, denoiser {sizes[1]:.2f} M, on {device} in {kind}")
     return config, models, tokenizer
+
+
+def estimate_cost(args, source, config, models, device, trains_tokenizer):
+    """cost.estimate of what is left of the run; prints it, in full with --dry-run, and what does not fit."""
+    chip, (_, world) = cost.chip_of(device, args.chip), rank_and_world()
+    estimate = cost.estimate(config, models, source.counts(), chip, world, trains_tokenizer=trains_tokenizer)
+    print("\n".join(cost.report(estimate)) if args.dry_run else cost.summary(estimate))
+    for line in cost.advice(estimate):
+        print(line)
+    return estimate
 
 
 def find_perceptual(args, config, tokenizer, before, out, device):

@@ -34,9 +34,9 @@ import extras.schedule_plot
 import extras.tokenizer_report
 import extras.two_tokens
 import train
-from engine import prepare
 from engine import process as engine_process
 from engine.status import TIMES
+from extras import setup
 
 HERE = Path(__file__).resolve().parent.parent
 PROGRAMS = {"train.py": train, "sample.py": extras.sample_command, "fid.py": extras.fid_command,
@@ -54,8 +54,8 @@ train.DRAWS = 256  # one batch: tests of the programs need no precision
 train.FINAL_DRAWS = 256
 gc.collect()
 gc.freeze()  # a million objects that stay: Python need not look through them again and again
-FIND_PRICE = prepare.find_price  # a second per run: tests/test_prices.py is about it, the others do without
-prepare.find_price = lambda args, source, config, *_: SimpleNamespace(
+ESTIMATE_COST = setup.estimate_cost  # a second per run: tests/test_cost.py is about it, the others do without
+setup.estimate_cost = lambda args, source, config, *_: SimpleNamespace(
     micro_batch=config["micro_batch"], eval_batch=config["eval_batch"])
 
 

@@ -17,11 +17,10 @@ import train
 import vqvae
 from data import ImageSet, Source
 from embedding_diffusion import EmbeddingDiffusion
-from engine.batches import image_batches
 from engine.config import DEFAULTS
-from engine.validate import UserError
-from engine.randomness import generator_for, image_generators
+from engine.randomness import generator_for, image_batches, image_generators
 from engine.tokens import TokenDataset
+from engine.validate import UserError
 from extras.datasets import find
 from extras.toy import Toy
 from extras.vqgan_losses import PatchDiscriminator
@@ -396,7 +395,7 @@ def test_shares_of_two_processes(monkeypatch):
     monkeypatch.setattr(losses, "all_reduce_sum", lambda tensors: None)
 
     def share(rank, world):
-        for module in ("losses", "sample", "engine.batches"):
+        for module in ("losses", "sample", "engine.randomness"):
             monkeypatch.setattr(f"{module}.rank_and_world", lambda: (rank, world))
         bits = losses.held_out_bits(model, schedule, x, x[:, 0] % 2, seeded, 25, 4)
         options = {"tokenizer_batch": 6, "flip": True}

@@ -16,14 +16,13 @@ import losses
 import train
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
-from engine import prepare
 from engine.config import DEFAULTS, OPTIONS, PRESETS, describe_models, resolve
 from engine.distributed import compute_gradient
-from extras import cost, meta_count
-from extras.published_vqgan import make_tokenizer
+from engine.published_vqgan import make_tokenizer
+from extras import cost, meta_count, setup
 from extras.vqgan_losses import make_discriminator
 from schedule import ShiftedCosine
-from tests.common import FIND_PRICE, TINY, call, close, contents, flags, seeded, weights_of
+from tests.common import ESTIMATE_COST, TINY, call, close, contents, flags, seeded, weights_of
 
 CPU = SimpleNamespace(name="cpu", memory=float("inf"), flops=1e11, bf16=False)
 MEDIUM = DEFAULTS | dict(size=16, f=4, K=256, width=64, depth=3, heads=2, batch=32, tokenizer_batch=16,
@@ -146,7 +145,7 @@ def test_a_run_is_made_to_fit(monkeypatch):
 
 
 def test_a_batch_that_is_split_gives_the_same(undone, run, folder, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "find_price", FIND_PRICE)
+    monkeypatch.setattr(setup, "estimate_cost", ESTIMATE_COST)
     monkeypatch.setattr(cost, "chip_of", lambda *_: CPU)
     monkeypatch.setattr(meta_count, "fits", lambda chip, peak: False)
     assert call("train.py", "--data", folder, "--out", undone, "--stage", "diffusion", *flags(TINY)) == 0
@@ -158,7 +157,7 @@ def test_a_batch_that_is_split_gives_the_same(undone, run, folder, monkeypatch, 
 @pytest.mark.parametrize("chip, preset, dtype", [("h100", "32", "bfloat16"), ("cpu", "32-cpu", "float32")])
 def test_dry_run(folder, tmp_path, monkeypatch, capsys, chip, preset, dtype):
     """Of another machine, with the preset it would get; nothing is written."""
-    monkeypatch.setattr(prepare, "find_price", FIND_PRICE)
+    monkeypatch.setattr(setup, "estimate_cost", ESTIMATE_COST)
     words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--for", chip]
     assert call("train.py", *words, "--dry-run") == 0
     said = capsys.readouterr().out

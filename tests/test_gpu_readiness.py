@@ -21,10 +21,9 @@ import train
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
 from engine import status, tokens
-from engine.batches import image_batches
 from engine.config import DEFAULTS
 from engine.distributed import compute_gradient
-from engine.randomness import image_generators
+from engine.randomness import image_batches, image_generators
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
 

@@ -22,9 +22,10 @@ import torch
 
 import train
 from data import load_image
+from engine.build import load_checkpoint
 from engine.process import lock
 from extras import run_page, serve
-from sample import load_checkpoint, sample_images
+from sample import sample_images
 from tests.common import HERE, TINY, call, contents, flags, noise, png
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u2028\udcff\u202e", "' \"; rm -r /", "a, b", "-x"]

@@ -12,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import ELSEWHERE, OPTIONS, PRESETS, TOKENIZER_OPTIONS, resolve
-from engine.presets import SMALL_SETS
-from engine.tokens import load_tokenizer
+from engine.build import load_tokenizer
+from engine.config import ELSEWHERE, OPTIONS, PRESETS, SMALL_SETS, TOKENIZER_OPTIONS, resolve
 from extras.datasets import find
 from extras.grids import save_pairs
 from tests.common import HERE, PROGRAMS, TINY, call, contents, flags, make_folder, parser_flags, rows_of
@@ -128,7 +127,7 @@ def test_presets(preset, device, capsys):
         chosen = "32-cpu"
     elif preset == "32-cpu":  # which no GPU gets
         chosen = "32"
-    args = SimpleNamespace(preset=None, gpus_like=1, **dict.fromkeys(OPTIONS))
+    args = SimpleNamespace(preset=None, **dict.fromkeys(OPTIONS))
     config = resolve(args, source, torch.device(device), {})
     assert f"preset {chosen}: chosen for" in capsys.readouterr().out
     assert {name: config[name] for name in PRESETS[chosen]} == PRESETS[chosen]
