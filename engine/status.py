@@ -91,10 +91,10 @@ class StatusLog:
     def __init__(self, stage, out, config, steps, batch, device, state=None, per_rank=False, K=None):
         self.stage, self.path, self.config = stage, out / f"{stage}.csv", config
         self.steps, self.batch, self.device, self.per_rank = steps, batch, device, per_rank
-        state = state or {"step": 0, "history": []}
+        state = state or {"step": 0}
         self.step = self.first_step = self.last_line = state["step"]
         self.pending = []                  # rows (n,) of losses, on the device
-        self.checked = state["history"]    # rows of the next line that are known to be finite, on the CPU
+        self.checked = state.get("history", [])  # rows of the next line that are known to be finite, on the CPU
         # (K,) 1 where a code was used
         self.used = None if K is None else state.get("used", torch.zeros(K)).to(device)
         self.main = rank_and_world()[0] == 0

@@ -49,8 +49,7 @@ def repeat_choices(args, before, out):
 def require_same_run(out, before, run_config):
     """An existing run is continued as it was begun, but for what is CHANGEABLE; such changes are printed."""
     for name, value in run_config.items():
-        new = list(value) if isinstance(value, tuple) else value  # as in JSON
-        old = before.get(name, new)
+        old, new = before.get(name, value), value
         if old == new:
             continue
         if name not in CHANGEABLE:
