@@ -33,7 +33,7 @@ def encode_sets(tokenizer, train, test, path, device, batch, flip=False):
     partial = path.with_suffix(".part.npy")
     rows = main_process_first(lambda: open_partial(partial, token_dtype(tokenizer), total))
     missing = broadcast(None if rows is None else rows["label"] < 0)
-    todo = []                                                 # (image set, its indices, their slices of rows)
+    todo = []  # (image set, some of its indices, their slices of rows)
     for images, offsets in ((train, starts), (test, [total - len(test)])):
         for first in range(0, len(images), batch):
             indices = range(first, min(first + batch, len(images)))
