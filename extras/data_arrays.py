@@ -159,9 +159,9 @@ class SavedImages(Source):
 def check_rows(path, rows):
     """rows, if they are tokens of train.py: (n,) of x (N,) uint16, label int32, test bool, of both splits."""
     fields = {name: (rows.dtype[name].base, rows.dtype[name].ndim) for name in rows.dtype.names or ()}
-    if rows.ndim != 1 or len(rows) > MAX_ROWS or fields != {
-            "x": (np.uint16, 1), "label": (np.int32, 0), "test": (np.bool_, 0)} or (
-            not rows["x"].size or not rows["test"].any() or rows["test"].all() or rows["label"].min() < 0):
+    expected = {"x": (np.uint16, 1), "label": (np.int32, 0), "test": (np.bool_, 0)}
+    valid = rows.ndim == 1 and len(rows) <= MAX_ROWS and fields == expected and rows["x"].size
+    if not valid or not rows["test"].any() or rows["test"].all() or rows["label"].min() < 0:
         raise UserError(f"{path} is no complete token file of train.py: finish its run first")
     return rows
 

@@ -424,7 +424,7 @@ def test_images_that_lie(tmp_path):
         file.write(b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
         file.truncate(HUGE)
     for path in tmp_path.iterdir():
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="too large" if path.name == "sparse.webp" else ""):
             data.load_image(path, 8)
     with pytest.raises(ValueError, match="16000 x 16000 pixels, more than 50,000,000"):
         data.open_image(np.broadcast_to(np.uint8(0), (16000, 16000, 3)))
