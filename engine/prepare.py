@@ -36,13 +36,13 @@ from engine.process import (
 )
 from engine.stored import CACHE, keep_promises, read_config, read_skipped, require_same_run, write_skipped
 from engine.tokens import options_of, read_tokenizer
+from extras.cost import advice, chip_of, estimate, report, summary
 from extras.data_arrays import TokenFile
 from extras.datasets import find
 from extras.fid_sources import FEW
 from extras.grids import contact_sheet
 from extras.image_cache import load_through_cache, plan_cache
 from extras.inception import find_inception
-from extras.cost import advice, chip_of, estimate, report, summary
 from extras.published_vqgan import make_tokenizer
 from extras.run_page import page_of_a_run
 from extras.sampling_options import WNID
