@@ -22,7 +22,6 @@ from engine.checkpoint import (
 )
 from engine.config import describe_models, flag, resolve
 from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
-from engine.read_back import UserError
 from engine.process import (
     catch_signals,
     in_turns,
@@ -34,6 +33,7 @@ from engine.process import (
     write_atomically,
     write_json,
 )
+from engine.read_back import UserError
 from engine.stored import CACHE, keep_promises, read_config, read_skipped, require_same_run, write_skipped
 from engine.tokens import options_of, read_tokenizer
 from extras.cost import advice, chip_of, estimate, report, summary
