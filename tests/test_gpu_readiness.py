@@ -178,8 +178,9 @@ class Types(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "exp",
-            "nll_loss_backward", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "lerp_", "linalg_vector_norm"}
+DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "exp", "cumsum",
+            "nll_loss_backward", "searchsorted", "argmin", "mse_loss", "index_add_", "lerp_",
+            "linalg_vector_norm"}
 
 
 @pytest.mark.parametrize("callers", [True, False])
