@@ -70,8 +70,8 @@ def main():
         distances = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
         print(f"Two tokens at a distance, the best denoiser there is, nats (log 2 = {math.log(2):.4f}).")
         print("The exact bound does not care how close they are. With a clipped weight the sum falls as\n"
-              "they come closer, down to about 0.3; below, L_rec makes it rise again. In the last column the\n"
-              "schedule starts about where the clip ends, as train.py's does; the rest is left to L_rec.\n")
+              "they come closer, down to about 0.3; below, L_rec makes it rise again. In the last column\n"
+              "the schedule starts about where the clip ends, as train.py does; the rest is L_rec's.\n")
         print("distance    L_rec   L_diff      sum  | L_diff, weight <= clip      sum    L_CM  | "
               f"sum, lambda <= {start:.1f}")
         for d, row, short in zip(distances, two_tokens(distances, long, args.weight_clip),
