@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from data import load_image
+from engine.build import load_checkpoint
 from engine.randomness import image_generators
 from engine.validate import UserError
 from extras import export as export_module
 from extras import sample_command, sample_files
 from extras.datasets import find
 from extras.sampling_options import class_labels, parse_classes
-from sample import load_checkpoint, sample_images
+from sample import sample_images
 from tests.common import HERE, TINY, call, flags, noise, parser_flags, seeded, write_images
 
 
