@@ -73,6 +73,6 @@ def plan(minutes, spent, per_step, config):
     words = [f"{steps:,} {name} ({1e3 * per_step[name]:.3g} ms each)" for name, steps in chosen.items()]
     message = f"--minutes {minutes:g}: {' and '.join(words)}, {left / full:.2g} times the preset's"
     if left < 0.1 * full:
-        message += (f"\nThat is too little to mean much: the preset's steps take {full / 60:.0f} minutes. Give "
-                    "more, or a smaller --size, --width or --depth")
+        message += (f"\nThat is too little to mean much: the preset's steps take {full / 60:.0f} minutes. "
+                    "Give more, or a smaller --size, --width or --depth")
     return chosen, message
