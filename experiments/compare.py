@@ -28,22 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import common
 import numpy as np
 import torch
-from common import (
-    HERE,
-    append,
-    facts,
-    held_out_bound,
-    learning_rate,
-    markdown,
-    pyplot,
-    read,
-    select,
-    spread,
-    update,
-    values,
-)
 from features import Evaluator, spread_out
 from tqdm import tqdm
 
@@ -117,7 +104,7 @@ def is_discrete(name):
 def prepare(args, words):
     """Tokenizer and tokens by train.py, the evaluator -> what all rows share. words: for train.py."""
     out, device = Path(args.out or f"runs/compare-{Path(args.data).stem}"), choose_device(args.device)
-    command = [sys.executable, HERE.parent / "train.py", "--data", args.data, "--out", out / "tokens",
+    command = [sys.executable, common.HERE.parent / "train.py", "--data", args.data, "--out", out / "tokens",
                "--device", args.device, *(["--root", args.root] if args.root else []), *words]
     for stage in ("tokenizer", "tokens"):
         if subprocess.run([*map(str, command), "--stage", stage]).returncode:
@@ -164,13 +151,14 @@ def train_row(name, seed, budget, shared):
                                   weight_decay=config["weight_decay"], fused=True)
     curve, start = [], time.perf_counter()
     for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, budget, config["warmup"], config["lr"])
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, budget, config["warmup"], config["lr"])
         x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion",
                                                       step))
         noise = generator_for(seed, "diffusion", step, device)
         loss = baselines.objective(config, model, ema, schedule, x, labels, noise, config["label_drop"])
         loss.backward()
-        update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
+        common.update(model, ema, optimizer, config["clip"],
+                      min(config["ema_decay"], (1 + step) / (10 + step)))
         if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
     state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
@@ -183,7 +171,7 @@ def bound(name, model, schedule, shared, seed):
     """Bits per token of HELD_OUT held-out images by DRAWS draws, an upper bound. seed: of the noise."""
     x, labels = shared.held_out
     if not is_discrete(name):
-        return held_out_bound(model, schedule, x, labels, seed, DRAWS, shared.config["eval_batch"])
+        return common.held_out_bound(model, schedule, x, labels, seed, DRAWS, shared.config["eval_batch"])
     noise, row = generator_for(seed, "evaluation", 0, shared.device), ROWS[name]
     parts = (torch.arange(DRAWS, device=x.device) % len(x)).split(256)
     with torch.no_grad():
@@ -231,8 +219,8 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
     0."""
     trained = dict(row=name, lr=(shared.config | ROWS[name])["lr"], seed=seed, budget=budget)
     line = trained | dict(calls=calls, n=n, features=shared.evaluator.name) | setting
-    known = select(read(path), **line)
-    if same := select(known, purpose=purpose) or known:
+    known = common.select(common.read(path), **line)
+    if same := common.select(known, purpose=purpose) or known:
         return same[0] | {"purpose": purpose}
     model, schedule, state = train_row(name, seed, budget, shared)
     start = time.perf_counter()
@@ -240,13 +228,13 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
     found = {"train_seconds": state["seconds"], "sample_seconds": time.perf_counter() - start}
     # the others take longer than the samples
     found |= shared.evaluator(images, distance_alone=purpose == "tried")
-    bounds = values(select(read(path), **trained), "bound")
+    bounds = common.values(common.select(common.read(path), **trained), "bound")
     found["bound"] = bounds[0] if bounds else bound(name, model, schedule, shared, seed)
     collapse = collapse_diagnostics(model.table())
     found |= {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    line |= facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value
+    line |= common.facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value
                                                            in found.items()}
-    append(path, line, COLUMNS)
+    common.append(path, line, COLUMNS)
     print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}",
           flush=True)
     if seed == 0 and purpose == "untuned":
@@ -280,21 +268,23 @@ def table(lines):
     50."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
-        mine = select(lines, row=name, sampler=sampler, guidance=omega)
+        mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
         if mine:
             last = max((int(line["steps"]) for line in mine if int(line["steps"]) <= 50), default=steps[-1])
-            final = select(mine, steps=last)
+            final = common.select(mine, steps=last)
             rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
-                         *(spread(values(final, column)) for column in ("bound", "rank", "smallest")),
-                         *(spread(values(select(mine, steps=n), "distance")) for n in steps),
-                         *(spread(values(final, column), 3) for column in MEASURES[1:])])
-    return markdown(["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance",
+                         *(common.spread(common.values(final, column)) for column
+                           in ("bound", "rank", "smallest")),
+                         *(common.spread(common.values(common.select(mine, steps=n), "distance")) for n
+                           in steps), *(common.spread(common.values(final, column), 3) for column
+                                        in MEASURES[1:])])
+    return common.markdown(["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance",
                      *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
 
 
 def plot(lines, out):
     """collapse.png: effective rank and smallest distance of the tables over training, seed 0."""
-    plt = pyplot()
+    plt = common.pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     for name in dict.fromkeys(line["row"] for line in lines):
         path = weights_of(out, name, 0, lines[0]["budget"])

@@ -85,8 +85,8 @@ class Evaluator:
             kind, file = (form.format(Path(args.features_of).stem) for form
                           in ("{}'s classes", "classifier-{}.pt"))
         if not train.class_names:
-            sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give --features-of "
-                     "another set, such as cifar10")
+            sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give "
+                     "--features-of another set, such as cifar10")
         self.device, self.num_classes = shared.device, max(len(shared.classes), 1)
         classifier, accuracy = load_or_train(shared.out / file, train, test, self.device,
                                              args.classifier_steps)

@@ -202,7 +202,8 @@ def main():
     setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")] | given, device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
     name = torch.cuda.get_device_name(device) if cuda else device
-    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, N = {setup.model.N}, K = {setup.model.K}")
+    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, N = "
+          f"{setup.model.N}, K = {setup.model.K}")
     training(setup, args)
     sampling(setup, args)
 

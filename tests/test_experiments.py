@@ -287,18 +287,13 @@ def test_compare(tiny, run, tmp_path):
 
 
 def test_tuned(tiny, folder, tmp_path, monkeypatch):
-    """The least bound chooses the rate, the least distance of the first seed the setting; all others are
-    measured."""
+    """The least distance of the first seed chooses the setting; the other seeds are measured with it."""
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
         compare.plain("VQ-LCMD", calls) | {"temperature": t, "end": 0.3} for t in (0.5, 1.0)])
-    monkeypatch.setattr(compare, "bound", lambda name, *_: abs(math.log2(compare.ROWS[name]["lr"] / 4e-2)))
-    words = [*tiny, "--features-of", folder, "--budget", 3, "--tuned-at", 2, "--short", 1, "--rates", 1e-2,
-             2e-2, "--seeds", 0, 1, "--calls", 2, "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD"]
+    words = [*tiny, "--features-of", folder, "--budget", 3, "--tuned-at", 2, "--seeds", 0, 1, "--calls", 2,
+             "--n", 4, "--tune-n", 5, "--rows", "VQ-LCMD"]
     assert call(tuned, *words) == 0
-    rates, lines = (common.read(tmp_path / "c" / name) for name in ("rates.csv", "tuned.csv"))
-    assert {line["lr"] for line in rates} == {"0.01", "0.02", "0.04", "0.08"}
-    assert {line["row"] for line in lines} == {"VQ-LCMD, lr 0.04"} and {line["lr"] for line
-                                                                        in lines} == {"0.04"}
+    lines = common.read(tmp_path / "c" / "tuned.csv")
     tried = common.select(lines, purpose="tried", seed=0, budget=2)
     chosen = min(tried, key=lambda line: float(line["distance"]))["temperature"]
     assert [(r["purpose"], r["seed"], r["n"], r["temperature"]) for r
@@ -433,8 +428,8 @@ def test_first_hour(monkeypatch, tmp_path):
     monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"] | {"tokenizer_width": 16, "K": 9})
     encode = VQVAE.encode
     monkeypatch.setattr(VQVAE, "encode", lambda model, x: encode(model, x) // (1 + model.bf16))
-    monkeypatch.setitem(first_hour.PARTS, "resume", lambda here: [][0])
-    assert call(first_hour, "--out", tmp_path, "--only", "tokens", "resume", "--device", "cpu") == 0
+    monkeypatch.setitem(first_hour.PARTS, "precision", lambda here: [][0])
+    assert call(first_hour, "--out", tmp_path, "--only", "tokens", "precision", "--device", "cpu") == 0
     text = (tmp_path / "report.md").read_text()
     assert "Not as predicted: 2" in text and "float32 | 1 | at least 0.98 | yes |" in text
     assert "bfloat16" in text and "| ended early | IndexError: list index out of range |  | **no** |" in text
