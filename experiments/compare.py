@@ -215,8 +215,7 @@ def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_b
 
 
 def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
-    """One line of a CSV file, a dict, from there if it was measured before; and draws the picture of seed
-    0."""
+    """One line of a CSV file, from there if it was measured before. Seed 0 leaves a picture, too."""
     trained = dict(row=name, lr=(shared.config | ROWS[name])["lr"], seed=seed, budget=budget)
     line = trained | dict(calls=calls, n=n, features=shared.evaluator.name) | setting
     known = common.select(common.read(path), **line)
@@ -226,14 +225,13 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
     start = time.perf_counter()
     images = draw(name, model, schedule, shared, n, **setting)
     found = {"train_seconds": state["seconds"], "sample_seconds": time.perf_counter() - start}
-    # the others take longer than the samples
-    found |= shared.evaluator(images, distance_alone=purpose == "tried")
+    found |= shared.evaluator(images, distance_alone=purpose == "tried")  # the others take long
     bounds = common.values(common.select(common.read(path), **trained), "bound")
     found["bound"] = bounds[0] if bounds else bound(name, model, schedule, shared, seed)
     collapse = collapse_diagnostics(model.table())
     found |= {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    line |= common.facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value
-                                                           in found.items()}
+    line |= common.facts(shared.device) | {"purpose": purpose}
+    line |= {key: f"{value:.5f}" for key, value in found.items()}
     common.append(path, line, COLUMNS)
     print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}",
           flush=True)
@@ -264,22 +262,23 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the measures but distance at the most steps up to
-    50."""
+    """Markdown: a line per row, sampler and guidance; the last measures at the most steps up to 50."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
+
+    def cell(some, column, digits=2):
+        return common.spread(common.values(some, column), digits)
+
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
         mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
         if mine:
             last = max((int(line["steps"]) for line in mine if int(line["steps"]) <= 50), default=steps[-1])
             final = common.select(mine, steps=last)
             rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
-                         *(common.spread(common.values(final, column)) for column
-                           in ("bound", "rank", "smallest")),
-                         *(common.spread(common.values(common.select(mine, steps=n), "distance")) for n
-                           in steps), *(common.spread(common.values(final, column), 3) for column
-                                        in MEASURES[1:])])
-    return common.markdown(["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance",
-                     *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
+                         *(cell(final, column) for column in ("bound", "rank", "smallest")),
+                         *(cell(common.select(mine, steps=n), "distance") for n in steps),
+                         *(cell(final, column, 3) for column in MEASURES[1:])])
+    header = ["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance"]
+    return common.markdown([*header, *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
 
 
 def plot(lines, out):
@@ -301,16 +300,15 @@ def plot(lines, out):
 
 def make_parser(description):
     """Arguments that tuned.py has, too."""
-    parser = argparse.ArgumentParser(allow_abbrev=False,
-                                     description=f"{description} Other words go to train.py.")
+    description += " Other words go to train.py."
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--budget", type=int, default=1500,
                         help="training steps of every row (default: 1500)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features (default: 1500)")
     parser.add_argument("--features-of", metavar="DATA",
-                        help="another set, as for --data, from whose classes "
-                        "features are learned: for images without classes")
+                        help="another set, from whose classes features are learned")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     return parser
@@ -328,9 +326,11 @@ def main():
     args, words = parser.parse_known_args()
     shared, groups = prepare(args, words), {"methods": METHODS, "ablations": ABLATIONS}
     names = [name for word in args.only for name in groups.get(word, [word])]
-    lines = [measure(shared.out / "results.csv", name, seed, args.budget, "untuned", setting["steps"],
-                     setting, args.n, shared) for seed in args.seeds for name in names for setting
-             in settings_of(name, seed, args.sampling_steps, shared.classes)]
+    path, lines = shared.out / "results.csv", []
+    for seed, name in itertools.product(args.seeds, names):
+        for setting in settings_of(name, seed, args.sampling_steps, shared.classes):
+            lines.append(measure(path, name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
+                                 shared))
     real = "; ".join(f"{name}: {distance:.2f}" for name, distance in references(shared, args.n).items())
     text = f"Features: {shared.evaluator.name}. Distance of {real}.\n\n{table(lines)}"
     (shared.out / "results.md").write_text(text)

@@ -151,8 +151,8 @@ def precision(here):
     for name, bf16, seed in ("float32", False, 0), ("float32, another seed", False, 1), ("bfloat16", True, 0):
         out = start(here, f"precision-{bf16}-{seed}", [*words, "--seed", seed], bf16=bf16)
         with (out / "diffusion.csv").open() as file:
-            losses = [float(row[key]) for row in csv.DictReader(file) for key
-                      in ("rec", "diff", "cm", "norm")]
+            rows = list(csv.DictReader(file))
+        losses = [float(row[key]) for row in rows for key in ("rec", "diff", "cm", "norm")]
         ends.append(json.loads((out / "metrics.json").read_text())["vlb"]["total"])
         yield finding(f"{name}: bits per token after {steps} steps; all losses finite", f"{ends[-1]:.4f}",
                       "finite", all(map(math.isfinite, losses)))

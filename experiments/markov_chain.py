@@ -94,8 +94,8 @@ def train(options, seed, steps, chain):
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
-                               **{name: options[name] for name
-                                  in ("norm", "output_prior", "posterior_input")})
+                               norm=options["norm"], output_prior=options["output_prior"],
+                               posterior_input=options["posterior_input"])
     schedule = ShiftedCosine(*(options[name] for name in ("shift", "log_snr_min", "log_snr_max")))
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99),
@@ -146,9 +146,9 @@ def run(name, seed, steps, samples):
     start, chain = time.perf_counter(), Chain()
     options = DEFAULTS | ROWS[name]
     found = measure(options, *train(options, seed, steps, chain), samples, chain)
-    return {"row": name, "seed": seed, "steps": steps, "samples": samples,
-            "seconds": f"{time.perf_counter() - start:.1f}"} | {key: f"{value:.5f}" for key, value
-                                                                in found.items()}
+    seconds = f"{time.perf_counter() - start:.1f}"
+    line = dict(row=name, seed=seed, steps=steps, samples=samples, seconds=seconds)
+    return line | {key: f"{value:.5f}" for key, value in found.items()}
 
 
 def main():
@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every row (default: 3)")
     parser.add_argument("--steps", type=int, default=2500, help="training steps of each run (default: 2500)")
     parser.add_argument("--samples", type=int, default=4000,
-                        help="of each run; bounds: five times as many held out " "(default: 4000)")
+                        help="of each run; bounds: five times as many held out (default: 4000)")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", default=ROWS, help="these rows")
     parser.add_argument("--out", default="runs/markov_chain", help="directory of results.csv and results.md")
     args = parser.parse_args()
