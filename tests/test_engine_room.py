@@ -14,7 +14,6 @@ import socket
 import time
 from unittest import mock
 
-import kills
 import numpy as np
 import pytest
 import torch
@@ -158,8 +157,6 @@ def test_two_kills(folder, run, tmp_path):
             assert output.readline()  # its first word
             time.sleep(moments.uniform(0, 0.6))
     assert call("train.py", *words) == 0 and contents(out) == contents(run)
-    one, other = kills.contents(out), kills.contents(run)  # what experiments/kills.py compares
-    assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])

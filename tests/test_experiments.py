@@ -137,7 +137,7 @@ def test_samples_by_enumeration(kind, end):
 @pytest.mark.parametrize("temperature, gumbel, masks, below", [
     (1.0, 0.0, [6, 5, 4, 2], 1.0), (0.7, 2.0, [6, 5, 4, 2], 0.5), (1.0, 0.0, [6, 5, 4, 3, 2, 1, 0], 1.0)])
 def test_most_confident_tokens_are_kept(temperature, gumbel, masks, below):
-    """The likeliest code in the place of the draw: which positions are decoded in which step; none is idle."""
+    """The likeliest code in the place of the draw: which positions are decoded in which step, none idle."""
     model, n, steps = network(K=5, grid=(2, 3)), 4, len(masks)
     labels, visited = torch.tensor([0, 1, 1, 0]), []
     predict = baselines.predict

@@ -9,7 +9,6 @@ import shutil
 from types import SimpleNamespace
 from unittest import mock
 
-import agreement
 import numpy as np
 import pytest
 import torch
@@ -435,7 +434,7 @@ def test_every_flag_of_train_does_something(small_lpips, folder, tmp_path, capsy
 
 
 def test_the_other_programs(run, folder, tmp_path, capsys):
-    """schedule.py and data.py draw their pages; experiments/agreement.py reads a checkpoint."""
+    """schedule.py and data.py draw their pages."""
     assert call("schedule.py", "--shifts", 1, 0.4, "--log-snr-min", -8, "--log-snr-max", 7.5,
                 "--out", tmp_path / "s.png") == 0
     assert call("data.py", folder, "--size", 8, "--out", tmp_path / "d.png") == 0
@@ -444,8 +443,3 @@ def test_the_other_programs(run, folder, tmp_path, capsys):
             pixels = np.asarray(image.convert("RGB"))
             assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
         assert name == "d.png" or (pixels[:25] == 255).all()  # no tick above the frame
-    capsys.readouterr()
-    assert call(agreement, run / "ckpt.pt", "--data", folder.name, "--root", folder.parent, "--n", 6,
-                "--classifier-steps", 2, "--guidance", 0, 2, "--steps", 2, "--sampler", "ddim", "--seed", 1, "--device",
-                "cpu") == 0
-    assert len(re.findall(r"samples +[\d.]+% of 6", capsys.readouterr().out)) == 2
