@@ -35,11 +35,12 @@ from features import Evaluator, spread_out
 from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import load_tokenizer
 from engine.config import describe_models
 from engine.distributed import bf16_works, choose_device
 from engine.process import write_atomically
 from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for
-from engine.tokens import TokenDataset, load_tokenizer
+from engine.tokens import TokenDataset
 from extras.datasets import find
 from extras.grids import save_grid
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics

@@ -30,8 +30,7 @@ from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import choose_device
 from extras.cost import chip_of, estimate
 from extras.inception import InceptionV3, fold_batch_norm
-from extras.vqgan_losses import LPIPS
-from vqvae import VQVAE, tokenizer_step
+from vqvae import VQVAE
 
 GB = 1e9
 TOY = ["--data", "toy", "--preset", "toy"]

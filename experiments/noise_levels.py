@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from common import markdown
 
+from engine.build import load_checkpoint
 from engine.distributed import choose_device
 from engine.randomness import generator_for, image_generators
 from extras.datasets import find
 from losses import diffusion_loss, stratified
-from sample import load_checkpoint, sample_tokens
+from sample import sample_tokens
 from schedule import add_noise
 
 COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped", "bound")
