@@ -98,5 +98,5 @@ def restore(parts, state, init):
                 own, weights, classes = part.state_dict(), dict(init[name]), "class_embedding.weight"
                 if classes in own and weights[classes].shape != own[classes].shape:
                     weights[classes] = own[classes]  # embeddings of other classes start anew
-                on_meta_device = next(part.parameters()).is_meta  # there names and shapes are compared, no more
-                part.load_state_dict(weights, assign=on_meta_device)
+                # On the meta device names and shapes are compared, no more.
+                part.load_state_dict(weights, assign=next(part.parameters()).is_meta)

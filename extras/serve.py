@@ -31,12 +31,7 @@ LARGEST_BODY = 8 << 20  # bytes
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")
 
-
-# ----------------------------------------------------------------------------
-# Drawing.
-
 def read_list(name, values, end):
-    """values, if it is a list of whole numbers from 0 to end - 1."""
     return [expect(name, value, int, 0, end - 1) for value in expect(name, values, list)]
 
 
@@ -95,10 +90,6 @@ def draw(pipeline, settings, request, send):
 
     send(picture(sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)))
 
-
-# ----------------------------------------------------------------------------
-# The server.
-
 class Handler(BaseHTTPRequestHandler):
     """One connection with one request, in a thread of its own."""
 
@@ -106,12 +97,12 @@ class Handler(BaseHTTPRequestHandler):
     answered = False  # has an answer begun?
 
     def do_GET(self):
+        kind, content = self.server.pages.get(self.path, ("", b""))
         if self.headers["Host"] not in self.server.hosts:
             self.send_error(403, "this server is for this machine alone")
-        elif self.path not in self.server.pages:
+        elif not content:
             self.send_error(404, "there is no such page")
         else:
-            kind, content = self.server.pages[self.path]
             self.begin(200, kind)
             self.wfile.write(content)
 
@@ -129,10 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.server.drawing.acquire(blocking=False):
             self.send_error(429, "another picture is being drawn: wait until it is done")
         else:
-            try:
-                self.act(self.server.actions[self.path], body)
-            finally:
-                self.server.drawing.release()
+            self.act(self.server.actions[self.path], body)
 
     def act(self, action, body):
         try:
@@ -148,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             traceback.print_exc()
             self.send_error(500, "something went wrong: the terminal of this server says what")
+        finally:
+            self.server.drawing.release()
 
     def begin(self, status, kind):
         self.answered = True
