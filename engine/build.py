@@ -48,7 +48,8 @@ def read_tokenizer(file):
     if not checkpoint.is_own(state):
         weights = first_stage(file, checkpoint.tensors_of(file, state))
         config = {"published": {name: list(value.shape) for name, value in weights.items()}}
-        return {"format": TOKENIZER_FORMAT, "config": config, "tokenizer": weights, "step": 0, "metrics": {}}
+        return {"format": TOKENIZER_FORMAT, "config": config, "tokenizer": weights, "metrics": {}, "step": 0,
+                "history": []}
     checkpoint.check_contents(file, state)
     with reading(file):
         if state["format"] == CHECKPOINT_FORMAT:

@@ -30,7 +30,7 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)  # numbered as in torchvision's vgg16
+        self.features = nn.Sequential(*layers[:-1])  # numbered as in torchvision's vgg16
         self.lin = nn.ParameterList(torch.rand(widths[-1]) for widths in self.STAGES)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
@@ -45,6 +45,7 @@ class LPIPS(nn.Module):
             if isinstance(layer, nn.MaxPool2d):  # normalize has a gradient even where all features are 0
                 yield F.normalize(h, dim=1, eps=1e-10)
             h = layer(h)
+        yield F.normalize(h, dim=1, eps=1e-10)
 
     def forward(self, x, x_hat):
         """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances. Trains x_hat alone."""
