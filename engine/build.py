@@ -44,12 +44,13 @@ def load_checkpoint(path, device):
 
 def read_tokenizer(file):
     """What --tokenizer names, as tokenizer.pt has it: a tokenizer.pt, a ckpt.pt or a published VQGAN."""
-    content = read_torch(file)
-    if not checkpoint.is_own(content):
-        weights = first_stage(file, checkpoint.tensors_of(file, content))
+    state = read_torch(file)
+    if not checkpoint.is_own(state):
+        weights = first_stage(file, checkpoint.tensors_of(file, state))
         config = {"published": {name: list(value.shape) for name, value in weights.items()}}
-        return {"format": TOKENIZER_FORMAT, "config": config, "tokenizer": weights, "step": 0, "metrics": {}}
-    state = checkpoint.check_contents(file, content)
+        return {"format": TOKENIZER_FORMAT, "config": config, "tokenizer": weights, "metrics": {}, "step": 0,
+                "history": []}
+    checkpoint.check_contents(file, state)
     with reading(file):
         if state["format"] == CHECKPOINT_FORMAT:
             metrics = state["metrics"] or {"tokenizer": {"taken from": str(file)}}
@@ -95,13 +96,8 @@ def restore(parts, state, init):
                     check_weights(f"{state['path']}: {name}", wanted, found)
         elif name in init:
             with reading(f"--init: the {name}", "take its --preset and sizes, or leave --init away"):
-                start_from(part, dict(init[name]))
-
-
-def start_from(model, weights):
-    """Loads weights of another run. Embeddings of other classes start anew."""
-    own, classes = model.state_dict(), "class_embedding.weight"
-    if classes in own and weights[classes].shape != own[classes].shape:
-        weights[classes] = own[classes]
-    on_meta = any(value.is_meta for value in own.values())  # there only names and shapes are compared
-    model.load_state_dict(weights, assign=on_meta)
+                own, weights, classes = part.state_dict(), dict(init[name]), "class_embedding.weight"
+                if classes in own and weights[classes].shape != own[classes].shape:
+                    weights[classes] = own[classes]  # embeddings of other classes start anew
+                # On the meta device names and shapes are compared, no more.
+                part.load_state_dict(weights, assign=next(part.parameters()).is_meta)

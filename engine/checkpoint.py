@@ -1,7 +1,6 @@
 """Checkpoints: written atomically with the one before kept, read without executing anything in them."""
 
 import hashlib
-import math
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -26,7 +25,7 @@ FOREIGN = {"argparse", "ldm", "lightning", "main", "numpy", "omegaconf", "pathli
 
 
 class StandIn:
-    """In place of an object of another library that is no dict. Whatever is done to it, nothing happens."""
+    """In place of an object of another library that is no dict."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -36,16 +35,14 @@ class StandIn:
 
 def read_torch(path):
     """The object in a file of torch.save: tensors on the CPU, numbers, texts and containers of them."""
-    path, stand_ins = check_file(path), []
+    path, names = check_file(path), []
     with reading(path, "it is damaged, or holds more than weights"):
         if zipfile.is_zipfile(path):  # else of torch before 1.6: there torch refuses every foreign object
             with zipfile.ZipFile(path) as archive:
                 check_unpacked(path, sum(m.file_size for m in archive.infolist()), path.stat().st_size)
-            for name in get_unsafe_globals_in_checkpoint(path):
-                if name.split(".")[0] not in FOREIGN:
-                    raise UserError(f"{path} is refused: it names {name}, which has no place beside weights")
-                stand_ins.append((OrderedDict if name.endswith("Dict") else StandIn, name))
-        with safe_globals(stand_ins):
+            names = [name for name in get_unsafe_globals_in_checkpoint(path) if name.split(".")[0] in FOREIGN]
+        stand_ins = [(OrderedDict if name.endswith("Dict") else StandIn, name) for name in names]
+        with safe_globals(stand_ins):  # torch refuses what has none
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -62,13 +59,11 @@ def is_own(content):
 
 def read_checkpoint(path, *formats):
     """The dict in a checkpoint of one of these formats, on the CPU."""
-    path, name = Path(path), "ckpt.pt" if formats[0] == CHECKPOINT_FORMAT else "tokenizer.pt"
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give a file that train.py wrote, e.g. runs/toy/{name}")
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: give a file that train.py wrote, e.g. runs/toy/ckpt.pt")
     state = read_torch(path)
     if not is_own(state) or state["format"] not in formats:
-        found = state["format"] if is_own(state) else "a file of another program"
-        raise UserError(f"{path} is {found!r}, not {formats[0]!r}: give the {name} that train.py wrote")
+        raise UserError(f"{path} is no {' or '.join(formats)}: give the file that train.py wrote")
     return check_contents(path, state)
 
 
@@ -77,7 +72,6 @@ def check_contents(path, state):
     is_tokenizer = state["format"] == TOKENIZER_FORMAT
     for name, kind in (TOKENIZER_ENTRIES if is_tokenizer else ENTRIES).items():
         expect(f"{path}: {name}", state.get(name), kind)
-    check_config(f"{path}: config", {"tokenizer": state["config"]} if is_tokenizer else state["config"])
     expect(f"{path}: step", state["step"], int, 0, 1 << 40)
     for group in [state["metrics"]] if is_tokenizer else state["metrics"].values():
         for name, value in expect(f"{path}: metrics", group, dict).items():
@@ -88,7 +82,21 @@ def check_contents(path, state):
             check_finite(f"{path}: {part}: {name}", value)
             if value.dtype == torch.float16:  # of --export
                 state[part][name] = value.float()
-    return state if is_tokenizer else check_classes(path, state)
+    if is_tokenizer:
+        check_config(f"{path}: config", {"tokenizer": state["config"]})
+        return state
+    check_config(f"{path}: config", state["config"])
+    training = expect(f"{path}: config: training", state["config"].get("training"), dict)
+    check_option(f"{path}: config: training", "label_drop", training.get("label_drop"))
+    expect(f"{path}: sampling: steps", state["sampling"].get("steps"), int, 1, MAX_SIZE)
+    for name in ("guidance", "sampler"):
+        check_option(f"{path}: sampling", name, state["sampling"].get(name))
+    names = [printable(expect(f"{path}: class_names", name, str)) for name in state["class_names"]]
+    counts = [expect(f"{path}: class_counts", count, int, 0, 1 << 40) for count in state["class_counts"]]
+    if len(counts) > max(1, len(names)):
+        raise UserError(f"{path}: class_counts must be one for each class, are {len(counts):,}")
+    sampling = {name: state["sampling"][name] for name in ("steps", "guidance", "sampler")}
+    return state | {"class_names": names, "class_counts": counts, "sampling": sampling}
 
 
 def check_config(where, config):
@@ -102,29 +110,13 @@ def check_config(where, config):
                 check_option(f"{where}: {part}", option, value)
 
 
-def check_classes(path, state):
-    """The dict of a ckpt.pt, if it says how to draw images of its classes, whose names become printable."""
-    names = [printable(expect(f"{path}: class_names", name, str)) for name in state["class_names"]]
-    counts = [expect(f"{path}: class_counts", count, int, 0, 1 << 40) for count in state["class_counts"]]
-    if len(counts) > max(1, len(names)):
-        raise UserError(f"{path}: class_counts must be one for each class, are {len(counts):,}")
-    training = expect(f"{path}: config: training", state["config"].get("training"), dict)
-    check_option(f"{path}: config: training", "label_drop", training.get("label_drop"))
-    sampling = {name: state["sampling"].get(name) for name in ("steps", "guidance", "sampler")}
-    expect(f"{path}: sampling: steps", sampling["steps"], int, 1, MAX_SIZE)
-    for name in ("guidance", "sampler"):
-        check_option(f"{path}: sampling", name, sampling[name])
-    return state | {"class_names": names, "class_counts": counts, "sampling": sampling}
-
-
 def previous(path):
     """Where the checkpoint before the last one is kept while a run trains: ckpt.pt, ckpt.previous.pt."""
     return path.with_suffix(".previous.pt")
 
 
 def save(path, content, last=False):
-    """Writes a checkpoint and keeps the one before, unless it is the last of its stage. All ranks call this.
-    """
+    """All ranks call this. Keeps the checkpoint before, unless this is the last of its stage."""
     if rank_and_world()[0] == 0:
         write_atomically(path, lambda partial: torch.save(content, partial), keep_as=previous(path))
         if last:
@@ -139,28 +131,27 @@ def save_best(path, content, batch):
     of draws have the same noise.
     """
     if rank_and_world()[0] == 0:
-        best = read_torch(path) if path.exists() else {"step": math.inf}
-        if best["step"] < content["step"]:  # a later one is of a course that was rolled back
-            bits, least = content["bits"], best["bits"]
+        bits, best, is_best = content["bits"], read_torch(path) if path.exists() else None, True
+        if best and best["step"] < content["step"]:  # a later one is of a course that was rolled back
+            least = best["bits"]
             n = len(bits) if len(bits) == len(least) else min(len(bits), len(least)) // batch * batch
-            if not bits[:n].mean() < least[:n].mean():
-                tqdm.write(f"held-out bits were fewer at step {best['step']:,}: {path} keeps that network")
-                return barrier()
-        content = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
-        write_atomically(path, lambda partial: torch.save(content, partial))
+            is_best = bits[:n].mean() < least[:n].mean()
+        if is_best:
+            content = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
+            write_atomically(path, lambda partial: torch.save(content, partial))
+        else:
+            tqdm.write(f"held-out bits were fewer at step {best['step']:,}: {path} keeps that network")
     barrier()
 
 
 def tokenizer_state(run, parts):
     """What tokenizer.pt holds beside the log's state. With metrics it is complete."""
-    weights = {name: part.state_dict() for name, part in parts.items()}
-    return {"format": TOKENIZER_FORMAT, "config": run.models["tokenizer"], "metrics": {}} | weights
+    return {"format": TOKENIZER_FORMAT, "config": run.models["tokenizer"], "metrics": {},
+            **{name: part.state_dict() for name, part in parts.items()}}
 
 
 def denoiser_state(run, pipeline, parts, begin):
-    """What ckpt.pt holds beside the log's state: all that sample.py needs, and what training needs to
-    continue.
-    """
+    """What ckpt.pt holds beside the log's state, for sample.py and to continue."""
     return {"format": CHECKPOINT_FORMAT, "config": run.models | {"training": run.config | {"seed": run.seed}},
             "tokenizer": pipeline.tokenizer.state_dict(), "ema": parts["ema"].state_dict(), "metrics": {},
             "class_names": run.source.class_names, "class_counts": pipeline.class_counts,
@@ -170,16 +161,15 @@ def denoiser_state(run, pipeline, parts, begin):
 
 def read_newest(path, expected):
     """The newest checkpoint of a run and its "path": the one before, if the last cannot be read. Or None."""
-    state, older = None, previous(path)
-    if path.exists() or older.exists():
+    state, files = None, [file for file in (path, previous(path)) if file.exists()]
+    for file in files:
         try:
-            state = read_checkpoint(path, expected)
+            state = read_checkpoint(file, expected) | {"path": file}
+            break
         except UserError as error:
-            if not older.exists():
+            if file == files[-1]:
                 raise
-            path, state = older, read_checkpoint(older, expected)
-            print(f"{error}: going on from {older}, step {state['step']:,}")
-        state["path"] = path
+            print(f"{error}: going on from {files[-1]}")
     step = state["step"] if state else -1
     if all_reduce_max(step) != -all_reduce_max(-step):  # a disk that fails one of them
         raise OSError(f"{path} could be read by some processes and not by others")

@@ -11,10 +11,9 @@ from vqvae import VQVAE, to_float
 
 
 class PublishedVQGAN(nn.Module):
-    """A published first stage, to encode and decode with. The same interface as VQVAE, without training.
+    """A published first stage, with the interface of VQVAE but for training. size: pixels a side.
 
-    shapes: {published name: shape} of its weights, from which levels, attention and widths are read.
-    size: pixels a side.
+    shapes: {published name: shape} of its weights, which say what levels, attention and widths there are.
     """
 
     def __init__(self, shapes, size, bf16=False):
@@ -23,9 +22,9 @@ class PublishedVQGAN(nn.Module):
             *path, last = name.split(".")
             module = self
             for part in path:
-                if part not in module._modules:
+                if not hasattr(module, part):
                     module.add_module(part, nn.Module())
-                module = module._modules[part]
+                module = getattr(module, part)
             module.register_parameter(last, nn.Parameter(torch.zeros(shape), requires_grad=False))
         self.size, self.bf16 = size, bf16
         self.f, self.K, _ = read_geometry(shapes)

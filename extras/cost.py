@@ -1,15 +1,13 @@
-"""The cost of a run before it starts: memory, operations, hours, disk; and how many images at a
-time fit the memory. Called by extras/setup.py and extras/sampling_options.py.
+"""The cost of a run before it starts: memory, operations, hours, disk; and how many images at a time fit.
 
     python train.py --data FOLDER --dry-run --for 4090      one run, in full
     python -m extras.cost --for 4090                        a line for each preset
 
-The training steps and the sampler are those of this repository, on the meta device (extras/meta_count.py).
-Hours are operations at UTILISATION of the chip's peak. Reading images is not counted.
+It counts the training steps and the sampler of this repository (extras/meta_count.py). Hours are operations
+at UTILISATION of the chip's peak. Reading images is not counted.
 """
 
 import argparse
-import functools
 import math
 from types import SimpleNamespace
 
@@ -18,19 +16,20 @@ import torch
 from embedding_diffusion import EmbeddingDiffusion
 from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
-from engine.randomness import image_generators
-from extras.meta_count import CHIPS, UTILISATION, GiB, Stage, autocast, chip_of, fits
+from extras.meta_count import CHIPS, GiB, Stage, autocast, chip_of, fits
 from extras.vqgan_losses import LPIPS, discriminator_loss, make_discriminator, tokenizer_loss
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
 from sample import COLUMNS, sample_tokens
 from schedule import ShiftedCosine
+
+UTILISATION = 0.3  # share of a chip's peak which a run is assumed to reach
 
 
 def count_tokenizer(config, models, chip, images):
     """A late step of stage 1, when the discriminator is at work."""
     def build():
         tokenizer = make_tokenizer(models["tokenizer"], chip.bf16)
-        tokenizer.quantizer.has_codes = True
+        tokenizer.quantizer.eval()  # moving the codes costs little, and the processes would meet for it
         discriminator = make_discriminator(config, chip.bf16) if config["gan"] else None
         lpips = LPIPS() if config["perceptual"] else None
         pixels = torch.zeros(images, 3, config["size"], config["size"], dtype=torch.uint8)
@@ -39,18 +38,18 @@ def count_tokenizer(config, models, chip, images):
             outputs = tokenizer(pixels)
             loss, _ = tokenizer_loss(config, tokenizer, discriminator, outputs, 1.0, lpips)
             loss.backward()
-            if discriminator is not None:
+            if discriminator:
                 discriminator.requires_grad_(True)
                 discriminator_loss(discriminator, outputs).backward()
 
-        return [tokenizer] if discriminator is None else [tokenizer, discriminator], step
+        return [tokenizer, discriminator] if discriminator else [tokenizer], step
     return Stage(build, images)
 
 
 def count_diffusion(config, models, chip, images):
-    """A step of stage 3, from that of one block and that of two: everything is linear in the depth."""
-    def build(depth):
-        model, ema = (EmbeddingDiffusion(**models["denoiser"] | {"depth": depth}, bf16=chip.bf16,
+    """A step of stage 3."""
+    def build():
+        model, ema = (EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16,
                                          recompute=config["activation_checkpointing"]) for _ in range(2))
         x = torch.zeros(images, model.N, dtype=torch.int64)
 
@@ -60,29 +59,25 @@ def count_diffusion(config, models, chip, images):
                                     *noisy, **{name: config[name] for name in LOSS_ARGS})
             with autocast("meta", enabled=chip.bf16):  # for blocks that are computed again
                 loss.backward()
-        return [model], step
 
-    one, two = (Stage(functools.partial(build, depth), images, ema=True) for depth in (1, 2))
-    more = models["denoiser"]["depth"] - 1
-    one.flops += more * (two.flops - one.flops)
-    one.size += more * (two.size - one.size)
-    one.peak = {kind: size + more * (two.peak[kind] - size) for kind, size in one.peak.items()}
-    return one
+        return [model], step
+    return Stage(build, images, ema=True)
 
 
 @torch.no_grad()
 def count_untrained(config, models, chip, images=8):
     """(encoding, two steps of sampling)."""
     def encode():
-        tokenizer = make_tokenizer(models["tokenizer"], chip.bf16).eval()
+        tokenizer = make_tokenizer(models["tokenizer"], chip.bf16)
         pixels = torch.zeros(images, 3, tokenizer.size, tokenizer.size, dtype=torch.uint8)
         return [tokenizer], lambda: tokenizer.encode(pixels)
 
     def sample():
-        model = EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16).eval()
-        return [model], functools.partial(
-            sample_tokens, model, ShiftedCosine(**models["schedule"]), torch.zeros(images, dtype=torch.int64),
-            image_generators(0, range(images)), 2, config["guidance"], config["sampler"])
+        model = EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16)
+        labels = torch.zeros(images, dtype=torch.int64)
+        generators = [torch.Generator() for _ in range(images)]
+        return [model], lambda: sample_tokens(model, ShiftedCosine(**models["schedule"]), labels, generators,
+                                              2, config["guidance"], config["sampler"])
 
     return Stage(encode, images, trained=False), Stage(sample, images, trained=False)
 
@@ -101,16 +96,17 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     and eval_batch, as asked for or as fit; stages {name: Stage}; flops, hours {name: of the whole run}; ...
     """
     (n_train, n_test), batch = counts, config["batch"] // world
-    rows, N = n_train * (1 + config["flip"]) + n_test, math.prod(models["denoiser"]["grid"])
+    rows = n_train * (1 + config["flip"])  # of training tokens
+    N = math.prod(models["denoiser"]["grid"])
     encoding, sampling = count_untrained(config, models, chip)
-    stages = {}
+    stages, fitting = {}, {}
     if trains_tokenizer:
-        stages["tokenizer"] = count_tokenizer(config, models, chip, config["tokenizer_batch"] // world)
+        stage = count_tokenizer(config, models, chip, config["tokenizer_batch"] // world)
+        stages["tokenizer"], fitting["tokenizer"] = stage, stage.fit(chip, stage.images).images * world
     diffusion = count_diffusion(config, models, chip, batch)
-    diffusion.peak["weights"] += (rows - n_test) * (2 * N + 8)  # all tokens and labels lie on the device
-    smallest = stages["diffusion"] = diffusion.fit(chip, batch, least=2)
-    if config["micro_batch"]:
-        stages["diffusion"] = diffusion.at(min(config["micro_batch"], batch))
+    diffusion.peak["weights"] += rows * (2 * N + 8)  # all tokens and labels lie on the device
+    fitting["diffusion"] = diffusion.fit(chip, batch, least=2).images
+    stages["diffusion"] = diffusion.at(min(config["micro_batch"] or fitting["diffusion"], batch))
     untrained = max(encoding, sampling, key=lambda stage: stage.peak["activations"])
     untrained.peak["weights"] = max(stage.total - stage.peak["activations"] for stage in stages.values())
     stages["untrained"] = untrained.fit(chip, config["eval_batch"])
@@ -118,25 +114,22 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     call = sampling.flops / sampling.images / 2  # of the denoiser for an image; guidance included
     pictures = COLUMNS * min(models["denoiser"]["num_classes"] or COLUMNS, 16)
     evaluation = call * (2 * max(1000, min(n_test, 2000)) + config["sample_steps"] * pictures)
-    steps = {"tokenizer": config["tokenizer_steps"], "diffusion": config["steps"]}
-    flops = {name: steps[name] * stages[name].flops * world for name in steps if name in stages}
-    flops["tokens"] = encoding.flops / encoding.images * rows
-    flops["evaluation"] = evaluation * (1 + config["steps"] // config["sample_every"])
-    first = flops.get("tokenizer", 0) + flops["tokens"] + 2 * evaluation + (
-        min(1, config["sample_every"] / config["steps"]) * flops["diffusion"])
-    rate = world * chip.flops * UTILISATION * 3600
+    tokenizer_step = stages["tokenizer"].flops if trains_tokenizer else 0
+    flops = {"tokenizer": config["tokenizer_steps"] * tokenizer_step * world,
+             "tokens": encoding.flops / encoding.images * (rows + n_test),
+             "diffusion": config["steps"] * diffusion.flops * world,
+             "evaluation": evaluation * (1 + config["steps"] // config["sample_every"])}
+    share = min(1, config["sample_every"] / config["steps"])
+    first = flops["tokenizer"] + flops["tokens"] + 2 * evaluation + share * flops["diffusion"]
+    rate = world * chip.flops * UTILISATION * 3600  # an hour's
     return SimpleNamespace(
-        chip=chip, world=world, stages=stages, smallest=smallest, steps=steps, flops=flops,
-        micro_batch=config["micro_batch"] or smallest.images % batch, eval_batch=stages["untrained"].images,
-        first=first / rate, hours={name: value / rate for name, value in flops.items()},
-        passes={"tokenizer": config["tokenizer_steps"] * config["tokenizer_batch"] / n_train,
-                "diffusion": config["steps"] * config["batch"] / n_train},
+        chip=chip, world=world, stages=stages, fitting=fitting, flops=flops,
+        hours={name: value / rate for name, value in flops.items()}, first=first / rate,
+        micro_batch=config["micro_batch"] or fitting["diffusion"] % batch,
+        eval_batch=stages["untrained"].images,
         fits={name: fits(chip, stage.total) for name, stage in stages.items()},
-        disk=rows * (2 * N + 5) + 14 * (encoding.size + diffusion.size))  # with what is being replaced
+        disk=(rows + n_test) * (2 * N + 5) + 14 * (encoding.size + diffusion.size))
 
-
-# ----------------------------------------------------------------------------
-# In words.
 
 def in_words(hours):
     return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.2g} min"
@@ -160,10 +153,7 @@ def report(cost):
         yield (f"  {name:<10} {stage.total / GiB:>8.3f} GiB at peak, {stage.images} images at a time: {kinds}"
                + ("" if cost.fits[name] else "; does not fit"))
     for name, hours in cost.hours.items():
-        line = f"  {name:<10} {in_words(hours):>8}: {cost.flops[name]:.2g} FLOP"
-        if name in cost.steps:
-            line += f" in {cost.steps[name]:,} steps, {cost.passes[name]:,.0f} passes over the data"
-        yield line
+        yield f"  {name:<10} {in_words(hours):>8}: {cost.flops[name]:.2g} FLOP"
     yield f"  disk: {cost.disk / 1e9:.2g} GB at most"
     yield summary(cost)
 
@@ -173,20 +163,16 @@ def advice(cost):
 
     The tokenizer's batch is never split: its codebook and its discriminator's weight depend on all of it.
     """
-    if not cost.fits.get("tokenizer", True):
-        stage = cost.stages["tokenizer"]
-        batch = stage.fit(cost.chip, stage.images).images * cost.world
-        yield (f"the tokenizer's batch does not fit the memory. What does: --tokenizer-batch {batch}, which "
-               "changes the result, or more GPUs (torchrun), which do not")
-    if not cost.fits["diffusion"] and fits(cost.chip, cost.smallest.total):
-        yield f"the denoiser's batch does not fit the memory. What does: --micro-batch {cost.smallest.images}"
-    elif not cost.fits["diffusion"]:
-        yield "the denoiser does not fit the memory: --activation-checkpointing, or a smaller --width"
+    for name, flag, otherwise in (
+            ("tokenizer", "--tokenizer-batch", "which changes the result, or more GPUs (torchrun)"),
+            ("diffusion", "--micro-batch", "--activation-checkpointing, or a smaller --width")):
+        if not cost.fits.get(name, True):
+            yield f"{name} does not fit the memory. What may: {flag} {cost.fitting[name]}, {otherwise}"
 
 
 def main():
     parser = argparse.ArgumentParser(description="The cost of every preset, by counting; needs no data.")
-    parser.add_argument("--for", dest="chip", choices=[*CHIPS], default="4090", help="default: 4090")
+    parser.add_argument("--for", dest="chip", choices=CHIPS, default="4090", help="default: 4090")
     chip = chip_of(None, parser.parse_args().chip)
     for preset, options in PRESETS.items():
         config = DEFAULTS | options

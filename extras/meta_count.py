@@ -2,92 +2,73 @@
 have shapes and no values. Called by extras/cost.py.
 """
 
-import contextlib
 import copy
-import functools
-import math
 import os
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
-from engine import distributed
+from engine.distributed import bf16_works
 
 GiB = 2 ** 30
 CHIPS = {  # memory in GiB, peak of dense bfloat16 products in TFLOP/s: from the makers' data sheets
     "a100-80": (79.2, 312), "h100": (79.1, 989), "h200": (139.8, 989), "3090": (23.6, 71),
     "4090": (23.6, 165)}
-UTILISATION = 0.3  # share of that peak which a run is assumed to reach
 MARGIN, RESERVE = 1.1, GiB // 2  # for fragments and workspaces; for the driver
-
-
-def read_memory():
-    """Bytes that this process may take of the machine's memory or its container's; infinite if unknown."""
-    limits = [math.inf]
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(ValueError, OSError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def chip_of(device, name=None):
     """The chip of --for, or else of the device: name, memory in bytes, flops per second at its peak, bf16.
 
-    The peak of a chip that is not in CHIPS is measured, by matrix products for 0.1 seconds.
+    The peak of a CPU, and of a GPU that is not in CHIPS, is measured by matrix products for 0.1 seconds.
     """
-    chip = SimpleNamespace(name=name, memory=read_memory(), flops=None, bf16=True)
-    if name not in CHIPS:
-        chip.bf16 = distributed.bf16_works(device)
-        chip.name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    for key, (memory, tera) in CHIPS.items():
-        if key.split("-")[0] in chip.name.lower():
-            chip.memory, chip.flops = memory * GiB, tera * 1e12
-    if name not in CHIPS and device.type == "cuda":
-        chip.memory, _ = torch.cuda.mem_get_info(device)  # what is free
-    if chip.flops is None:
-        a = torch.ones(1024, 1024, dtype=torch.bfloat16 if chip.bf16 else torch.float32, device=device)
+    if name in CHIPS:
+        memory, peak = CHIPS[name]
+        return SimpleNamespace(name=name, memory=memory * GiB, flops=peak * 1e12, bf16=True)
+    name, memory, bf16 = device.type, float("inf"), bf16_works(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        memory, _ = torch.cuda.mem_get_info(device)  # what is free
+    elif hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peaks = [peak * 1e12 for key, (_, peak) in CHIPS.items() if key.split("-")[0] in name.lower()]
+    if not peaks:
+        a = torch.ones(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-        chip.flops = 2 * 1024 ** 3 / timer.blocked_autorange(min_run_time=0.1).median
-    return chip
+        peaks = [2 * 1024 ** 3 / timer.blocked_autorange(min_run_time=0.1).median]
+    return SimpleNamespace(name=name, memory=memory, flops=peaks[0], bf16=bf16)
 
 
 def fits(chip, peak):
     return MARGIN * peak + RESERVE <= chip.memory
 
 
-# ----------------------------------------------------------------------------
-# The count.
+class autocast(TorchFunctionMode):
+    """In place of torch.autocast, which the meta device lacks: the types that CUDA's autocast gives.
 
-CASTS = {"linear": torch.bfloat16, "conv2d": torch.bfloat16, "group_norm": torch.float32,
-         "layer_norm": torch.float32, "rms_norm": torch.float32}  # of autocast on CUDA
+    And flash attention, which stores no N x N matrix. As on a GPU, it takes only tensors with heads.
+    """
 
+    TYPES = {F.linear: torch.bfloat16, F.conv2d: torch.bfloat16, F.group_norm: torch.float32,
+             F.layer_norm: torch.float32, F.rms_norm: torch.float32}
 
-def call_with(function, dtype, *args, **options):
-    return function(*(arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args), **options)
+    def __init__(self, device_type, dtype=None, enabled=True):
+        super().__init__()
+        self.enabled = enabled
 
-
-@contextlib.contextmanager
-def autocast(device_type, dtype=None, enabled=True):
-    """What the meta device lacks: autocast as on CUDA; and flash attention, which stores no N x N matrix."""
-    def attention(q, k, v):
-        if q.ndim == 3:  # a published VQGAN's, of one head
-            return attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-
-    functions = {"scaled_dot_product_attention": attention}
-    for name, cast in CASTS.items() if enabled else ():
-        functions[name] = functools.partial(call_with, getattr(F, name), cast)
-    with mock.patch.multiple(F, **functions):
-        yield
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.enabled and function in self.TYPES:
+            args = [arg.to(self.TYPES[function]) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        if function is F.scaled_dot_product_attention and args[0].ndim == 4:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return function(*args, **kwargs or {})
 
 
 class Counter(TorchDispatchMode):
@@ -125,16 +106,20 @@ class Stage:
     """
 
     def __init__(self, build, images, trained=True, ema=False):
-        with (Counter() as counter, mock.patch.object(torch, "autocast", autocast),
-              mock.patch.object(distributed, "rank_and_world", lambda: (0, 1))):  # nothing is sent
-            with torch.device("meta"):
-                modules, work = build()
-            parameters = [p for module in modules for p in module.parameters()]
-            size, weights = sum(p.nbytes for p in parameters), counter.now
-            for p in parameters if trained else ():
-                p.grad = torch.zeros_like(p)  # of the step before
-            built = counter.peak = counter.now
-            work()
+        original, torch.autocast = torch.autocast, autocast
+        try:
+            with Counter() as counter:
+                with torch.device("meta"):
+                    modules, work = build()
+                weights = counter.now
+                parameters = [p for module in modules for p in module.parameters()]
+                for p in parameters if trained else ():
+                    p.grad = torch.zeros_like(p)  # of the step before
+                built = counter.peak = counter.now
+                work()
+        finally:
+            torch.autocast = original
+        size = sum(p.nbytes for p in parameters)
         self.images, self.flops, self.size = images, counter.flops, size
         self.peak = {"weights": weights - ema * size, "gradients": trained * size,
                      "optimizer": 2 * trained * size, "EMA": ema * size, "activations": counter.peak - built}
@@ -152,8 +137,8 @@ class Stage:
 
     def fit(self, chip, images, least=1):
         """With so many images, or the fewest equal parts of them that fit the chip."""
-        parts, stage = 1, self.at(images)
-        while stage.images > least and not fits(chip, stage.total):
-            parts += 1
+        for parts in range(1, images + 1):
             stage = self.at(max(least, -(-images // parts)))
+            if fits(chip, stage.total):
+                break
         return stage

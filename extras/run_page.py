@@ -40,10 +40,8 @@ def thin(points):
 def read_columns(path):
     """{column: [(step, value), ...]}, thinned, of a CSV file; {} if there is none."""
     columns = {}
-    if not path.exists():
-        return columns
-    with reading(path), path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    with reading(path):
+        for row in csv.DictReader(path.read_text("utf-8").splitlines() if path.exists() else []):
             step = int(row.pop("step"))
             for name, cell in row.items():
                 if cell:  # half a line of a killed run lacks some
@@ -53,10 +51,11 @@ def read_columns(path):
 
 def commands(out, config, start, state):
     """(what it does, command line) pairs, quoted for a shell."""
-    titles = {"running": "Continue it, should it stop", "complete": "Train it longer"}
-    command = start.get("command", ["python", "train.py", "--data", config["data"], "--out", str(out)])
-    longer = ["--steps", str(2 * config["steps"])] if state == "complete" else []
-    pairs = [(titles.get(state, "Continue it"), shlex.join([*command, *longer]))]
+    words = start.get("command", ["python", "train.py", "--data", config["data"], "--out", str(out)])
+    title = "Continue it, should it stop" if state == "running" else "Continue it"
+    if state == "complete":
+        title, words = "Train it longer", [*words, "--steps", str(2 * config["steps"])]
+    pairs = [(title, shlex.join(words))]
     if (out / "ckpt.pt").exists():
         names = [name for name in config["classes"] if name.isalnum()][:2]
         classes = ["--class", ",".join(names)] if names else []
@@ -68,8 +67,8 @@ def commands(out, config, start, state):
 def read_run(out):
     """The content of run.js, a dict. UserError if this is no run, or a file in it is damaged."""
     config = read_json(out / "config.json")
-    start = read_json(out / "state.json") if (out / "state.json").exists() else {}
-    metrics = read_json(out / "metrics.json") if (out / "metrics.json").exists() else {}
+    start, metrics = (read_json(file) if file.exists() else {}
+                      for file in (out / "state.json", out / "metrics.json"))
     columns = {name: read_columns(out / f"{name}.csv") for name in TABLES}
     with reading(out / "config.json"):
         last_step = {name: max((points[-1][0] for points in curves.values()), default=0)
@@ -82,18 +81,18 @@ def read_run(out):
         state, step = start.get("state", "ended"), last_step.get(stage, 0)
         if state == "ended" and metrics and stage == "diffusion" and step >= steps:
             state = "complete"
-        classes = config["classes"]
         settings = {name: value if isinstance(value, str) else json.dumps(value)
                     for name, value in config.items() if name != "classes"}
         return {"state": state, "message": start.get("message", ""), "written": time.time(),
                 "stage": stage, "step": step, "steps": steps, "columns": columns, "metrics": metrics,
-                "classes": [printable(name) for name in classes[:100]], "class_count": len(classes),
-                "settings": settings, "commands": commands(out, config, start, state),
+                "classes": [printable(name) for name in config["classes"][:100]],
+                "class_count": len(config["classes"]), "settings": settings,
+                "commands": commands(out, config, start, state),
                 "files": sorted(path.name for path in out.iterdir())}
 
 
-def write_page(out, run=None):
-    text = json.dumps(run or read_run(out)).replace("<", r"\u003c")  # ASCII, and no tag in it
+def write_page(out, run):
+    text = json.dumps(run).replace("<", r"\u003c")  # ASCII, and no tag in it
     write_atomically(out / "run.js", lambda partial: partial.write_text(f"RUN = {text};\n"))
     page = Path(__file__).with_name("run.html")
     write_atomically(out / "index.html", lambda partial: shutil.copyfile(page, partial))
@@ -105,7 +104,7 @@ def update_page(out, at_once=False):
     if rank_and_world()[0] or not at_once and begin < pace["next_page"]:
         return
     try:
-        write_page(out)
+        write_page(out, read_run(out))
     except Exception as error:  # no page is worth a run
         if not pace["failed"]:  # is said once
             tqdm.write(f"no page of this run, which goes on without: {reason_of(error)}")

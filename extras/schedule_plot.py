@@ -31,12 +31,12 @@ def draw(schedules, path):
 def main():
     parser = argparse.ArgumentParser(description="Draw the shifted cosine schedule for several shifts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     shifts = [2.0, 1.0, DEFAULTS["shift"], 0.4, 0.2, 0.1]
-    parser.add_argument("--shifts", type=float, nargs="+", default=shifts, help="shift factors s")
-    for name in ("log_snr_min", "log_snr_max"):
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=float, default=DEFAULTS[name], help="end of lambda before the shift")
-    parser.add_argument("--out", default="schedule.png", help="the picture to write")
+    add("--shifts", type=float, nargs="+", default=shifts, help="shift factors s")
+    add("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1) before the shift")
+    add("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0) before the shift")
+    add("--out", default="schedule.png", help="the picture to write")
     args = parser.parse_args()
     with report_errors("schedule.py"), user_error():
         schedules = [ShiftedCosine(shift, args.log_snr_min, args.log_snr_max) for shift in args.shifts]

@@ -11,10 +11,8 @@ import base64
 import io
 import itertools
 import json
-import sys
 import threading
 import traceback
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,12 +31,7 @@ LARGEST_BODY = 8 << 20  # bytes
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")
 
-
-# ----------------------------------------------------------------------------
-# Drawing.
-
 def read_list(name, values, end):
-    """values, if it is a list of whole numbers from 0 to end - 1."""
     return [expect(name, value, int, 0, end - 1) for value in expect(name, values, list)]
 
 
@@ -87,18 +80,15 @@ def draw(pipeline, settings, request, send):
     frames = {round(step) for step in np.linspace(1, options["steps"], FRAMES)} if trajectory else set()
     steps = itertools.count(1)
 
+    def picture(images):
+        return {"labels": labels.tolist(), "images": png_texts(images)}
+
     def after_step(t, p):
-        line = {"step": next(steps), "t": t}
-        if line["step"] in frames:
-            line |= {"labels": labels.tolist(), "images": png_texts(pipeline.tokenizer.decode(p.argmax(-1)))}
-        send(line)
+        step = next(steps)
+        images = picture(pipeline.tokenizer.decode(p.argmax(-1))) if step in frames else {}
+        send({"step": step, "t": t} | images)
 
-    images = sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)
-    send({"labels": labels.tolist(), "images": png_texts(images)})
-
-
-# ----------------------------------------------------------------------------
-# The server.
+    send(picture(sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)))
 
 class Handler(BaseHTTPRequestHandler):
     """One connection with one request, in a thread of its own."""
@@ -107,32 +97,30 @@ class Handler(BaseHTTPRequestHandler):
     answered = False  # has an answer begun?
 
     def do_GET(self):
+        kind, content = self.server.pages.get(self.path, ("", b""))
         if self.headers["Host"] not in self.server.hosts:
-            self.refuse(403, "this server is for this machine alone")
-        elif self.path not in self.server.pages:
-            self.refuse(404, "there is no such page")
+            self.send_error(403, "this server is for this machine alone")
+        elif not content:
+            self.send_error(404, "there is no such page")
         else:
-            kind, content = self.server.pages[self.path]
             self.begin(200, kind)
             self.wfile.write(content)
 
     def do_POST(self):
         length, host = self.headers.get("Content-Length", ""), self.headers["Host"]
         if not length.isdecimal() or len(length) > 8 or int(length) > LARGEST_BODY:
-            return self.refuse(413, f"a request needs its Content-Length, of at most {LARGEST_BODY >> 20} MB")
+            return self.send_error(413, f"a request has a Content-Length, of at most {LARGEST_BODY} bytes")
         body = self.rfile.read(int(length))  # before any other refusal, which else might not arrive
         if host not in self.server.hosts or self.headers["Origin"] != f"http://{host}":
-            return self.refuse(403, "only this server's own page may ask for this")
-        if self.headers["Content-Type"] != "application/json":
-            return self.refuse(415, "a request must be application/json")
-        if self.path not in self.server.actions:
-            return self.refuse(404, "there is no such page")
-        if not self.server.drawing.acquire(blocking=False):
-            return self.refuse(429, "another picture is being drawn: wait until it is done")
-        try:
+            self.send_error(403, "only this server's own page may ask for this")
+        elif self.headers["Content-Type"] != "application/json":
+            self.send_error(415, "a request must be application/json")
+        elif self.path not in self.server.actions:
+            self.send_error(404, "there is no such page")
+        elif not self.server.drawing.acquire(blocking=False):
+            self.send_error(429, "another picture is being drawn: wait until it is done")
+        else:
             self.act(self.server.actions[self.path], body)
-        finally:
-            self.server.drawing.release()
 
     def act(self, action, body):
         try:
@@ -142,12 +130,14 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):  # the client is gone, or the server ends
             pass
         except UserError as error:
-            self.refuse(400, str(error))
+            self.send_error(400, str(error))
         except (MemoryError, torch.OutOfMemoryError):
-            self.refuse(503, "not enough memory: ask for less")
+            self.send_error(503, "not enough memory: ask for less")
         except Exception:
             traceback.print_exc()
-            self.refuse(500, "something went wrong: the terminal of this server says what")
+            self.send_error(500, "something went wrong: the terminal of this server says what")
+        finally:
+            self.server.drawing.release()
 
     def begin(self, status, kind):
         self.answered = True
@@ -165,12 +155,9 @@ class Handler(BaseHTTPRequestHandler):
             self.begin(status, "application/x-ndjson")
         self.wfile.write(json.dumps(line).encode() + b"\n")
 
-    def refuse(self, status, reason):
-        """{"error": reason}: the answer or, if that has begun, its last line."""
-        self.send_line({"error": reason}, status)
-
-    def send_error(self, code, message=None, explain=None):  # the parent's page repeats what was sent
-        self.refuse(code, HTTPStatus(code).phrase)
+    def send_error(self, code, message=None, explain=None):
+        """{"error": message}: the answer or, if that has begun, its last line."""
+        self.send_line({"error": message or self.responses[code][0]}, code)
 
     def log_message(self, *_):
         pass
@@ -185,10 +172,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the client is gone
-            super().handle_error(request, client_address)
-
     def server_close(self):
         """A drawing ends at its next line. Python would abort if it exited while a thread is in PyTorch."""
         self.ending = True
@@ -199,18 +182,17 @@ class Server(ThreadingHTTPServer):
 
 def make_server(args, pipeline, chosen, settings):
     """The server of --serve. What else the command line says are the first settings of the page."""
-    tokenizer = pipeline.tokenizer
-    if len(chosen) > 16:
+    tokenizer, names = pipeline.tokenizer, pipeline.class_names
+    if len(chosen) > LIMITS["n"][2]:
         chosen = chosen[:1]
     initial = {"n": args.n or max(len(chosen), 8), "seed": args.seed, "temperature": 1.0} | settings
     if args.steps is None:
         initial["steps"] = min(initial["steps"], LIMITS["steps"][2])
     for name, limits in LIMITS.items():
         expect(f"--{name}", initial[name], *limits)
-    model = {"initial": {name: initial[name] for name in (*LIMITS, "sampler")}
-             | {"classes": chosen if pipeline.class_names else []},
-             "limits": {name: limits[1:] for name, limits in LIMITS.items()}, "samplers": SAMPLERS,
-             "names": pipeline.class_names, "null": bool(pipeline.config["training"]["label_drop"]),
+    initial["classes"] = chosen if names else []
+    model = {"initial": initial, "limits": {name: limits[1:] for name, limits in LIMITS.items()},
+             "samplers": SAMPLERS, "names": names, "null": bool(pipeline.config["training"]["label_drop"]),
              "step": pipeline.step, "size": tokenizer.size, "grid": tokenizer.grid, "largest": LARGEST_BODY}
     pages = {"/": ("text/html; charset=utf-8", Path(__file__).with_name("serve.html").read_bytes()),
              "/model": ("application/json", json.dumps(model).encode())}
@@ -228,6 +210,6 @@ def make_server(args, pipeline, chosen, settings):
 def serve(args, pipeline, chosen, labels, settings):
     """--serve PORT, until Ctrl-C."""
     with make_server(args, pipeline, chosen, settings) as server:
-        url = f"http://127.0.0.1:{server.server_port}/"
-        print(f"open {url} in a browser on this machine; Ctrl-C ends it", flush=True)
+        print(f"open http://127.0.0.1:{server.server_port}/ in a browser on this machine; Ctrl-C ends it",
+              flush=True)
         server.serve_forever()

@@ -17,7 +17,7 @@ class LPIPS(nn.Module):
 
         sum_l mean_hw sum_c w_lc (f_lc / |f_l| - g_lc / |g_l|)^2,    f_l, g_l: features (B, C_l, H_l, W_l).
 
-    state: {name: tensor} of read_lpips; without it the weights are random. Nothing here is trained.
+    state: of read_lpips; without it the weights are random. Nothing here is trained.
     """
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -26,11 +26,11 @@ class LPIPS(nn.Module):
         super().__init__()
         layers, channels = [], 3
         for widths in self.STAGES:
-            layers += [nn.MaxPool2d(2)] if layers else []
             for width in widths:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
-        self.features = nn.Sequential(*layers)  # numbered as in torchvision's vgg16
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])  # numbered as in torchvision's vgg16
         self.lin = nn.ParameterList(torch.rand(widths[-1]) for widths in self.STAGES)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
@@ -41,10 +41,11 @@ class LPIPS(nn.Module):
     def stages(self, x):
         """The normalised features after each stage."""
         h = (x.float() - self.shift) / self.scale
-        for layer, following in zip(self.features, [*self.features[1:], nn.MaxPool2d(2)], strict=True):
-            h = layer(h)
-            if isinstance(following, nn.MaxPool2d):  # normalize has a gradient even where all features are 0
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):  # normalize has a gradient even where all features are 0
                 yield F.normalize(h, dim=1, eps=1e-10)
+            h = layer(h)
+        yield F.normalize(h, dim=1, eps=1e-10)
 
     def forward(self, x, x_hat):
         """Images (B, 3, H, W) in [-1, 1], of 16 pixels at least -> (B,) distances. Trains x_hat alone."""
@@ -64,7 +65,7 @@ LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and
 
 
 def find_lpips(given=None, may_download=True):
-    """The files of the LPIPS weights: those given, or LPIPS_FILES in torch's cache, else a download."""
+    """The files of the LPIPS weights: those given, or LPIPS_FILES from torch's cache or a download."""
     if given:
         return [check_file(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
@@ -76,12 +77,11 @@ def read_lpips(paths):
     state, wanted = {}, LPIPS().state_dict()
     for path in paths:
         for name, value in tensors_of(path, read_torch(path)).items():
-            feature = re.search(r"(?:features|slice[1-5])[.](\d+[.](?:weight|bias))$", str(name))
-            linear = re.search(r"lin(\d)[.]model[.]\d[.]weight$", str(name))
-            ours = f"features.{feature[1]}" if feature else f"lin.{linear[1]}" if linear else None
+            ours = re.sub(r".*(features|slice[1-5])[.](\d+[.](weight|bias))$", r"features.\2", str(name))
+            ours = re.sub(r".*lin(\d)[.]model[.]\d[.]weight$", r"lin.\1", ours)
             if ours in wanted:
                 check_finite(f"{path}: {name}", value)
-                state[ours] = value.float().flatten() if linear else value.float()
+                state[ours] = value.float().flatten() if ours.startswith("lin") else value.float()
     where = f"{', '.join(map(str, paths))} (give {' and '.join(LPIPS_FILES)}, or a file that has both)"
     check_weights(where, wanted, state)
     return state
