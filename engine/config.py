@@ -12,7 +12,7 @@ from engine.distributed import rank_and_world
 from engine.validate import UserError, expect
 from sample import SAMPLERS
 
-POSITIVE = (1, math.inf)
+POSITIVE = (1, 1 << 40)
 NOT_NEGATIVE = (0, math.inf)
 SHARE = (0, 1)
 ANY = (-math.inf, math.inf)
@@ -91,9 +91,9 @@ TOKENIZER_OPTIONS = {  # argument of VQVAE: option
     "size": "size", "f": "f", "K": "K", "code_dim": "code_dim", "width": "tokenizer_width",
     "blocks": "tokenizer_blocks", "update": "codebook_update"}
 GROUPS = {  # first option of a group: its title in --help
-    "size": "images", "f": "tokenizer", "D": "embeddings and denoiser", "shift": "noise schedule and losses",
-    "steps": "optimisation of the denoiser", "micro_batch": "speed and memory",
-    "sample_steps": "sampling, stored in the checkpoint", "log_every": "bookkeeping"}
+    "size": "images", "f": "tokenizer", "D": "embeddings and denoiser", "shift": "schedule and losses",
+    "steps": "optimisation of the denoiser", "micro_batch": "speed and memory", "sample_steps": "sampling",
+    "log_every": "bookkeeping"}
 
 # ----------------------------------------------------------------------------
 # Presets.
@@ -126,10 +126,7 @@ SMALL_SETS = {"cifar10", "fashion-mnist", "mnist"}  # fit the 32-cpu preset, whi
 
 
 def choose_preset(dataset, median, on_cpu):
-    """(the preset that is taken unless one is asked for, the one that a GPU would get).
-
-    dataset: name of a published set or None. median: shorter side of the images in pixels.
-    """
+    """(preset for a published set, or for images of a median shorter side in pixels; the one on a GPU)."""
     on_gpu = dataset or ("32" if median <= 40 else "64" if median <= 128 else "256")
     if on_cpu and (dataset is None or dataset in SMALL_SETS):
         return "32-cpu", on_gpu
@@ -137,10 +134,9 @@ def choose_preset(dataset, median, on_cpu):
 
 
 def adapt_to_size(config, given, n):
-    """{option: value}: what to change in a preset that was chosen by the images' size, for n of them (ours).
+    """{option: value} to change in a preset that was chosen by the size of n images, but not in `given`.
 
-    Few images need no large network, which would memorise them, and no thousand epochs. The width is at least
-    256, the steps at least a tenth of the preset's, and nothing in `given` changes.
+    Few images need no large network, which would memorise them, and no thousand epochs.
     """
     width = next(width for least, width in WIDTHS if n >= least)
     changes = {}
@@ -282,9 +278,7 @@ def check_option(where, name, value):
 
 
 def describe_models(config, num_classes, published=None):
-    """Keyword arguments of the three models, as checkpoints have them. published: {name: shape} of a
-    VQGAN.
-    """
+    """Keyword arguments of the models, as checkpoints have them. published: {name: shape} of a VQGAN."""
     tokenizer = {name: config[option] for name, option in TOKENIZER_OPTIONS.items()}
     if published is not None:
         tokenizer = {"published": published, "size": config["size"]}

@@ -1,14 +1,11 @@
-"""Random numbers and batches by step: every draw comes from (seed, stage, step) or (seed, image), so resuming
-needs no random state, and neither the batch size nor the number of processes changes what is drawn.
+"""Random numbers by step: every draw comes from (seed, stage, step) or (seed, image). Resuming needs no random
+state, and neither the batch size nor the number of processes changes what is drawn.
 """
 
 import functools
 
 import numpy as np
 import torch
-
-from engine.distributed import rank_and_world
-from engine.process import look_ahead
 
 STAGES = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3, "flips": 4}
 
@@ -37,21 +34,3 @@ def batch_indices(n, batch, seed, stage, step):
     epoch, position = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
     return np.concatenate([epoch_order(n, seed, stage, e)[position[epoch == e]]
                            for e in range(epoch[0], epoch[-1] + 1)])
-
-
-def image_batches(images, config, seed, first_step, steps, device):
-    """This rank's uint8 images (B / world, 3, H, W) for each step; a thread reads the next ones ahead.
-
-    images: a data.ImageSet. For a GPU they lie in pinned memory, from which they are copied without waiting.
-    """
-    (rank, world), B = rank_and_world(), config["tokenizer_batch"]
-    mine = slice(rank * B // world, (rank + 1) * B // world)
-
-    def read(step):
-        batch = images.batch(batch_indices(len(images), B, seed, "tokenizer", step)[mine])
-        if config["flip"]:
-            flips = torch.rand(B, 1, 1, 1, generator=generator_for(seed, "flips", step))[mine] < 0.5
-            batch = torch.where(flips, batch.flip(3), batch)
-        return batch.pin_memory() if device.type == "cuda" else batch
-
-    return look_ahead(read, range(first_step, steps))
