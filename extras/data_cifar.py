@@ -1,6 +1,6 @@
 """A form of data: CIFAR-10's batches, python (pickles) or binary, in a folder or in the .tar.gz as it comes.
 
-A pickle may run any program, so only arrays, numbers and text are unpickled. Called by extras/datasets.py.
+A pickle may run any program, so only arrays, numbers and text are unpickled.
 """
 
 import gzip
@@ -14,7 +14,7 @@ import tarfile
 import numpy as np
 
 from engine.validate import UserError, reading
-from extras.data_arrays import Arrays
+from extras.data_arrays import as_images, join_splits
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 MAX_STEPS = 1_000_000  # of a pickle; a batch has 60,000
@@ -22,7 +22,7 @@ MAX_BYTES = 512 << 20  # of the unpacked archive, which has 186 MB
 
 
 class ArraysOnly(pickle._Unpickler):
-    """Refuses all but arrays. Written in Python: the one in C takes memory for any number that a file names.
+    """Refuses all but arrays. The unpickler in C would take memory for any number that a file names.
 
     An array begins empty; its shape comes with its bytes, and numpy compares the two.
     """
@@ -54,12 +54,10 @@ def read_cifar(path):
             if name not in files:
                 raise UserError(f"{path} lacks {name}: fetch CIFAR-10 again")
             x, y = (read_binary if ending else read_pickle)(files[name])
-            if x.dtype != np.uint8 or x.shape != (len(y), 3072) or not len(y):
-                raise ValueError(f"{name} has {x.dtype} of {x.shape}, and {len(y)} labels")
-            images.append(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            images.append(as_images(x.reshape(-1, 3, 32, 32), f"{path}: {name}"))
             labels.append(y)
-        splits = [(np.concatenate(images[:5]), np.concatenate(labels[:5])), (images[5], labels[5])]
-    return Arrays(path, splits, CLASSES)
+        train = np.concatenate(images[:5]), np.concatenate(labels[:5])
+        return join_splits(path, [train, (images[5], labels[5])], CLASSES)
 
 
 def read_binary(content):

@@ -1,4 +1,4 @@
-"""A form of data: LSUN's LMDB, read by the package lmdb. Called by extras/datasets.py."""
+"""A form of data: LSUN's LMDB, read by the package lmdb."""
 
 import functools
 
@@ -28,16 +28,17 @@ class Lmdb(Source):
     """A directory NAME_lmdb, in which keys are names and values image files. test_path: held-out images."""
 
     def __init__(self, path, test_path=None):
-        paths = [path] if test_path is None else [path, test_path]
-        self.environments, names = zip(*[open_lmdb(part.resolve()) for part in paths], strict=True)
-        if not all(names):
-            raise UserError(f"{path} is an empty LMDB: fetch or unpack it again")
-        self.names, n = sum(names, []), len(names[0])
-        test = None if test_path is None else range(n, len(self.names))
-        super().__init__(path, [], np.zeros(len(self.names)), range(n), test)
+        self.environment, self.names = open_lmdb(path.resolve())
+        train, test = range(len(self.names)), None
+        if test_path:
+            self.test_environment, test_names = open_lmdb(test_path.resolve())
+            self.names = self.names + test_names
+            test = range(len(train), len(self.names))
+        super().__init__(path, [], np.zeros(len(self.names)), train, test)
 
     def read(self, i):
-        with self.environments[int(i >= self.total)].begin() as transaction:
+        environment = self.environment if i < self.total else self.test_environment
+        with environment.begin() as transaction:
             return transaction.get(self.names[i])
 
     def title(self, i):

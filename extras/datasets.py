@@ -1,17 +1,17 @@
 """From the word after --data to a source of images: toy, a published set by its name, or a path of any form.
 
-Facts about published sets: what they are, their licence, where to get them, how they are laid out. Nothing of
-them is in this repository. `python data.py` ends here.
+Facts about published sets: what they are, their licence, where to get them. `python data.py` ends here.
 """
 
 import argparse
 import difflib
 import os
+import sys
 from pathlib import Path
 
 from engine.process import report_errors
 from engine.validate import UserError, check_file
-from extras.data_arrays import read_arrays, read_idx
+from extras.data_arrays import read_idx, read_npy, read_npz
 from extras.data_cifar import read_cifar
 from extras.data_forms import Folder, Zip
 from extras.data_lmdb import Lmdb
@@ -21,8 +21,19 @@ from extras.image_cache import save_for_runs
 from extras.toy import TOY_SIZE, Toy
 
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-LSUN = dict(licence="none stated; its authors offer it for research, the pictures are their photographers'",
-            where="https://www.yf.io/p/lsun")
+
+
+def lsun(folder, what, count):
+    """Facts about one of LSUN's sets."""
+    return dict(
+        what=f"LSUN {what}", count=count,
+        licence="none stated; its authors offer it for research, the pictures are their photographers'",
+        where="https://www.yf.io/p/lsun",
+        command=f"curl -LO http://dl.yf.io/lsun/scenes/{folder}.zip && unzip {folder}.zip",
+        layout=f"{folder}/data.mdb, or the images in a folder or a zip",
+        also=(folder, f"lsun/{folder}"))
+
+
 IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-..., t10k-labels-..., .gz or not"
 DATASETS = {
     "ffhq": dict(
@@ -32,18 +43,9 @@ DATASETS = {
         command="git clone https://github.com/NVlabs/ffhq-dataset && cd ffhq-dataset && "
                 "python download_ffhq.py --images",
         layout="00000/00000.png to 69000/69999.png, or a zip of them, at 1024 pixels or smaller",
-        also=("images1024x1024", "ffhq-dataset/images1024x1024", "ffhq.zip")),
-    "lsun-churches": LSUN | dict(
-        what="LSUN church_outdoor, 126,227 photographs of churches", count=126227,
-        command="curl -LO http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip && "
-                "unzip church_outdoor_train_lmdb.zip",
-        layout="church_outdoor_train_lmdb/data.mdb, or the images in a folder or a zip",
-        also=("church_outdoor_train_lmdb", "lsun/church_outdoor_train_lmdb", "lsun-churches.zip")),
-    "lsun-bedrooms": LSUN | dict(
-        what="LSUN bedroom, 3,033,042 photographs of bedrooms, 43 GB", count=3033042,
-        command="curl -LO http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip && unzip bedroom_train_lmdb.zip",
-        layout="bedroom_train_lmdb/data.mdb, or the images in a folder or a zip",
-        also=("bedroom_train_lmdb", "lsun/bedroom_train_lmdb", "lsun-bedrooms.zip")),
+        also=("images1024x1024", "ffhq-dataset/images1024x1024")),
+    "lsun-churches": lsun("church_outdoor_train_lmdb", "church_outdoor, 126,227 photographs of churches", 126227),
+    "lsun-bedrooms": lsun("bedroom_train_lmdb", "bedroom, 3,033,042 photographs of bedrooms, 43 GB", 3033042),
     "imagenet": dict(
         what="ImageNet (ILSVRC 2012), 1,281,167 photographs of 1,000 classes", count=1281167,
         licence="non-commercial research and education only, granted to those who register",
@@ -51,7 +53,7 @@ DATASETS = {
         command="mkdir train && cd train && tar xf ../ILSVRC2012_img_train.tar && "
                 "for f in *.tar; do mkdir ${f%.tar} && tar xf $f -C ${f%.tar} && rm $f; done",
         layout="train/n01440764/n01440764_10026.JPEG and so on, 1,000 folders; val/ with the same beside it",
-        also=("ILSVRC2012", "ILSVRC/Data/CLS-LOC", "imagenet.zip")),
+        also=("ILSVRC2012", "ILSVRC/Data/CLS-LOC")),
     "cifar10": dict(
         what="CIFAR-10, 50,000 + 10,000 photographs of 32 x 32 pixels in 10 classes", count=50000,
         licence="none stated; its author asks for a citation (Krizhevsky 2009)",
@@ -94,17 +96,17 @@ EXAMPLES = """examples:
 
 
 def find(name, root=None):
-    """The source behind --data, with name, class_names, counts(), sizes(), describe() and load(size).
+    """The source behind --data: toy, a name in DATASETS, or a path.
 
-    name: toy, a name in DATASETS, or a path. root: where named sets lie, a folder of them or the set itself.
-    UserError if there is nothing by this name, or nothing in it.
+    root: where named sets lie, a folder of them or the set itself.
     """
     if name == "toy":
         return Toy()
     if name in DATASETS:
         return find_named(name, root)
     path = Path(name).expanduser()
-    path = path if root is None or path.exists() else Path(root).expanduser() / path
+    if root is not None and not path.exists():
+        path = Path(root).expanduser() / path
     if path.exists():
         return detect_format(path)
     parent = path.parent if path.parent.is_dir() else Path(".")
@@ -119,8 +121,8 @@ def find_named(name, root):
     facts, source, problem = DATASETS[name], None, None
     bases = [root] if root is not None else [os.environ.get("VQLCMD_DATA"), "data", "."]
     bases = [Path(base).expanduser() for base in bases if base is not None]
-    paths = [base / word for base in bases for word in (name, *facts["also"])]
-    others = [word for other in DATASETS.keys() - {name} for word in (other, *DATASETS[other]["also"])]
+    paths = [base / word for base in bases for word in names_of(name)]
+    others = [word for other in DATASETS.keys() - {name} for word in names_of(other)]
     if root is not None and not any((bases[0] / word).exists() for word in others):
         paths.append(bases[0])  # the set itself, and not a folder in which others lie
     for path in filter(Path.exists, paths):
@@ -131,11 +133,21 @@ def find_named(name, root):
             problem = problem or error
     if source is None and "files" in facts and root is None:
         source = detect_format(download(name))
+    if source is None and problem:
+        raise problem
     if source is None:
-        raise problem or not_found(name, paths)
+        for key in ("what", "licence", "where", "command", "layout"):
+            print(f"  {key:8} {facts.get(key, 'the same command without --root downloads it')}", file=sys.stderr)
+        raise UserError(f"--data {name}: not found in {', '.join(map(str, paths))}: get it as above, and then "
+                        f"--root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}")
     source.name, source.dataset, source.published = name, name, facts["count"]
     source.class_names = facts.get("classes", source.class_names)
     return source
+
+
+def names_of(name):
+    """Names that files or a folder of this set may have."""
+    return name, f"{name}.zip", *DATASETS[name]["also"]
 
 
 def download(name):
@@ -148,28 +160,14 @@ def download(name):
     return folder
 
 
-def not_found(name, paths):
-    facts = {"command": "the same command without --root downloads it"} | DATASETS[name]
-    lines = [f"--data {name}: not found in {', '.join(map(str, dict.fromkeys(paths)))}"]
-    for word, key in (("what", "what"), ("licence", "licence"), ("published", "where"),
-                      ("get it", "command"), ("layout", "layout")):
-        lines.append(f"  {word:10} {facts[key]}")
-    lines.append(f"  then       --root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}")
-    error = UserError("\n".join(lines))
-    error.lines = lines
-    return error
-
-
 def detect_format(path):
     """Path -> source, by what lies there."""
     if not path.is_dir():
         check_file(path)
-        if path.name in ARCHIVES:
-            return read_cifar(path)
-        if path.suffix in (".npy", ".npz"):
-            return read_arrays(path)
-        if path.suffix == ".zip":
-            return Zip(path)
+        readers = {".npy": read_npy, ".npz": read_npz, ".zip": Zip} | dict.fromkeys(ARCHIVES, read_cifar)
+        for ending, read in readers.items():
+            if path.name.endswith(ending):
+                return read(path)
         raise UserError(f"--data {path} is of no form that is known: give a folder of images, a .zip of "
                         "them, .npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
     if (path / "data.mdb").is_file():
@@ -184,7 +182,7 @@ def detect_format(path):
         if any(folder.glob("train-images?idx3-ubyte*")):
             return read_idx(folder)
     inside = list(path.iterdir())
-    if len(inside) == 1 and (inside[0].suffix in (".zip", ".npz", ".npy") or inside[0].name in ARCHIVES):
+    if len(inside) == 1 and inside[0].name.endswith((".zip", ".npz", ".npy", *ARCHIVES)):
         return detect_format(inside[0])
     return Folder(path)
 
