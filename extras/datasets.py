@@ -140,7 +140,10 @@ def find_named(name, root):
             print(f"  {key:8} {facts.get(key, 'the same command without --root downloads it')}", file=sys.stderr)
         raise UserError(f"--data {name}: not found in {', '.join(map(str, paths))}: get it as above, and then "
                         f"--root FOLDER, or VQLCMD_DATA=FOLDER, or data/{name}")
-    source.name, source.dataset, source.published = name, name, facts["count"]
+    source.name = source.dataset = name
+    count = facts["count"]
+    verdict = "as published" if source.total == count else f"but {count:,} are published: is it complete?"
+    source.note = f"{name}: {source.total:,} images, {verdict}" + f"\n  {source.note}" * bool(source.note)
     source.class_names = facts.get("classes", source.class_names)
     return source
 

@@ -38,8 +38,7 @@ def find_weights(name, url, sha256, instead, given=None, may_download=True):
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        raise UserError(f"{path} is not the published {name}: it is cut short or altered; delete it, and fetch "
-                        f"{url}")
+        raise UserError(f"{path} is not the published {name}: delete it, and fetch {url}")
     return path
 
 
