@@ -9,7 +9,6 @@ import numpy as np
 from data import MIN_SIDE, Source
 from engine.validate import UserError, check_file, check_unpacked, printable, read_array, read_json, reading
 
-MAX_CLASSES = 100_000
 IMAGES = ("images", "train_images", "x_train", "data", "x", "arr_0")  # what an .npz may call them
 TRAINING, HELD_OUT = 1, 2  # of a saved row; 0: the image could not be decoded
 
@@ -34,7 +33,7 @@ class Arrays(Source):
 def check_labels(where, labels, n, class_names=None):
     """n labels, whole numbers from 0 -> ((n,) int64, class names: those given, or the numbers)."""
     labels = np.ravel(labels)
-    most = MAX_CLASSES if class_names is None else max(len(class_names), 1)
+    most = 100_000 if class_names is None else max(len(class_names), 1)
     whole = labels.dtype.kind in "biuf" and (labels == np.round(labels)).all()
     if not n or len(labels) != n or not whole or labels.min() < 0 or labels.max() >= most:
         raise UserError(f"{where}: {len(labels):,} labels for {n:,} images, like {str(labels[:3])[:99]}: "
@@ -55,16 +54,11 @@ def as_images(array, where):
     return array
 
 
-def join_splits(path, splits, class_names=None):
-    """Arrays of one or two splits, each (images, labels or None); the second is held out."""
-    images, labels = splits[0]
-    train, test = range(len(images)), None
-    if len(splits) == 2:
-        images = np.concatenate([each for each, _ in splits])
-        test = range(len(train), len(images))
-        if labels is not None:
-            labels = np.concatenate([np.ravel(each) for _, each in splits])
-    return Arrays(path, images, labels, train, test, class_names)
+def join_splits(path, train, test, class_names=None):
+    """Arrays of two splits, each (images, labels or None); the second is held out."""
+    labels = None if train[1] is None else np.concatenate([np.ravel(train[1]), np.ravel(test[1])])
+    n, total = len(train[0]), len(train[0]) + len(test[0])
+    return Arrays(path, np.concatenate([train[0], test[0]]), labels, range(n), range(n, total), class_names)
 
 
 def read_npz(path):
@@ -79,10 +73,11 @@ def read_npz(path):
         if images is None:
             raise UserError(f"{path} holds {', '.join(arrays.files)[:200]}: expected images, and perhaps "
                             "labels, test_images and test_labels")
-        splits = [(as_images(images, path), first_of("labels", "train_labels", "y_train", "y", "arr_1"))]
-        if test_images is not None:
-            splits.append((as_images(test_images, path), first_of("test_labels", "y_test")))
-        return join_splits(path, splits)
+        images = as_images(images, path)
+        labels = first_of("labels", "train_labels", "y_train", "y", "arr_1")
+        if test_images is None:
+            return Arrays(path, images, labels, range(len(images)))
+        return join_splits(path, (images, labels), (test_images, first_of("test_labels", "y_test")))
 
 
 def read_idx(folder):
@@ -96,7 +91,7 @@ def read_idx(folder):
             arrays.append(read_idx_file(files[0], rank=int(stem[-1])))
     images, labels, test_images, test_labels = arrays
     with reading(folder):
-        return join_splits(folder, [(as_images(images, folder), labels), (test_images, test_labels)])
+        return join_splits(folder, (as_images(images, folder), labels), (test_images, test_labels))
 
 
 def read_idx_file(path, rank):

@@ -53,17 +53,15 @@ def read_cifar(path):
         for name in [f"data_batch_{i}{ending}" for i in range(1, 6)] + ["test_batch" + ending]:
             if name not in files:
                 raise UserError(f"{path} lacks {name}: fetch CIFAR-10 again")
-            x, y = (read_binary if ending else read_pickle)(files[name])
+            if ending:  # rows of a label and 3,072 values
+                rows = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)
+                x, y = rows[:, 1:], rows[:, 0]
+            else:
+                x, y = read_pickle(files[name])
             images.append(as_images(x.reshape(-1, 3, 32, 32), f"{path}: {name}"))
             labels.append(y)
         train = np.concatenate(images[:5]), np.concatenate(labels[:5])
-        return join_splits(path, [train, (images[5], labels[5])], CLASSES)
-
-
-def read_binary(content):
-    """bytes -> images (n, 3072) uint8, labels (n,): rows of a label and 3,072 values."""
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-    return rows[:, 1:], rows[:, 0]
+        return join_splits(path, train, (images[5], labels[5]), CLASSES)
 
 
 def read_pickle(content):

@@ -1,5 +1,6 @@
-"""Forms of data in files: a folder of images, a zip of them, and what names say of classes and splits."""
+"""Forms of data in files: a folder, a zip, or LSUN's LMDB; and what names say of classes and splits."""
 
+import functools
 import json
 import os
 import re
@@ -92,10 +93,9 @@ class Files(Source):
                         "ImageMagick: magick mogrify -format jpg FILES)")
         self.names = [name for name in names if ending_of(name) in EXTENSIONS]
         if not self.names:
-            kinds = sorted({ending_of(name) or os.path.basename(name) for name in names})
-            content = f"only files like {', '.join(kinds[:4])}" if kinds else "no files"
-            raise UserError(f"no images in {path}: it holds {content}; expected files that end in "
-                            f"{', '.join(sorted(EXTENSIONS))} {left_out}")
+            kinds = ", ".join(sorted({ending_of(name) or os.path.basename(name) for name in names})[:4])
+            raise UserError(f"no images in {path}: it holds only files like {kinds or 'none'}; expected "
+                            f"files that end in {', '.join(sorted(EXTENSIONS))} {left_out}")
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, note = arrange(self.names, path)
         class_names = add_words(class_names, path)
@@ -112,16 +112,15 @@ class Folder(Files):
         names, seen = [], set()
         for directory, subfolders, files in os.walk(path, followlinks=True):
             real = os.path.realpath(directory)
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith((".", "__MACOSX")))
             if real in seen:  # a link back up would never end
                 subfolders.clear()
                 continue
             seen.add(real)
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith((".", "__MACOSX")))
-            base = os.path.relpath(directory, path).replace(os.sep, "/")
-            prefix = "" if base == "." else base + "/"
-            names += [prefix + name for name in files if not name.startswith(".")]
-            if not files and not subfolders and ending_of(base) in EXTENSIONS:
-                names.append(base)  # an empty directory x.png: somebody took it for an image
+            base = os.path.relpath(directory, path).replace(os.sep, "/") + "/"
+            names += [(base + name).removeprefix("./") for name in files if not name.startswith(".")]
+            if not files and not subfolders and ending_of(directory) in EXTENSIONS:
+                names.append(base[:-1])  # an empty directory x.png: somebody took it for an image
         index = path / "dataset.json"
         super().__init__(path, names, read_json(index) if index.exists() else None)
 
@@ -150,3 +149,41 @@ class Zip(Files):
 
     def read(self, i):
         return self.unpack(self.names[i])
+
+
+@functools.cache  # lmdb opens a file once in a process
+def open_lmdb(path):
+    """(environment, its keys) of a directory with data.mdb."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{path} is an LMDB: pip install lmdb, to read it") from error
+    with reading(path, "fetch or unpack it again"):
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        n_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if n_bytes > (path / "data.mdb").stat().st_size:  # lmdb would crash where it ends
+            raise ValueError("it is cut short")
+        with environment.begin() as transaction:
+            return environment, list(transaction.cursor().iternext(values=False))
+
+
+class Lmdb(Source):
+    """Image files in LSUN's LMDB; a NAME_val_lmdb beside a NAME_train_lmdb is held out."""
+
+    def __init__(self, path):
+        self.environment, self.names = open_lmdb(path.resolve())
+        train, test = range(len(self.names)), None
+        beside = path.with_name(path.name.replace("_train_", "_val_"))
+        if beside != path and (beside / "data.mdb").is_file():
+            self.test_environment, test_names = open_lmdb(beside.resolve())
+            self.names = self.names + test_names
+            test = range(len(train), len(self.names))
+        super().__init__(path, [], np.zeros(len(self.names)), train, test)
+
+    def read(self, i):
+        environment = self.environment if i < self.total else self.test_environment
+        with environment.begin() as transaction:
+            return transaction.get(self.names[i])
+
+    def title(self, i):
+        return printable(self.names[i].decode("utf-8", "backslashreplace"))

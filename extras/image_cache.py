@@ -63,9 +63,8 @@ def open_rows(source, size, path, mode="r"):
 
 def plan_cache(source, size, out):
     """(is a run to have a cache, a line that says what it takes). It may fill half of the free space."""
-    if isinstance(source, Arrays) and source.read(0).shape[:2] == (size, size):
-        return False, ""  # there is nothing to decode
-    if isinstance(source, TokenFile) or not isinstance(source, Source):
+    decoded = isinstance(source, Arrays) and source.read(0).shape[:2] == (size, size)
+    if decoded or isinstance(source, TokenFile) or not isinstance(source, Source):
         return False, ""
     needed = sum(source.counts()) * (3 * size ** 2 + 5)
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.is_dir())).free
@@ -77,10 +76,7 @@ def plan_cache(source, size, out):
 
 
 def load_through_cache(source, size, skipped, path, make):
-    """source.load(size, skipped) -> (train, test), from the cache if it is there and of these images.
-
-    make: write it first; images that cannot be decoded are then in source.skipped.
-    """
+    """source.load(size, skipped), from the cache if it is there and of these images. make: write it first."""
     if make:
         try:
             source.skipped = skipped = save_images(source, size, path)
