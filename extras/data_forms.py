@@ -23,10 +23,7 @@ def ending_of(name):
 
 
 def arrange(names, where):
-    """Names like "train/cat/1.png" -> class names, labels (n,), train, test (or None), a note.
-
-    train, test: numbers of the images of each split.
-    """
+    """Names like "train/cat/1.png" -> class names, labels (n,), numbers of train, of test or None, a note."""
     paths = [name.split("/") for name in names]
     while min(map(len, paths)) > 1 and len({path[0] for path in paths}) == 1:  # a folder around all
         paths = [path[1:] for path in paths]
@@ -58,10 +55,7 @@ def arrange(names, where):
 
 
 def add_words(class_names, path):
-    """ImageNet's folders with the first word of each from the data's own file: "n01440764 tench".
-
-    LOC_synset_mapping.txt or words.txt, beside the folders or up to four levels above; other names stay.
-    """
+    """ImageNet's names with the words of a file up to four levels above: "n01440764 tench"."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
         return class_names
     folders = [path.resolve(), *path.resolve().parents][:5]
@@ -71,15 +65,6 @@ def add_words(class_names, path):
             words = {line[0]: printable(line[1].split(",")[0].strip()) for line in lines if len(line) == 2}
             return [f"{name} {words.get(name, '')}".strip() for name in class_names]
     return class_names
-
-
-def stylegan_labels(index, names, where):
-    """dataset.json of StyleGAN's dataset_tool -> labels (n,), class names; none where its labels are null."""
-    with reading(where, "it needs a whole-number label for every image"):
-        if index["labels"] is None:
-            return np.zeros(len(names)), []
-        numbers = dict(index["labels"])
-        return check_labels(where, [numbers[name] for name in names], len(names))
 
 
 class Files(Source):
@@ -100,7 +85,13 @@ class Files(Source):
         class_names, labels, train, test, note = arrange(self.names, path)
         class_names = add_words(class_names, path)
         if index is not None:
-            labels, class_names = stylegan_labels(index, self.names, f"{path}/dataset.json")
+            where = f"{path}/dataset.json"  # of StyleGAN's dataset_tool
+            class_names, labels = [], np.zeros(len(self.names))
+            with reading(where, "it needs a whole-number label for every image"):
+                if index["labels"] is not None:
+                    numbers = dict(index["labels"])
+                    labels = [numbers[name] for name in self.names]
+                    labels, class_names = check_labels(where, labels, len(labels))
         self.note = "; ".join(filter(None, [note, left_out]))
         super().__init__(path, class_names, labels, train, test)
 
@@ -164,7 +155,7 @@ def open_lmdb(path):
         if n_bytes > (path / "data.mdb").stat().st_size:  # lmdb would crash where it ends
             raise ValueError("it is cut short")
         with environment.begin() as transaction:
-            return environment, list(transaction.cursor().iternext(values=False))
+            return environment, [key.decode() for key in transaction.cursor().iternext(values=False)]
 
 
 class Lmdb(Source):
@@ -183,7 +174,4 @@ class Lmdb(Source):
     def read(self, i):
         environment = self.environment if i < self.total else self.test_environment
         with environment.begin() as transaction:
-            return transaction.get(self.names[i])
-
-    def title(self, i):
-        return printable(self.names[i].decode("utf-8", "backslashreplace"))
+            return transaction.get(self.names[i].encode())

@@ -1,8 +1,7 @@
 """Decoded images in one file: every photograph is opened once, and read from a memory map after that.
 
-The first start of a run opens every image anyway. It keeps what it decodes in images.npy in its directory
-until the tokens are written; `python data.py FOLDER --save` makes such a file for many runs. Pixels are those
-that decoding at every step would give, bit for bit.
+The first start of a run keeps what it decodes in images.npy in its directory until the tokens are written;
+`python data.py FOLDER --save` makes such a file for many runs.
 """
 
 import contextlib
