@@ -178,14 +178,14 @@ class Source:
     """
 
     note = ""
-    dataset = sides = None
+    dataset = names = sides = None
     skipped = {}  # replaced, never filled
 
     def __init__(self, path, class_names, labels, train, test=None):
         self.path, self.class_names, self.labels = Path(path), class_names, np.asarray(labels, np.int64)
         self.name = printable(self.path.resolve().stem if self.path.is_file() else self.path.resolve().name)
         self.total = len(train)  # as publishers count them
-        if test is None:
+        if test is None or not len(test):
             if len(train) < 2:
                 raise UserError(f"{len(train)} image in {self.path}: two are needed, one of them to hold out")
             every = max(20, len(train) // 2000)  # where images are sorted by class, every 20th of a class too
@@ -195,7 +195,7 @@ class Source:
 
     def title(self, i):
         """Name of image number i within the set, for lists and messages; the same wherever the set lies."""
-        return printable(self.names[i])
+        return printable(self.names[i]) if self.names else f"image {i}"
 
     def counts(self):
         return len(self.train), len(self.test)

@@ -26,9 +26,6 @@ class Arrays(Source):
     def read(self, i):
         return np.asarray(self.images[i])
 
-    def title(self, i):
-        return f"image {i}"
-
 
 def check_labels(where, labels, n, class_names=None):
     """n labels, whole numbers from 0 -> ((n,) int64, class names: those given, or the numbers)."""

@@ -162,9 +162,9 @@ class Lmdb(Source):
     """Image files in LSUN's LMDB; a NAME_val_lmdb beside a NAME_train_lmdb is held out."""
 
     def __init__(self, path):
+        beside = path.with_name(path.name.replace("_train_", "_val_"))
         self.environment, self.names = open_lmdb(path.resolve())
         train, test = range(len(self.names)), None
-        beside = path.with_name(path.name.replace("_train_", "_val_"))
         if beside != path and (beside / "data.mdb").is_file():
             self.test_environment, test_names = open_lmdb(beside.resolve())
             self.names = self.names + test_names
