@@ -1,8 +1,6 @@
-"""Forms of data in files: a folder of images, a zip of them, and what names say of classes and splits.
+"""Forms of data in files: a folder, a zip, or LSUN's LMDB; and what names say of classes and splits."""
 
-Called by extras/datasets.py.
-"""
-
+import functools
 import json
 import os
 import re
@@ -16,11 +14,8 @@ from engine.validate import UserError, check_file, check_unpacked, printable, re
 from extras.data_arrays import check_labels
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-# Pictures and films of other kinds: what is left out is said.
 NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef",
-            ".arw", ".mov", ".mp4", ".avi", ".mkv"}
-MAX_MEMBER = 32 << 20  # bytes of an image in a zip beyond 4 times its packed size: images hardly shrink
+            ".arw", ".mov", ".mp4", ".avi", ".mkv"}  # pictures and films that the user may miss
 
 
 def ending_of(name):
@@ -28,67 +23,48 @@ def ending_of(name):
 
 
 def arrange(names, where):
-    """Names like "train/cat/1.png", sorted -> class names, labels (n,), train, test (or None), a note.
-
-    train, test: numbers of the images of each split.
-    """
-    def top(name):
-        return name.split("/", 1)[0] if "/" in name else ""
-
-    def classes_of(names):
-        tops = {top(name) for name in names}
-        numbered = all(re.fullmatch(r"\d{5}", t) for t in tops)
-        return [] if "" in tops or len(tops) < 2 or numbered else sorted(tops)
-
-    while len({top(name) for name in names}) == 1 and top(names[0]):  # one folder around all says nothing
-        names = [name.split("/", 1)[1] for name in names]
-    tops = {t.lower(): t for t in {top(name) for name in names}}
-    split = next((tops[t] for t in ("test", "val", "valid", "validation") if t in tops), None)
-    train, test, note = range(len(names)), None, ""
-    nested = all(name.count("/") > 1 for name in names if top(name).lower() == "train")
-    if "train" in tops and (split is not None or nested):  # else images lie in it, and it is a class: trains
-        train = [i for i, name in enumerate(names) if top(name) == tops["train"]]
-        if split is not None:
-            test = [i for i, name in enumerate(names) if top(name) == split]
-        names = [name.split("/", 1)[-1] for name in names]
-    class_names = classes_of([names[i] for i in train])
-    if test is not None and class_names:
-        test_tops = {top(names[i]) for i in test}
-        unknown = sorted(test_tops - set(class_names))
-        if test_tops == {""}:  # as ImageNet's val/ comes
+    """Names like "train/cat/1.png" -> class names, labels (n,), numbers of train, of test or None, a note."""
+    paths = [name.split("/") for name in names]
+    while min(map(len, paths)) > 1 and len({path[0] for path in paths}) == 1:  # a folder around all
+        paths = [path[1:] for path in paths]
+    tops = {path[0].lower(): path[0] for path in paths if len(path) > 1}
+    held_out = next((tops[t] for t in ("test", "val", "valid", "validation") if t in tops), None)
+    nested = all(len(path) > 2 for path in paths if path[0].lower() == "train")
+    train, test, note = range(len(paths)), None, ""
+    if "train" in tops and (held_out or nested):  # else images lie in it, and it is a class: trains
+        train = [i for i, path in enumerate(paths) if path[0] == tops["train"]]
+        if held_out:
+            test = [i for i, path in enumerate(paths) if path[0] == held_out]
+        paths = [path[1:] or path for path in paths]
+    folders = [path[0] if len(path) > 1 else "" for path in paths]
+    class_names = sorted({folders[i] for i in train})
+    if "" in class_names or len(class_names) < 2 or all(re.fullmatch(r"\d{5}", c) for c in class_names):
+        class_names = []
+    if test and class_names:
+        test_folders = {folders[i] for i in test}
+        unknown = sorted(test_folders - set(class_names))
+        if test_folders == {""}:  # as ImageNet's val/ comes
             test = None
-            note = f"{split}/ has no class sub-folders and is left alone; held-out images are of train/"
+            note = f"{held_out}/ has no class sub-folders and is left alone; held-out images are of train/"
         elif unknown:
-            raise UserError(f"{where}: {split}/ has the class {unknown[0]!r}, {tops['train']}/ does not: "
+            raise UserError(f"{where}: {held_out}/ has the class {unknown[0]!r}, {tops['train']}/ does not: "
                             "both must have the same sub-folders")
     numbers = {name: i for i, name in enumerate(class_names)}
-    labels = [numbers.get(top(name), 0) for name in names]
+    labels = [numbers.get(folder, 0) for folder in folders]
     return [printable(name) for name in class_names], labels, train, test, note
 
 
 def add_words(class_names, path):
-    """ImageNet's folders with the first word of each from the data's own file: "n01440764 tench".
-
-    LOC_synset_mapping.txt or words.txt, beside the folders or up to four levels above; other names stay.
-    """
-    if not class_names or not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
+    """ImageNet's names with the words of a file up to four levels above: "n01440764 tench"."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
         return class_names
     folders = [path.resolve(), *path.resolve().parents][:5]
     for file in [folder / name for name in ("LOC_synset_mapping.txt", "words.txt") for folder in folders]:
         if file.is_file():
             lines = [line.split(maxsplit=1) for line in file.read_text("utf-8", "replace").splitlines()]
             words = {line[0]: printable(line[1].split(",")[0].strip()) for line in lines if len(line) == 2}
-            return [f"{name} {words[name]}" if words.get(name) else name for name in class_names]
+            return [f"{name} {words.get(name, '')}".strip() for name in class_names]
     return class_names
-
-
-def stylegan_labels(index, names, where):
-    """dataset.json of StyleGAN's dataset_tool -> labels (n,), class names; none where its labels are null."""
-    with reading(f"{where}/dataset.json", "it needs a whole-number label for every image"):
-        if index["labels"] is None:
-            return np.zeros(len(names)), []
-        numbers = dict(index["labels"])
-        return check_labels(f"{where}/dataset.json", [numbers[name] for name in names], len(names))
 
 
 class Files(Source):
@@ -102,15 +78,20 @@ class Files(Source):
                         "ImageMagick: magick mogrify -format jpg FILES)")
         self.names = [name for name in names if ending_of(name) in EXTENSIONS]
         if not self.names:
-            kinds = sorted({ending_of(name) or os.path.basename(name) for name in names})
-            content = f"only files like {printable(', '.join(kinds[:4]))}" if kinds else "no files"
-            raise UserError(f"no images in {path}: it holds {content}; expected files that end in "
-                            f"{', '.join(sorted(EXTENSIONS))}{'; ' if left_out else ''}{left_out}")
+            kinds = ", ".join(sorted({ending_of(name) or os.path.basename(name) for name in names})[:4])
+            raise UserError(f"no images in {path}: it holds only files like {kinds or 'none'}; expected "
+                            f"files that end in {', '.join(sorted(EXTENSIONS))} {left_out}")
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, note = arrange(self.names, path)
         class_names = add_words(class_names, path)
         if index is not None:
-            labels, class_names = stylegan_labels(index, self.names, path)
+            where = f"{path}/dataset.json"  # of StyleGAN's dataset_tool
+            class_names, labels = [], np.zeros(len(self.names))
+            with reading(where, "it needs a whole-number label for every image"):
+                if index["labels"] is not None:
+                    numbers = dict(index["labels"])
+                    labels = [numbers[name] for name in self.names]
+                    labels, class_names = check_labels(where, labels, len(labels))
         self.note = "; ".join(filter(None, [note, left_out]))
         super().__init__(path, class_names, labels, train, test)
 
@@ -121,17 +102,16 @@ class Folder(Files):
     def __init__(self, path):
         names, seen = [], set()
         for directory, subfolders, files in os.walk(path, followlinks=True):
-            status = os.stat(directory)
-            if (status.st_dev, status.st_ino) in seen:  # a link back up would never end
+            real = os.path.realpath(directory)
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith((".", "__MACOSX")))
+            if real in seen:  # a link back up would never end
                 subfolders.clear()
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith((".", "__MACOSX")))
-            base = os.path.relpath(directory, path).replace(os.sep, "/")
-            prefix = "" if base == "." else base + "/"
-            names += [prefix + name for name in files if not name.startswith(".")]
-            if not files and not subfolders and ending_of(base) in EXTENSIONS:
-                names.append(base)  # an empty directory x.png: somebody took it for an image
+            seen.add(real)
+            base = os.path.relpath(directory, path).replace(os.sep, "/") + "/"
+            names += [(base + name).removeprefix("./") for name in files if not name.startswith(".")]
+            if not files and not subfolders and ending_of(directory) in EXTENSIONS:
+                names.append(base[:-1])  # an empty directory x.png: somebody took it for an image
         index = path / "dataset.json"
         super().__init__(path, names, read_json(index) if index.exists() else None)
 
@@ -143,26 +123,55 @@ class Zip(Files):
     """Images in a zip, read without unpacking it; StyleGAN's dataset_tool puts labels beside them."""
 
     def __init__(self, path):
-        index = None
         with reading(path, "fetch or make it again"):
             self.archive = zipfile.ZipFile(check_file(path))
             names = [m.filename for m in self.archive.infolist() if not m.is_dir()]
-            if "dataset.json" in names:
-                member = self.archive.getinfo("dataset.json")
-                check_unpacked(f"{path}: dataset.json", member.file_size, member.compress_size)
-                index = json.loads(self.unpack(member))
+            index = json.loads(self.unpack("dataset.json")) if "dataset.json" in names else None
         super().__init__(path, [name for name in names if "__MACOSX" not in name
                                 and not os.path.basename(name).startswith(".")], index)
 
-    def unpack(self, member):
-        """The content of a member; no more is unpacked than the size that it announces."""
+    def unpack(self, name):
+        member = self.archive.getinfo(name)
+        check_unpacked(f"{self.archive.filename}: {name}", member.file_size, member.compress_size)
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError("it is neither stored nor deflated")
+            raise UserError("it is neither stored nor deflated")  # others unpack a block whole, of any size
         with self.archive.open(member) as file:
             return file.read(member.file_size)
 
     def read(self, i):
-        member = self.archive.getinfo(self.names[i])
-        if member.file_size > max(MAX_MEMBER, 4 * member.compress_size):
-            raise UserError(f"it would unpack from {member.compress_size:,} to {member.file_size:,} bytes")
-        return self.unpack(member)
+        return self.unpack(self.names[i])
+
+
+@functools.cache  # lmdb opens a file once in a process
+def open_lmdb(path):
+    """(environment, its keys) of a directory with data.mdb."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{path} is an LMDB: pip install lmdb, to read it") from error
+    with reading(path, "fetch or unpack it again"):
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        n_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if n_bytes > (path / "data.mdb").stat().st_size:  # lmdb would crash where it ends
+            raise ValueError("it is cut short")
+        with environment.begin() as transaction:
+            return environment, [key.decode() for key in transaction.cursor().iternext(values=False)]
+
+
+class Lmdb(Source):
+    """Image files in LSUN's LMDB; a NAME_val_lmdb beside a NAME_train_lmdb is held out."""
+
+    def __init__(self, path):
+        beside = path.with_name(path.name.replace("_train_", "_val_"))
+        self.environment, self.names = open_lmdb(path.resolve())
+        train, test = range(len(self.names)), None
+        if beside != path and (beside / "data.mdb").is_file():
+            self.test_environment, test_names = open_lmdb(beside.resolve())
+            self.names = self.names + test_names
+            test = range(len(train), len(self.names))
+        super().__init__(path, [], np.zeros(len(self.names)), train, test)
+
+    def read(self, i):
+        environment = self.environment if i < self.total else self.test_environment
+        with environment.begin() as transaction:
+            return transaction.get(self.names[i].encode())

@@ -1,8 +1,6 @@
 """Downloads that are checked, and the weights that other people trained: Inception, VGG, LPIPS.
 
     python -m extras.downloads        fetches all of these weights, on the login node of a cluster, say
-
-Called by extras/datasets.py, extras/inception.py and extras/vqgan_losses.py.
 """
 
 import hashlib
@@ -26,7 +24,7 @@ def fetch(urls, path, sha256, instead):
 
 
 def find_weights(name, url, sha256, instead, given=None, may_download=True):
-    """Path of a published file of weights: the one given, else NAME in torch's cache, else a download to it.
+    """Path of a published file of weights: the one given, or NAME in torch's cache, or a download to there.
 
     UserError if it is not there, or is another file than the published one.
     """
@@ -40,8 +38,7 @@ def find_weights(name, url, sha256, instead, given=None, may_download=True):
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        raise UserError(f"{path} is not the published {name} (its SHA-256 does not begin with {sha256[:8]}): "
-                        f"cut short or altered; delete it, and fetch {url}")
+        raise UserError(f"{path} is not the published {name}: delete it, and fetch {url}")
     return path
 
 

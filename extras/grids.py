@@ -28,14 +28,13 @@ def save_pairs(above, below, path, columns=8):
     save_grid(torch.cat(rows), path, columns)
 
 
-def grid_page(images, columns, scale=None, row_labels=None, column_labels=None):
-    """uint8 images (n, 3, H, W) on a page, a Pillow image, row by row, 2 pixels apart.
+def grid_page(images, columns, row_labels=None, column_labels=None):
+    """uint8 images (n, 3, H, W) on a page, a Pillow image, row by row, 2 pixels apart, each about 64 wide.
 
-    scale: whole-number enlargement without smoothing (default: tiles of about 64 pixels). row_labels,
-    column_labels: one word a row or column.
+    row_labels, column_labels: one word a row or column.
     """
     n, _, height, width = images.shape
-    scale = scale or max(1, round(64 / width))
+    scale = max(1, round(64 / width))  # a whole number, without smoothing
     rows, tile_h, tile_w = -(-n // columns), height * scale + 2, width * scale + 2
     font = ImageFont.load_default(15)
     margin = 0 if not row_labels else 12 + max(int(font.getlength(str(word))) for word in row_labels)

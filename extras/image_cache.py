@@ -1,9 +1,7 @@
 """Decoded images in one file: every photograph is opened once, and read from a memory map after that.
 
-    python data.py FOLDER --size 256 --save photos.npy      then, in any run: train.py --data photos.npy
-
-The first start of a run opens every image anyway. It keeps what it decodes in images.npy in its directory
-until the tokens are written. Pixels are those that decoding at every step would give, bit for bit.
+The first start of a run keeps what it decodes in images.npy in its directory until the tokens are written;
+`python data.py FOLDER --save` makes such a file for many runs.
 """
 
 import contextlib
@@ -15,13 +13,13 @@ import numpy as np
 from data import Source, decode_all
 from engine.process import write_json
 from engine.validate import UserError, read_array
-from extras.data_arrays import HELD_OUT, TRAINING, Arrays, SavedImages, TokenFile
+from extras.data_arrays import HELD_OUT, TRAINING, Arrays, TokenFile, read_saved
 
 CACHE = "images.npy"  # in a run's directory
 
 
 def save_images(source, size, path):
-    """Decodes all images of a source into rows of SavedImages. -> {title: why not} of those left out.
+    """Decodes all images of a source into rows of read_saved. -> {title: why not} of those left out.
 
     What an earlier call decoded is kept; a file of other images is replaced.
     """
@@ -48,7 +46,7 @@ def save_images(source, size, path):
 
 
 def row_type(source, size):
-    """dtype of a row. The title of its first field is a hash of names, labels and split."""
+    """dtype of a row. Its first field has a title, as numpy calls it: a hash of names, labels and split."""
     items = np.concatenate([source.train, source.test])
     facts = "\n".join(map(source.title, items)).encode() + source.labels.tobytes() + items.tobytes()
     title = f"images {hashlib.sha256(facts).hexdigest()[:16]}"
@@ -64,8 +62,8 @@ def open_rows(source, size, path, mode="r"):
 
 def plan_cache(source, size, out):
     """(is a run to have a cache, a line that says what it takes). It may fill half of the free space."""
-    ready = isinstance(source, (Arrays, SavedImages)) and source.read(0).shape[:2] == (size, size)
-    if ready or not isinstance(source, Source) or isinstance(source, TokenFile):  # there is nothing to decode
+    decoded = isinstance(source, Arrays) and source.read(0).shape[:2] == (size, size)
+    if decoded or isinstance(source, TokenFile) or not isinstance(source, Source):
         return False, ""
     needed = sum(source.counts()) * (3 * size ** 2 + 5)
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.is_dir())).free
@@ -77,17 +75,14 @@ def plan_cache(source, size, out):
 
 
 def load_through_cache(source, size, skipped, path, make):
-    """source.load(size, skipped) -> (train, test), from the cache if it is there and of these images.
-
-    make: write it first; images that cannot be decoded are then in source.skipped.
-    """
+    """source.load(size, skipped), from the cache if it is there and of these images. make: write it first."""
     if make:
-        source.skipped = skipped = save_images(source, size, path)
-    with contextlib.suppress(UserError):  # it is not there, of other images, or has too few
-        sets = SavedImages(path, open_rows(source, size, path)).load(size, {})
-        for images in sets:
-            images.class_names = source.class_names
-        return sets
+        try:
+            source.skipped = skipped = save_images(source, size, path)
+        except OSError as error:
+            print(f"images: decoded whenever they are needed; {path} cannot be written ({error})")
+    with contextlib.suppress(ValueError):  # it is not there, of other images, or has too few
+        return read_saved(path, open_rows(source, size, path), source.class_names).load(size, {})
     return source.load(size, skipped)
 
 
@@ -104,7 +99,7 @@ def save_for_runs(source, size, path):
     if path.exists():
         open_rows(source, size, path)
     source.skipped = save_images(source, size, path)
-    write_json(path.with_suffix(".json"), {"classes": source.class_names})
-    print(f"wrote {path} ({path.stat().st_size / 1e9:.2f} GB) and {path.with_suffix('.json')}. Train on "
-          f"them: python train.py --data {path} --size {size}")
-    return SavedImages(path, read_array(path))
+    facts = path.with_suffix(".json")
+    write_json(facts, {"classes": source.class_names})
+    print(f"wrote {path} and {facts}. Train on them: python train.py --data {path} --size {size}")
+    return read_saved(path, read_array(path))
