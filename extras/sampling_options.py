@@ -30,33 +30,32 @@ def add_sampling_flags(parser, n, batch):
     add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    add("--end", type=float, metavar="T", help="draw the tokens at this time: before 0 few steps do not make "
-        "all images alike (default: 0; for 2 to 15 steps 0.8 / steps^2, guided 0.3)")
+    add("--end", type=float, metavar="T", help="draw the tokens at this time, for variety in few steps "
+        "(default: 0; for 2 to 15 steps 0.8 / steps^2, guided 0.3)")
     add("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the first")
-    add("--class", dest="classes", metavar="NAME[,NAME]", help="only these, by name or number "
-        "(--list-classes of sample.py)")
+    add("--class", dest="classes", metavar="NAME[,NAME]", help="only these, by name or number")
     add("--class-counts", choices=["even", "training"], help="image i has class i mod C, or classes come as "
         "often as in the training set (default: even)")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
     add("--batch", type=int, help=batch)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
+    add("--compile", action="store_true", default=None, help="torch.compile the network")
 
 
-def check_flags(args):
-    """UserError for what is wrong whatever the checkpoint."""
-    for name, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+def check_flags(args, **least):
+    """UserError for numbers below the least that they can be. least: of flags that the program has beside."""
+    for name, low in ({"n": 1, "steps": 1, "batch": 1, "seed": 0} | least).items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}")
+        if value is not None and value < low:
+            raise UserError(f"--{name} must be at least {low}")
 
 
 def open_checkpoint(path, args, device):
     """(pipeline, options of sample_images, numbers of the classes, images at a time) for a command line."""
     pipeline = load_checkpoint(path, device)
-    names, batch = pipeline.class_names, args.batch
+    names, model, batch = pipeline.class_names, pipeline.model, args.batch
     if batch is None:
-        logits = 256 * pipeline.model.N * pipeline.model.K * 4  # bytes; twice that with guidance
+        logits = 256 * model.N * model.K * 4  # bytes; twice that with guidance
         batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
     given = {name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
     settings = pipeline.sampling | given
@@ -64,32 +63,27 @@ def open_checkpoint(path, args, device):
         check_settings(**settings)
     if not names or not pipeline.config["training"]["label_drop"]:
         if args.guidance or (getattr(args, "grid_of", None) or "").startswith("guidance"):
-            why = "without classes" if not names else "with --label-drop 0, so without a null class"
+            why = "with --label-drop 0, so without a null class" if names else "without classes"
             raise UserError(f"--guidance: this model was trained {why}, and there is nothing to guide to")
         settings["guidance"] = 0.0
     chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
     if args.compile:
-        model = pipeline.model
         model.guided = torch.compile(model.guided, mode="reduce-overhead", dynamic=False)
     return pipeline, settings, chosen, batch
 
 
 def parse_classes(text, class_names):
     """ "heart,3" -> [number of heart, 3]; of ImageNet's "n01440764 tench" either word will do."""
-    if not class_names:
-        raise UserError("--class: this model was trained without classes")
-    classes = []
+    numbers, classes = range(len(class_names)), []
     for word in map(str.strip, text.split(",")):
-        found = [i for i, name in enumerate(class_names) if name == word]
-        if not found:
-            found = [i for i, name in enumerate(class_names)
-                     if WNID.match(name) and word in name.split(" ", 1)]
-        if not found and word.isdecimal() and int(word) < len(class_names):
-            found = [int(word)]
+        found = (
+            [i for i in numbers if class_names[i] == word]
+            or [i for i in numbers if WNID.match(class_names[i]) and word in class_names[i].split(" ", 1)]
+            or [i for i in numbers if str(i) == word])
         if len(found) != 1:
-            some = ", ".join(f"{i} ({class_names[i]})" for i in (found or range(len(class_names)))[:20])
-            problem = f"{word!r} is ambiguous" if found else f"no class {word!r} among {len(class_names)}"
-            raise UserError(f"--class: {problem}: {some}")
+            some = ", ".join(f"{i} ({class_names[i]})" for i in (found or numbers)[:20])
+            problem = "is ambiguous" if found else "is no class of this model"
+            raise UserError(f"--class: {word!r} {problem}: {some or 'it was trained without'}")
         classes += found
     return classes
 
