@@ -92,15 +92,15 @@ def main():
     add("real", metavar="REAL", help="images in any form that train.py takes as --data (of a named set, the "
         "training images), or an .npz of images (arr_0) or of statistics (mu, sigma)")
     add("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
-    add("--size", type=int, help="crop and resize as for training (default: as the checkpoint; else as they are)")
+    add("--size", type=int, help="crop and resize as for training (default: as the checkpoint, or not)")
     add("--root", metavar="DIR", help="where a named set lies, as for train.py")
     add("--resize", choices=list(PREPROCESS), default="tf", help="how images become 299 pixels: as in "
         "TensorFlow, ADM and torch-fidelity, as in pytorch-fid, or as in clean-fid (default: tf)")
     add("--weights", help="of Inception (default: $FID_WEIGHTS, the cache, or a download)")
     add("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     add("--json", metavar="FILE", help="write the scores")
-    add("--features", type=int, default=REAL_KEPT, metavar="M", help="how many images' features of REAL serve "
-        f"KID, precision and recall, 8 kB each; 0: none (default: {REAL_KEPT}; of FAKE {MAX_KEPT})")
+    add("--features", type=int, default=REAL_KEPT, metavar="M", help="images of REAL kept for KID, precision "
+        f"and recall, 8 kB each; 0: none (default: {REAL_KEPT}; of FAKE {MAX_KEPT})")
     add_sampling_flags(
         parser.add_argument_group("samples of a checkpoint at FAKE"), n="how many (default: 50000)",
         batch="images at a time; scores stay the same (default: 256 drawn, 16 measured on a CPU, else 128)")

@@ -187,5 +187,6 @@ def evaluate_during(run, pipeline, step):
         scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
-        append_row(run.out / "fid.csv", {"step": step} | {f"{key}_2k": value for key, value in scores.items()})
+        named = {f"{name}_2k": value for name, value in scores.items()}
+        append_row(run.out / "fid.csv", {"step": step} | named)
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")

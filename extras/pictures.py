@@ -37,7 +37,7 @@ def draw_grid_of(args, pipeline, chosen, labels, settings):
 
 
 def draw_trajectory(args, pipeline, chosen, labels, settings):
-    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten times in OUT.png, all in OUT.gif."""
+    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten of them, and all in OUT.gif."""
     seen, steps = [], settings["steps"]  # (t, tokens), for all steps of the first batch, then of the next
     sample_images(pipeline, labels, seed=args.seed, batch=args.batch,
                   callback=lambda t, p: seen.append((t, p.argmax(-1))), **settings)
@@ -117,7 +117,7 @@ def slerp(a, b, n):
 
 
 def draw_interpolation(args, pipeline, chosen, labels, settings):
-    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else of A; a row per class."""
+    """--interpolate A,B: image 0 of seed A, but its first noise turns to that of seed B; a row per class."""
     seeds, n, rows = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16])
     model = pipeline.model
     if len(seeds) != 2 or not all(s.strip().isdecimal() for s in seeds) or int(seeds[0]) == int(seeds[1]):

@@ -36,9 +36,9 @@ def parse_arguments():
     add("--export", type=Path, metavar="FILE.pt", help="only write a checkpoint to share, five times smaller")
     group = parser.add_argument_group("special pictures, one at a time")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, temperature or end")
-    add("--trajectory", action="store_true", default=None, help="the likeliest tokens as time goes down: a row "
-        "per image, and all steps in OUT.gif")
+    add("--grid-of", metavar="NAME=V,V,...", help="a row per value of guidance, steps, temperature or end")
+    add("--trajectory", action="store_true", default=None, help="the likeliest tokens as time goes down, a "
+        "row per image; all steps in OUT.gif")
     add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class, "
         "or one row without class and guidance")
     add("--vary", metavar="IMAGE", help="noise an image up to --strength and back; rows as for --inpaint")
@@ -76,8 +76,10 @@ def to_half(weights):
 
 def export(checkpoint, out):
     """--export: a checkpoint to share, half as precise and without what only training needs."""
-    if out.suffix != ".pt" or out.exists():
-        raise UserError(f"--export {out}: {'is there already' if out.exists() else 'the name must end in .pt'}")
+    if out.suffix != ".pt":
+        raise UserError(f"--export {out}: the name must end in .pt")
+    if out.exists():
+        raise UserError(f"--export {out} is there already: remove it, or give another name")
     state = read_checkpoint(checkpoint, CHECKPOINT_FORMAT)
     kept = {name: state[name] for name in ("format", "config", "class_names", "class_counts", "sampling",
                                            "metrics", "step")}
@@ -98,7 +100,8 @@ def draw(args):
     pipeline, settings, chosen, args.batch = open_checkpoint(args.checkpoint, args, device)
     names, out = pipeline.class_names, Path(args.out)
     if args.list_classes:
-        return print("\n".join(f"{i:>4}  {name}" for i, name in enumerate(names)) or "trained without classes")
+        lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
+        return print("\n".join(lines) or "trained without classes")
 
     n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
     labels, facts = torch.tensor(chosen)[default_labels(n, len(chosen))], []
@@ -107,8 +110,8 @@ def draw(args):
         facts.append(on_classes)
     facts += [f"{key} {value}" for key, value in settings.items()]
     if is_main:
-        print(f"{args.checkpoint}: step {pipeline.step:,}, {n:,} images, seed {args.interpolate or args.seed}, "
-              f"{', '.join(facts)}, {precision(device)}")
+        print(f"{args.checkpoint}: step {pipeline.step:,}, {n:,} images, "
+              f"seed {args.interpolate or args.seed}, {', '.join(facts)}, {precision(device)}")
     if special:
         INSTEAD[special](args, pipeline, chosen, labels, settings)
     elif out.suffix != ".png":

@@ -65,9 +65,9 @@ def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
     sums = torch.tensor([squared_error, similar, perceived], dtype=torch.float64)
     all_reduce_sum([sums])
     all_reduce_sum([counts])
-    squared_error, similar, perceived = sums.tolist()
-    mse = squared_error / (len(dataset) * 3 * model.size ** 2)
-    psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
+    squared_error, similar, perceived = sums / len(dataset)
+    mse = (squared_error / (3 * model.size ** 2)).clamp(min=1e-10)
     usage, perplexity = usage_and_perplexity(counts)
-    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity,
-            **({"lpips": perceived / len(dataset)} if lpips is not None else {})}
+    metrics = {"psnr": float(10 * torch.log10(255 ** 2 / mse)), "ssim": float(similar), "usage": usage,
+               "perplexity": perplexity}
+    return metrics if lpips is None else metrics | {"lpips": float(perceived)}
