@@ -54,10 +54,7 @@ def learning_rate(step, steps, warmup, peak):
 # Stage 1: images -> tokenizer.
 
 def build_tokenizer(run, state):
-    """{name: part} that is trained and saved, new or as a checkpoint `state` left it.
-
-    "tokenizer": VQVAE, "optimizer": its AdamW; with --gan "discriminator" and "discriminator_optimizer".
-    """
+    """{"tokenizer", "optimizer", with --gan the discriminator's}, new or as in a checkpoint `state`."""
     torch.manual_seed(seed_for(run.seed, STAGES["weights"], 0))
     model = make_tokenizer(run.models["tokenizer"], bf16_works(run.device)).to(run.device)
     parts = {"tokenizer": model}
@@ -268,18 +265,13 @@ def evaluate(run, pipeline, parts, held_out, step, draws):
     if step > 0:
         content = checkpoint.denoiser_state(run, pipeline, parts, 0) | {"step": step, "bits": bits.sum(0)}
         checkpoint.save_best(run.out / "best.pt", content, run.config["eval_batch"])
-        draw_samples(run, pipeline, step)
+        names = run.source.class_names  # the picture that sample.py draws by default
+        labels = default_labels(COLUMNS * min(len(names) or 8, 16), len(names))
+        images = sample_together(pipeline, labels, seed=run.seed, batch=run.eval_batch, **pipeline.sampling)
+        if rank_and_world()[0] == 0:
+            rows = [names[label] for label in labels[::COLUMNS]] if names else None
+            grids.save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS, row_labels=rows)
     return {"vlb": bound, "collapse": collapse}
-
-
-def draw_samples(run, pipeline, step):
-    """The picture that sample.py draws by default."""
-    names = run.source.class_names
-    labels = default_labels(COLUMNS * min(len(names) or 8, 16), len(names))
-    images = sample_together(pipeline, labels, seed=run.seed, batch=run.eval_batch, **pipeline.sampling)
-    if rank_and_world()[0] == 0:
-        row_labels = [names[label] for label in labels[::COLUMNS]] if names else None
-        grids.save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS, row_labels=row_labels)
 
 
 def choose_steps(run):
@@ -298,8 +290,6 @@ def main():
     with process.report_errors("train.py", "stopped", setup.MEMORY_ADVICE), contextlib.ExitStack() as stack:
         init_distributed()
         run = setup.prepare(args, stack)
-        if run is None:  # --dry-run
-            return
         if run.minutes is not None:
             choose_steps(run)
         if args.stage in ("all", "tokenizer"):

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import fid
-from engine.distributed import choose_device, init_distributed, precision
+from engine.distributed import choose_device, init_distributed
 from engine.process import main_process_first, report_errors, user_error, write_json
 from engine.validate import UserError
 from extras.fid_sources import Samples, open_side
@@ -19,8 +19,6 @@ def check_arguments(args, draws):
     check_flags(args, size=1, features=0)
     if not args.fake and not args.save_stats:
         raise UserError("give REAL and FAKE, or REAL and --save-stats FILE")
-    if args.real.endswith(".pt"):
-        raise UserError("a checkpoint can only stand at FAKE: first the real images, then the generated ones")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise UserError(f"--save-stats {args.save_stats}: the name must end in .npz")
     for name in () if draws else ("n", "classes", "class_counts", "compile", *OPTIONAL):
@@ -36,12 +34,10 @@ def open_sides(args, device, draws):
                 for word in (args.real, args.fake) if word]
     pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
     size = args.size or pipeline.tokenizer.size
-    labels, classes = labels_to_draw(args.n or 50_000, args, pipeline, chosen)
-    facts = [f"{len(labels):,} samples of step {pipeline.step:,}", f"seed {args.seed}", classes,
-             *(f"{key} {value}" for key, value in settings.items()), precision(device)]
+    labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
     samples = Samples(pipeline, labels, args.seed, batch, **settings)
     return [(args.real, *open_side(args.real, args.root, size, as_trained=True)),
-            (args.fake, None, samples, ", ".join(facts))]
+            (args.fake, None, samples, facts)]
 
 
 def run(args, rank):

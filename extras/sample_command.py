@@ -9,7 +9,7 @@ import torch
 
 import sample
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
-from engine.distributed import choose_device, init_distributed, precision, rank_and_world
+from engine.distributed import choose_device, init_distributed, rank_and_world
 from engine.process import report_errors, user_error, write_atomically
 from engine.validate import UserError
 from extras.grids import save_grid
@@ -104,22 +104,18 @@ def draw(args):
         return print("\n".join(lines) or "trained without classes")
 
     n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
-    labels, facts = torch.tensor(chosen)[default_labels(n, len(chosen))], []
-    if out.suffix != ".png":
-        labels, on_classes = labels_to_draw(n, args, pipeline, chosen)
-        facts.append(on_classes)
-    facts += [f"{key} {value}" for key, value in settings.items()]
+    labels, facts = labels_to_draw(n, args, pipeline, chosen, settings)
+    rows = torch.tensor(chosen)[default_labels(n, len(chosen))]
     if is_main:
-        print(f"{args.checkpoint}: step {pipeline.step:,}, {n:,} images, "
-              f"seed {args.interpolate or args.seed}, {', '.join(facts)}, {precision(device)}")
+        print(f"{args.checkpoint}: {facts}")
     if special:
-        INSTEAD[special](args, pipeline, chosen, labels, settings)
+        INSTEAD[special](args, pipeline, chosen, rows, settings)
     elif out.suffix != ".png":
         sample_files(pipeline, labels, out, args.batch, args.seed, **settings)
     else:
-        images = sample_together(pipeline, labels, seed=args.seed, batch=args.batch, **settings)
+        images = sample_together(pipeline, rows, seed=args.seed, batch=args.batch, **settings)
         if is_main:
-            save_grid(images, out, COLUMNS, row_labels=words(pipeline, labels[::COLUMNS]))
+            save_grid(images, out, COLUMNS, row_labels=words(pipeline, rows[::COLUMNS]))
     if is_main:
         print(f"wrote {out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
 

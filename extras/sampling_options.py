@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from engine.build import load_checkpoint
+from engine.distributed import precision
 from engine.process import user_error
 from engine.validate import UserError
 from extras.cost import fitting_batch
@@ -103,18 +104,20 @@ def class_labels(n, chosen, counts=None):
     return torch.tensor(chosen)[torch.from_numpy(np.searchsorted(ends, positions, side="right"))]
 
 
-def labels_to_draw(n, args, pipeline, chosen):
-    """(n,) labels by the rule, and a few words on them."""
-    names = pipeline.class_names
-    if not names:
-        return class_labels(n, chosen), "no classes"
-    counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
-    if args.class_counts == "training":
-        return class_labels(n, chosen, counts), "classes as often as in training"
-    few, many = min(counts), max(counts)
-    words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
-    if n < len(chosen):
-        words += f" (only the first {n}: there are fewer images than classes)"
-    elif many > 1.5 * few:
-        words += f" (training has {few:,} to {many:,} of a class: --class-counts training draws them so)"
-    return class_labels(n, chosen), words
+def labels_to_draw(n, args, pipeline, chosen, settings):
+    """(n,) labels by the rule, and a few words on the images that will be drawn."""
+    names, counts, words = pipeline.class_names, None, "no classes"
+    if names:
+        counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
+        words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
+        if args.class_counts == "training":
+            words = "classes as often as in training"
+        elif n < len(chosen):
+            words += f" (only the first {n}: there are fewer images than classes)"
+        elif max(counts) > 1.5 * min(counts):
+            words += (f" (training has {min(counts):,} to {max(counts):,} of a class: --class-counts training "
+                      "draws them so)")
+    labels = class_labels(n, chosen, counts if args.class_counts == "training" else None)
+    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {args.seed}", words,
+             *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
+    return labels, ", ".join(facts)

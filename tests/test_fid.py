@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import fid
 import sample
+from engine.build import load_checkpoint
 from engine.validate import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
@@ -234,14 +235,13 @@ def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
     for more in (["--resize", "pytorch-fid"], ["--resize", "clean"], ["--size", 6]):
         assert score("real", "fake", *more) != near
     # a checkpoint: samples like those of sample.py, the real side read as for training
-    pipeline = sample.load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
+    pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     settings = pipeline.sampling | {"steps": 2, "guidance": 2.0}
     drawn = sample.sample_images(pipeline, torch.arange(6) % 2, seed=5, **settings)
     np.savez(tmp_path / "fake.npz", drawn.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "real.npz", find(str(folder)).load(8)[0].pixels.permute(0, 2, 3, 1).numpy())
     drawn = score(folder, run / "ckpt.pt", "--n", 6, "--batch", 4, "--steps", 2, "--guidance", 2, "--seed", 5)
-    printed = capsys.readouterr().out
-    assert "38 training images, cropped and resized to 8" in printed and "6 samples of step 8" in printed
+    assert "38 training images, cropped and resized to 8" in capsys.readouterr().out
     assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
 
 
@@ -324,7 +324,7 @@ def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monke
         inception=weights, device=device, source=source, load_images=lambda: source.load(8), out=tmp_path,
         eval_batch=256, eval_memory=contextlib.nullcontext, config={"size": 8})
     for _ in range(2):  # the second: of a run that was killed before its next checkpoint
-        fid_sources.evaluate_during(during, sample.load_checkpoint(run / "ckpt.pt", device), 8)
+        fid_sources.evaluate_during(during, load_checkpoint(run / "ckpt.pt", device), 8)
     [row] = csv.DictReader((tmp_path / "fid.csv").open())
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["fid"]
     assert {name.removesuffix("_2k"): float(value) for name, value in row.items()} == pytest.approx(
