@@ -85,13 +85,12 @@ def main():
     parser = argparse.ArgumentParser("fid.py", description=description, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("real", metavar="REAL", help="images in any form that train.py takes as --data (of a named set, the "
-        "training images), or an .npz of images (arr_0) or of statistics (mu, sigma)")
+    add("real", metavar="REAL", help="as --data of train.py, or an .npz of arr_0 (images) or mu and sigma")
     add("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
     add("--size", type=int, help="crop and resize as for training (default: as the checkpoint, or not)")
     add("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    add("--resize", choices=list(PREPROCESS), default="tf", help="how images become 299 pixels: as in "
-        "TensorFlow, ADM and torch-fidelity, as in pytorch-fid, or as in clean-fid (default: tf)")
+    add("--resize", choices=list(PREPROCESS), default="tf", help="to 299 pixels as TensorFlow, ADM and "
+        "torch-fidelity, as pytorch-fid, or as clean-fid (default: tf)")
     add("--weights", help="of Inception (default: $FID_WEIGHTS, the cache, or a download)")
     add("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     add("--json", metavar="FILE", help="write the scores")

@@ -30,21 +30,18 @@ def parse_arguments():
     add("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
     add_sampling_flags(parser, n="how many (default: 64, or 8 of each of up to 16 classes; special pictures: "
                        "8 a row)", batch="images at a time; they stay the same (default: 256, or what fits)")
-    add("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for images one "
-        "by one, and resumable (default: samples.png)")
+    add("--out", default="samples.png", help="a .png for a grid; .npz, .zip or a folder for single images")
     add("--list-classes", action="store_true", help="print the numbers and names of the classes")
     add("--export", type=Path, metavar="FILE.pt", help="only write a checkpoint to share, five times smaller")
     group = parser.add_argument_group("special pictures, one at a time")
     add = group.add_mutually_exclusive_group().add_argument
     add("--grid-of", metavar="NAME=V,V,...", help="a row per value of guidance, steps, temperature or end")
-    add("--trajectory", action="store_true", default=None, help="the likeliest tokens as time goes down, a "
-        "row per image; all steps in OUT.gif")
-    add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class, "
-        "or one row without class and guidance")
+    add("--trajectory", action="store_true", default=None, help="a row per image, and all of it as .gif")
+    add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class")
     add("--vary", metavar="IMAGE", help="noise an image up to --strength and back; rows as for --inpaint")
     add("--interpolate", metavar="A,B", help="from seed A to seed B, a row per class; smoothest with ddim")
-    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="no picture, but a page in the "
-        "browser of this machine, to play with (default: port 8000; 0: any free one)")
+    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser, to play "
+        "with (default: port 8000; 0: any free one)")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
     group.add_argument("--strength", type=float, help="for --vary: 0 changes nothing, 1 all (default: 0.6)")
     return parser.parse_args()
@@ -53,8 +50,7 @@ def parse_arguments():
 def check_arguments(args, special):
     """UserError for what is wrong whatever the checkpoint. special: a name in INSTEAD, or None."""
     check_flags(args)
-    out, flag = Path(args.out), f"--{special}".replace("_", "-")
-    is_grid = out.suffix == ".png"
+    out, is_grid, flag = Path(args.out), args.out.endswith(".png"), f"--{special}".replace("_", "-")
     for wrong, message in (
             (out.suffix not in (".png", ".npz", ".zip", ""),
              f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending"),
@@ -103,19 +99,20 @@ def draw(args):
         lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
         return print("\n".join(lines) or "trained without classes")
 
-    n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
+    rows = min(len(chosen), 16) if names else 8
+    n = args.n or COLUMNS * (1 if special else rows)
     labels, facts = labels_to_draw(n, args, pipeline, chosen, settings)
-    rows = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    in_rows = torch.tensor(chosen)[default_labels(n, len(chosen))]
     if is_main:
         print(f"{args.checkpoint}: {facts}")
     if special:
-        INSTEAD[special](args, pipeline, chosen, rows, settings)
+        INSTEAD[special](args, pipeline, chosen, in_rows, settings)
     elif out.suffix != ".png":
         sample_files(pipeline, labels, out, args.batch, args.seed, **settings)
     else:
-        images = sample_together(pipeline, rows, seed=args.seed, batch=args.batch, **settings)
+        images = sample_together(pipeline, in_rows, seed=args.seed, batch=args.batch, **settings)
         if is_main:
-            save_grid(images, out, COLUMNS, row_labels=words(pipeline, rows[::COLUMNS]))
+            save_grid(images, out, COLUMNS, row_labels=words(pipeline, in_rows[::COLUMNS]))
     if is_main:
         print(f"wrote {out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
 

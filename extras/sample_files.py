@@ -1,7 +1,7 @@
 """Samples one by one, for measuring: `python sample.py CKPT --out FOLDER`, .zip or .npz. Resumable."""
 
 import shutil
-import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -40,25 +40,19 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
         for i, images in shared_work(starts, draw):  # on process 0; nothing on the others
             list(decoders().map(write_png, images, files[i:i + batch]))
             bar.update()
-    if is_main and out.suffix:
-        write = write_npz if out.suffix == ".npz" else write_zip
-        write_atomically(out, lambda partial: write(partial, files, labels.numpy()))
-        shutil.rmtree(parts)
-    elif is_main:
+    if is_main and not out.suffix:
         parts.replace(out)
+    elif is_main:
+        packed = shutil.make_archive(parts, "zip", parts) if out.suffix == ".zip" else pack(files, labels)
+        Path(packed).replace(out)
+        shutil.rmtree(parts)
 
 
-def write_zip(path, files, labels):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in files:
-            archive.write(file, file.name)
-
-
-def write_npz(path, files, labels):
-    """The pixels of the files and the labels (n,), in ADM's layout."""
+def pack(files, labels):
+    """The file of an .npz, in ADM's layout, with the pixels of the files and the labels (n,)."""
     shape = len(files), *np.asarray(Image.open(files[0])).shape
     rows = np.lib.format.open_memmap(files[0].with_suffix(".npy"), "w+", np.uint8, shape)  # may be 10 GB
     for row, file in zip(rows, files, strict=True):
         row[:] = np.asarray(Image.open(file))
-    with path.open("wb") as file:
-        np.savez(file, arr_0=rows, arr_1=labels)
+    np.savez(files[0].with_suffix(".npz"), arr_0=rows, arr_1=labels.numpy())
+    return files[0].with_suffix(".npz")

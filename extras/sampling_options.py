@@ -1,8 +1,7 @@
 """What sample.py and fid.py draw from a checkpoint: the flags that both have, and one rule of classes.
 
 Image i has class i mod C, of all C classes or of those that --class names: any number is spread evenly, as by
-ADM and DiT, and a larger set begins with the smaller one. --class-counts training is for a FID against a set
-that is not balanced.
+ADM and DiT, and a larger set begins with the smaller one.
 """
 
 import re
@@ -26,17 +25,14 @@ def add_sampling_flags(parser, n, batch):
     add = parser.add_argument
     add("--n", "--samples", type=int, metavar="N", help=f"{n}; torchrun lets only --samples through")
     add("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
-    add("--guidance", type=float, metavar="OMEGA", help="how strongly images are pushed towards their class, "
-        "DiT's cfg-scale - 1 (default: in the checkpoint)")
+    add("--guidance", type=float, metavar="OMEGA", help="DiT's cfg-scale - 1 (default: in the checkpoint)")
     add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    add("--end", type=float, metavar="T", help="draw the tokens at this time, for variety in few steps "
-        "(default: 0; for 2 to 15 steps 0.8 / steps^2, guided 0.3)")
+    add("--end", type=float, metavar="T", help="draw the tokens at this time, in few steps before 0")
     add("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the first")
     add("--class", dest="classes", metavar="NAME[,NAME]", help="only these, by name or number")
-    add("--class-counts", choices=["even", "training"], help="image i has class i mod C, or classes come as "
-        "often as in the training set (default: even)")
+    add("--class-counts", choices=["even", "training"], help="how often classes come (default: even)")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
     add("--batch", type=int, help=batch)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -58,8 +54,8 @@ def open_checkpoint(path, args, device):
     if batch is None:
         logits = 256 * model.N * model.K * 4  # bytes; twice that with guidance
         batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
-    given = {name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
-    settings = pipeline.sampling | given
+    settings = pipeline.sampling | {
+        name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
     with user_error():
         check_settings(**settings)
     if not names or not pipeline.config["training"]["label_drop"]:
@@ -90,10 +86,10 @@ def parse_classes(text, class_names):
 
 
 def class_labels(n, chosen, counts=None):
-    """(n,) labels of images that are drawn one by one. chosen: numbers of classes, each one or more times.
+    """(n,) labels: image i has the class chosen[i mod C].
 
-    Without counts image i has the class chosen[i mod C]. counts: how often each class of the model is to come
-    (in any unit); then classes come one after the other, and each count is met but for one image.
+    counts: how often each class of the model is to come (in any unit); then classes come one after the other,
+    and each count is met but for one image.
     """
     if counts is None:
         return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
@@ -115,8 +111,7 @@ def labels_to_draw(n, args, pipeline, chosen, settings):
         elif n < len(chosen):
             words += f" (only the first {n}: there are fewer images than classes)"
         elif max(counts) > 1.5 * min(counts):
-            words += (f" (training has {min(counts):,} to {max(counts):,} of a class: --class-counts training "
-                      "draws them so)")
+            words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
     labels = class_labels(n, chosen, counts if args.class_counts == "training" else None)
     facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {args.seed}", words,
              *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
