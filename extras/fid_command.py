@@ -19,6 +19,8 @@ def check_arguments(args, draws):
     check_flags(args, size=1, features=0)
     if not args.fake and not args.save_stats:
         raise UserError("give REAL and FAKE, or REAL and --save-stats FILE")
+    if args.real.endswith(".pt"):
+        raise UserError("a checkpoint can only stand at FAKE: first the real images, then the generated ones")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise UserError(f"--save-stats {args.save_stats}: the name must end in .npz")
     for name in () if draws else ("n", "classes", "class_counts", "compile", *OPTIONAL):

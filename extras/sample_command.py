@@ -19,6 +19,7 @@ from extras.sampling_options import add_sampling_flags, check_flags, labels_to_d
 from extras.serve import serve
 from sample import COLUMNS, default_labels, sample_together
 
+EXPORTED = ("format", "config", "class_names", "class_counts", "sampling", "metrics", "step")  # and weights
 INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
 
 
@@ -64,12 +65,6 @@ def check_arguments(args, special):
             raise UserError(message)
 
 
-def to_half(weights):
-    """{name: tensor} with float16 in place of float32, but where a number is too large for it."""
-    halves = {name: value.half() for name, value in weights.items() if value.dtype == torch.float32}
-    return weights | {name: half for name, half in halves.items() if half.isfinite().all()}
-
-
 def export(checkpoint, out):
     """--export: a checkpoint to share, half as precise and without what only training needs."""
     if out.suffix != ".pt":
@@ -77,9 +72,10 @@ def export(checkpoint, out):
     if out.exists():
         raise UserError(f"--export {out} is there already: remove it, or give another name")
     state = read_checkpoint(checkpoint, CHECKPOINT_FORMAT)
-    kept = {name: state[name] for name in ("format", "config", "class_names", "class_counts", "sampling",
-                                           "metrics", "step")}
-    kept |= {name: to_half(state[name]) for name in ("tokenizer", "ema")}
+    kept = {name: state[name] for name in EXPORTED}
+    for part in ("tokenizer", "ema"):  # numbers too large for float16 stay in float32
+        halves = {name: value.half() for name, value in state[part].items() if value.dtype == torch.float32}
+        kept[part] = state[part] | {name: half for name, half in halves.items() if half.isfinite().all()}
     write_atomically(out, lambda partial: torch.save(kept, partial))
     print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB. Draw with it:  python sample.py {out}")
 

@@ -14,6 +14,7 @@ from data import load_image
 from engine.build import load_checkpoint
 from engine.randomness import image_generators
 from engine.validate import UserError
+from extras import export as export_module
 from extras import sample_command, sample_files
 from extras.datasets import find
 from extras.sampling_options import class_labels, parse_classes
@@ -248,7 +249,7 @@ def test_export(run, folder, tmp_path, capsys):
                    for name, value in before.items())
     assert whole.class_names == small.class_names and whole.class_counts == small.class_counts == [19, 19]
     assert whole.sampling == small.sampling and whole.step == small.step and whole.config == small.config
-    large = sample_command.to_half({"a": torch.tensor([1e6]), "b": torch.tensor([1.0]), "n": torch.tensor(3)})
+    large = export_module.to_half({"a": torch.tensor([1e6]), "b": torch.tensor([1.0]), "n": torch.tensor(3)})
     assert [value.dtype for value in large.values()] == [torch.float32, torch.float16, torch.int64]
     assert call("sample.py", tmp_path / "a.pt", "--out", tmp_path / "a.png", "--n", 8) == 0
     words = ["--data", folder, "--stage", "tokenizer", *flags(TINY)]
