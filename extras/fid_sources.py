@@ -178,10 +178,7 @@ def evaluate_run(run, n):
 
 
 def evaluate_during(run, pipeline, step):
-    """--fid-every: the scores of FEW samples of the averaged weights, a row of fid.csv.
-
-    With so few samples FID is too high to be published: it is called FID-2k, and shows the course.
-    """
+    """--fid-every: the scores of FEW samples, too few to be published, as a row of fid.csv."""
     pipeline.model.eval()
     scores = score_samples(run, pipeline, FEW)
     if scores:

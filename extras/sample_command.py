@@ -17,7 +17,7 @@ from extras.pictures import SPECIAL, words
 from extras.sample_files import sample_files
 from extras.sampling_options import add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
 from extras.serve import serve
-from sample import COLUMNS, default_labels, sample_together
+from sample import COLUMNS, sample_together
 
 EXPORTED = ("format", "config", "class_names", "class_counts", "sampling", "metrics", "step")  # and weights
 INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
@@ -97,18 +97,17 @@ def draw(args):
 
     rows = min(len(chosen), 16) if names else 8
     n = args.n or COLUMNS * (1 if special else rows)
-    labels, facts = labels_to_draw(n, args, pipeline, chosen, settings)
-    in_rows = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    labels, facts = labels_to_draw(n, args, pipeline, chosen, settings, in_rows=out.suffix == ".png")
     if is_main:
         print(f"{args.checkpoint}: {facts}")
     if special:
-        INSTEAD[special](args, pipeline, chosen, in_rows, settings)
+        INSTEAD[special](args, pipeline, chosen, labels, settings)
     elif out.suffix != ".png":
         sample_files(pipeline, labels, out, args.batch, args.seed, **settings)
     else:
-        images = sample_together(pipeline, in_rows, seed=args.seed, batch=args.batch, **settings)
+        images = sample_together(pipeline, labels, seed=args.seed, batch=args.batch, **settings)
         if is_main:
-            save_grid(images, out, COLUMNS, row_labels=words(pipeline, in_rows[::COLUMNS]))
+            save_grid(images, out, COLUMNS, row_labels=words(pipeline, labels[::COLUMNS]))
     if is_main:
         print(f"wrote {out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
 

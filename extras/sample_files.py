@@ -1,7 +1,7 @@
 """Samples one by one, for measuring: `python sample.py CKPT --out FOLDER`, .zip or .npz. Resumable."""
 
 import shutil
-from pathlib import Path
+import zipfile
 
 import numpy as np
 from PIL import Image
@@ -43,16 +43,20 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
     if is_main and not out.suffix:
         parts.replace(out)
     elif is_main:
-        packed = shutil.make_archive(parts, "zip", parts) if out.suffix == ".zip" else pack(files, labels)
-        Path(packed).replace(out)
+        write_atomically(out, lambda partial: pack(partial, files, labels.numpy(), out.suffix))
         shutil.rmtree(parts)
 
 
-def pack(files, labels):
-    """The file of an .npz, in ADM's layout, with the pixels of the files and the labels (n,)."""
-    shape = len(files), *np.asarray(Image.open(files[0])).shape
-    rows = np.lib.format.open_memmap(files[0].with_suffix(".npy"), "w+", np.uint8, shape)  # may be 10 GB
-    for row, file in zip(rows, files, strict=True):
-        row[:] = np.asarray(Image.open(file))
-    np.savez(files[0].with_suffix(".npz"), arr_0=rows, arr_1=labels.numpy())
-    return files[0].with_suffix(".npz")
+def pack(path, files, labels, suffix):
+    """PNG files into a .zip, or their pixels and the labels (n,) into an .npz, in ADM's layout."""
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    else:
+        shape = len(files), *np.asarray(Image.open(files[0])).shape
+        rows = np.lib.format.open_memmap(files[0].with_suffix(".npy"), "w+", np.uint8, shape)  # may be 10 GB
+        for row, file in zip(rows, files, strict=True):
+            row[:] = np.asarray(Image.open(file))
+        with path.open("wb") as file:
+            np.savez(file, arr_0=rows, arr_1=labels)

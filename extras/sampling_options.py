@@ -14,7 +14,7 @@ from engine.distributed import precision
 from engine.process import user_error
 from engine.validate import UserError
 from extras.cost import fitting_batch
-from sample import SAMPLERS, check_settings
+from sample import SAMPLERS, check_settings, default_labels
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
 OPTIONAL = ("steps", "guidance", "sampler", "temperature", "interval", "end")  # None: as the checkpoint says
@@ -25,7 +25,7 @@ def add_sampling_flags(parser, n, batch):
     add = parser.add_argument
     add("--n", "--samples", type=int, metavar="N", help=f"{n}; torchrun lets only --samples through")
     add("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
-    add("--guidance", type=float, metavar="OMEGA", help="DiT's cfg-scale - 1 (default: in the checkpoint)")
+    add("--guidance", type=float, metavar="OMEGA", help="towards the class: DiT's cfg-scale - 1")
     add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
@@ -100,19 +100,24 @@ def class_labels(n, chosen, counts=None):
     return torch.tensor(chosen)[torch.from_numpy(np.searchsorted(ends, positions, side="right"))]
 
 
-def labels_to_draw(n, args, pipeline, chosen, settings):
-    """(n,) labels by the rule, and a few words on the images that will be drawn."""
-    names, counts, words = pipeline.class_names, None, "no classes"
+def labels_to_draw(n, args, pipeline, chosen, settings, in_rows=False):
+    """(n,) labels, by the rule or in the rows of a grid, and a few words on the images that will be drawn."""
+    names, training, words = pipeline.class_names, args.class_counts == "training", "no classes"
+    counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
     if names:
-        counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
         words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
-        if args.class_counts == "training":
+        if in_rows:
+            words = "a class a row"
+        elif training:
             words = "classes as often as in training"
         elif n < len(chosen):
             words += f" (only the first {n}: there are fewer images than classes)"
         elif max(counts) > 1.5 * min(counts):
             words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
-    labels = class_labels(n, chosen, counts if args.class_counts == "training" else None)
-    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {args.seed}", words,
+    labels = class_labels(n, chosen, counts if training and names else None)
+    if in_rows:
+        labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    seed = getattr(args, "interpolate", None) or args.seed
+    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {seed}", words,
              *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
     return labels, ", ".join(facts)
