@@ -12,6 +12,7 @@ KID, Inception Score, precision and recall, from the same features, in extras/me
 2021) is FID of other features. Compare scores of as many images only: FID falls as N grows, by about 1/N.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ----------------------------------------------------------------------------
 # One pass over a set of images.
 
+@dataclasses.dataclass
 class Statistics:
     """Means and covariances of the features of n images, and features and logits of single images, if kept.
 
@@ -71,11 +73,12 @@ class Statistics:
     features (m, 2048), logits (m, 1008): tensors or None. n, resize (the preprocessing): None if unknown.
     """
 
-    def __init__(self, n, mean, cov, resize, features=None, logits=None):
-        self.n = n
-        self.mean, self.cov = mean, cov
-        self.resize = resize
-        self.features, self.logits = features, logits
+    n: int
+    mean: dict
+    cov: dict
+    resize: str
+    features: torch.Tensor = None
+    logits: torch.Tensor = None
 
     def save(self, path):
         """An .npz as pytorch-fid's (mu, sigma) and ADM's (mu_s, sigma_s too), with n, resize and features."""

@@ -1,29 +1,22 @@
 """`python fid.py`: its command line, from two words to a table of scores."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from engine.distributed import choose_device, init_distributed, precision
+import fid
+from engine.distributed import choose_device, init_distributed
 from engine.process import main_process_first, report_errors, user_error, write_json
 from engine.validate import UserError
 from extras.fid_sources import Samples, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
 from extras.sampling_options import OPTIONAL, add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
-from fid import MAX_KEPT, REAL_KEPT, Statistics, compute_scores, measure, print_scores
-
-EXAMPLES = """examples:
-  python fid.py toy runs/toy/ckpt.pt --n 10000               training images against samples drawn on the way
-  python fid.py toy runs/toy/ckpt.pt --n 5000 --steps 16 --guidance 0.5 --temperature 0.9
-  python fid.py photos/ samples.npz                          two sets of images, as they are
-  python fid.py photos/ --size 64 --save-stats photos.npz    once; then photos.npz in place of photos/
-  torchrun --nproc-per-node 8 -- fid.py ffhq runs/ffhq/ckpt.pt --root /datasets"""
+from fid import MAX_KEPT, REAL_KEPT, compute_scores, measure, print_scores
 
 
 def check_arguments(args, draws):
     """UserError for what is wrong whatever the files. draws: FAKE is a checkpoint."""
-    check_flags(args)
-    if args.features < 0 or args.size is not None and args.size < 1:
-        raise UserError("--size must be at least 1, and --features not negative")
+    check_flags(args, size=1, features=0)
     if not args.fake and not args.save_stats:
         raise UserError("give REAL and FAKE, or REAL and --save-stats FILE")
     if args.real.endswith(".pt"):
@@ -31,28 +24,22 @@ def check_arguments(args, draws):
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise UserError(f"--save-stats {args.save_stats}: the name must end in .npz")
     for name in () if draws else ("n", "classes", "class_counts", "compile", *OPTIONAL):
-        if getattr(args, name) is not None and getattr(args, name) is not False:
+        if getattr(args, name) is not None:
             flag = {"classes": "class", "interval": "guidance-interval"}.get(name, name.replace("_", "-"))
             raise UserError(f"--{flag} is for a checkpoint at FAKE")
-    for file in (args.save_stats, args.json):  # before any long work
-        if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def open_sides(args, device, draws):
     """(word, Statistics or None, source or None, a few words on it), of REAL and of FAKE."""
-    size = args.size
-    if draws:
-        pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
-        size = size or pipeline.tokenizer.size
-    for word in (args.real, args.fake):
-        if word and not (draws and word == args.fake):
-            yield word, *open_side(word, args.root, size, as_trained=draws)
-    if draws:
-        labels, classes = labels_to_draw(args.n or 50_000, args, pipeline, chosen)
-        facts = [f"{len(labels):,} samples of step {pipeline.step:,}", f"seed {args.seed}", classes,
-                 *(f"{key} {value}" for key, value in settings.items()), precision(device)]
-        yield args.fake, None, Samples(pipeline, labels, args.seed, batch, **settings), ", ".join(facts)
+    if not draws:
+        return [(word, *open_side(word, args.root, args.size, as_trained=False))
+                for word in (args.real, args.fake) if word]
+    pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
+    size = args.size or pipeline.tokenizer.size
+    labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
+    samples = Samples(pipeline, labels, args.seed, batch, **settings)
+    return [(args.real, *open_side(args.real, args.root, size, as_trained=True)),
+            (args.fake, None, samples, facts)]
 
 
 def run(args, rank):
@@ -61,7 +48,7 @@ def run(args, rank):
     check_arguments(args, draws)
     with user_error():
         device = choose_device(args.device)
-    sides = list(open_sides(args, device, draws))
+    sides = open_sides(args, device, draws)
     for word, statistics, _, what in sides:
         if statistics and statistics.resize is None:
             what += f" that do not say how images were resized; taken as --resize {args.resize}"
@@ -79,8 +66,7 @@ def run(args, rank):
         if source and rank == 0 and found.n < source.n:
             print(f"{word}: {source.n - found.n:,} images cannot be used and are left out")
         if source and statistics:  # ADM's reference file: statistics of the whole set, and some of its images
-            found = Statistics(statistics.n, statistics.mean, statistics.cov, args.resize, found.features,
-                               found.logits)
+            found = dataclasses.replace(found, n=statistics.n, mean=statistics.mean, cov=statistics.cov)
         measured.append(found)
     if rank == 0 and args.save_stats:
         measured[0].save(args.save_stats)
@@ -89,31 +75,29 @@ def run(args, rank):
         real, fake = measured
         scores = compute_scores(real, fake, device)
         print_scores(scores, real.n, fake.n)
+        for name, side in (("real", real), ("fake", fake)):
+            kept = 0 if side.features is None else len(side.features)
+            scores |= {name: getattr(args, name), f"n_{name}": side.n, f"features_{name}": kept}
         if args.json:
-            scores |= {"real": args.real, "fake": args.fake, "n_real": real.n, "n_fake": fake.n}
-            scores["resize"] = args.resize
-            for side, found in (("real", real), ("fake", fake)):
-                scores[f"features_{side}"] = 0 if found.features is None else len(found.features)
-            write_json(Path(args.json), scores)
+            write_json(Path(args.json), scores | {"resize": args.resize})
 
 
 def main():
-    parser = argparse.ArgumentParser(description="FID, sFID, KID, Inception Score, precision and recall.",
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description, examples, *_ = fid.__doc__.split("\n\n")
+    parser = argparse.ArgumentParser("fid.py", description=description, epilog=examples,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("real", metavar="REAL", help="images in whatever form train.py takes as --data (of a named set, its "
-        "training images); or an .npz with arr_0 (images), or mu and sigma")
+    add("real", metavar="REAL", help="as --data of train.py, or an .npz of arr_0 (images) or mu and sigma")
     add("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
-    add("--size", type=int, help="centre-crop and resize files to so many pixels, as for training (default: "
-        "the checkpoint's, if there is one; else files are taken as they are)")
+    add("--size", type=int, help="crop and resize as for training (default: as the checkpoint, or not)")
     add("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    add("--resize", choices=list(PREPROCESS), default="tf", help="how images become 299 pixels: as in "
-        "TensorFlow, ADM and torch-fidelity, as in pytorch-fid, or as in clean-fid (default: tf)")
-    add("--weights", help="file of the Inception weights (default: $FID_WEIGHTS, the cache, or a download)")
+    add("--resize", choices=list(PREPROCESS), default="tf", help="to 299 pixels as TensorFlow, ADM and "
+        "torch-fidelity, as pytorch-fid, or as clean-fid (default: tf)")
+    add("--weights", help="of Inception (default: $FID_WEIGHTS, the cache, or a download)")
     add("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     add("--json", metavar="FILE", help="write the scores")
-    add("--features", type=int, default=REAL_KEPT, metavar="M", help="features of REAL kept for KID, "
-        f"precision and recall, 8 kB an image; 0: none (default: {REAL_KEPT}; of FAKE {MAX_KEPT})")
+    add("--features", type=int, default=REAL_KEPT, metavar="M", help="images of REAL kept for KID, precision "
+        f"and recall, 8 kB each; 0: none (default: {REAL_KEPT}; of FAKE {MAX_KEPT})")
     add_sampling_flags(
         parser.add_argument_group("samples of a checkpoint at FAKE"), n="how many (default: 50000)",
         batch="images at a time; scores stay the same (default: 256 drawn, 16 measured on a CPU, else 128)")

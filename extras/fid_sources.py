@@ -16,8 +16,7 @@ from engine.build import load_checkpoint
 from engine.distributed import barrier, broadcast, rank_and_world
 from engine.process import write_json
 from engine.status import append_row, format_metrics, trim_rows
-from engine.validate import UserError, check_file, check_unpacked, printable, read_json, reading, reason_of
-from extras.data_arrays import IMAGES
+from engine.validate import UserError, check_file, check_unpacked, read_json, reading, reason_of
 from extras.datasets import DATASETS, find
 from extras.inception import load_inception
 from extras.sampling_options import class_labels
@@ -27,11 +26,8 @@ from sample import sample_images
 FEW = MIN_IMAGES  # samples of an evaluation during training
 
 
-# ----------------------------------------------------------------------------
-# Sources.
-
 class Pictures:
-    """All images of a source of data.py, as they are (size None) or cropped and resized as for training.
+    """All images of a data.Source, as they are (size None) or cropped and resized as for training.
 
     as_trained: the training images alone, without those that cannot be used, which are an error otherwise.
     """
@@ -44,11 +40,11 @@ class Pictures:
     def load(self, item):
         try:
             return torch.from_numpy(data.load_image(self.source.read(item), self.size))
-        except Exception as error:  # load_image's, or the form's own on the way to the bytes
+        except Exception as error:  # of whatever lies between a file and its pixels
             if self.as_trained:
                 return None
-            what = f"{self.source.title(item)} cannot be used ({reason_of(error)})"
-            raise UserError(f"{what}: repair it or take it out") from error
+            raise UserError(f"{self.source.title(item)} cannot be used ({reason_of(error)}): repair it or "
+                            "take it out") from error
 
     def read(self, i, j):
         images = data.decoders().map(self.load, self.items[i:j])
@@ -89,10 +85,7 @@ class Decoded:
 
 
 class Samples:
-    """Images of labels (n,) that a pipeline of load_checkpoint draws: image i is sample.py's image i.
-
-    chunk: images at a time. settings: of sample_images.
-    """
+    """Images of labels (n,) that a pipeline draws: image i is sample.py's. settings: of sample_images."""
 
     def __init__(self, pipeline, labels, seed=0, chunk=256, **settings):
         self.pipeline, self.labels, self.seed, self.settings = pipeline, labels, seed, settings
@@ -103,35 +96,30 @@ class Samples:
                              show_progress=False, **self.settings)
 
 
-# ----------------------------------------------------------------------------
-# Files of statistics, and what a word of the command line is.
-
 def open_npz(path):
     """np.load of an .npz that does not unpack to a full memory."""
-    with reading(path):
-        with zipfile.ZipFile(check_file(path)) as archive:
-            unpacked = sum(m.file_size for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED)
-        check_unpacked(path, unpacked, path.stat().st_size)
+    with reading(path), zipfile.ZipFile(check_file(path)) as archive:
+        check_unpacked(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
         return np.load(path, allow_pickle=False)
 
 
 def load_statistics(path):
     """Statistics from a file of fid.py, pytorch-fid, clean-fid or ADM; what it does not hold is None."""
+    mean, cov = {}, {}
     with open_npz(path) as file, reading(path):
-        known = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "features", "n", "resize")
-                 if name in file}
-        mean, cov, features = {"2048": known["mu"]}, {"2048": known["sigma"]}, known.get("features")
-        if "mu_s" in known:
-            mean["spatial"], cov["spatial"] = known["mu_s"], known["sigma_s"]
-        for mu, sigma in zip(mean.values(), cov.values(), strict=True):
-            if sigma.shape != mu.shape * 2 or not np.allclose(sigma, sigma.T, 1e-4, 1e-6) or mu.ndim != 1:
-                raise ValueError("mu must be (d,), and sigma (d, d), finite and symmetric")
+        for tap, end in (("2048", ""), ("spatial", "_s")):
+            if "mu" + end in file:
+                mu, sigma = file["mu" + end], file["sigma" + end]
+                if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not np.allclose(sigma, sigma.T, 1e-4, 1e-6):
+                    raise ValueError("mu must be (d,), and sigma (d, d), finite and symmetric")
+                mean[tap], cov[tap] = mu, sigma
+        features = file.get("features")
         if features is not None:
             if features.shape[1:] != mean["2048"].shape or not np.isfinite(features).all():
                 raise ValueError("features must be finite, and as wide as mu")
             features = torch.from_numpy(features.astype(np.float32))
-        n, resize = (known[name].item() if name in known else None for name in ("n", "resize"))
-        return Statistics(n, mean, cov, resize, features)
+        n = int(file["n"]) if "n" in file else None
+        return Statistics(n, mean, cov, str(file["resize"]) if "resize" in file else None, features)
 
 
 def open_side(word, root, size, as_trained):
@@ -142,20 +130,17 @@ def open_side(word, root, size, as_trained):
     path = Path(word).expanduser()
     if path.suffix == ".npz" and path.is_file():
         with open_npz(path) as file:
-            names = set(file.files)
-        if {"mu", "sigma"} <= names:
+            names = file.files
+        if "mu" in names:
             return load_statistics(path), Array(path) if "arr_0" in names else None, "statistics"
-        if not names & set(IMAGES):
-            held = printable(", ".join(sorted(names)))[:200]
-            raise UserError(f"{path} holds {held}: expected arr_0 (images), or mu and sigma (statistics)")
         if "arr_0" in names and size in (None, (source := Array(path)).shape[0]):
             return None, source, f"{source.n:,} images, {source.shape[0]} px"
     source, as_trained = find(word, root), as_trained or word in ("toy", *DATASETS)
     if as_trained:
         size = size or source.sizes()[1]
     images = Pictures(source, size, as_trained) if hasattr(source, "train") else Decoded(source.load(size)[0])
-    what = f"{images.n:,} {'training ' if as_trained else ''}images"
-    return None, images, f"{what}, {f'cropped and resized to {size} px' if size else 'as they are'}"
+    form = f"cropped and resized to {size} px" if size else "as they are"
+    return None, images, f"{images.n:,} {'training ' if as_trained else ''}images, {form}"
 
 
 # ----------------------------------------------------------------------------
@@ -164,15 +149,13 @@ def open_side(word, root, size, as_trained):
 def score_samples(run, pipeline, n):
     """Scores of n samples against a run's training images, as by `fid.py DATA CKPT`; None but on process 0.
 
-    Statistics of the training images are measured once and kept in the run directory, in a file that is named
-    by what they are of.
+    The training images are measured once; their statistics stay in the run directory.
     """
     is_main = rank_and_world()[0] == 0
     network = load_inception(run.inception, run.device)
     path = run.out / f"{run.source.name}_{run.source.counts()[0]}_images_{run.config['size']}px.npz"
     if not broadcast(path.exists()):
-        train, _ = run.load_images()
-        real = measure(Decoded(train), network, keep=REAL_KEPT, name="FID, training images")
+        real = measure(Decoded(run.load_images()[0]), network, keep=REAL_KEPT, name="FID, training images")
         if is_main:
             real.save(path)
     labels = class_labels(n, list(range(len(run.source.class_names))) or [0])
@@ -195,15 +178,11 @@ def evaluate_run(run, n):
 
 
 def evaluate_during(run, pipeline, step):
-    """--fid-every: the scores of 2,048 samples of the averaged weights, a row of fid.csv.
-
-    With so few samples FID is too high to be published: it is called FID-2k, and shows the course.
-    """
+    """--fid-every: the scores of FEW samples, too few to be published, as a row of fid.csv."""
     pipeline.model.eval()
-    with run.eval_memory():
-        scores = score_samples(run, pipeline, FEW)
+    scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
-        row = {f"{name}_2k": value for name, value in scores.items()}
-        append_row(run.out / "fid.csv", {"step": step} | row)
+        named = {f"{name}_2k": value for name, value in scores.items()}
+        append_row(run.out / "fid.csv", {"step": step} | named)
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")

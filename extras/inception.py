@@ -113,7 +113,7 @@ class InceptionV3(nn.Module):
 
     "64", "192", "768", "2048": means over the positions after the two stem pools, Mixed_6e and Mixed_7c.
     "spatial": (B, 17 * 17 * 7), the first 7 channels of Mixed_6d, channels last, for sFID.
-    "logits": (B, 1008). "logits_unbiased": the same without the last bias, for the Inception Score.
+    "logits_unbiased": (B, 1008) without the last bias, for the Inception Score.
     resize: "tf" (TensorFlow 1: the FID paper, ADM, EDM, torch-fidelity), "pytorch-fid", "clean" (clean-fid).
     """
     widths = {"2048": 2048, "spatial": 17 * 17 * 7}  # of those whose covariances are measured
@@ -161,23 +161,18 @@ class InceptionV3(nn.Module):
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (B, 2048, 8, 8)
             taps["2048"] = x.mean((2, 3))
             taps["logits_unbiased"] = F.linear(taps["2048"], self.fc.weight)
-            taps["logits"] = taps["logits_unbiased"] + self.fc.bias
         return taps
 
 
 def resize_tf1(x):
     """(B, 3, H, W) float -> (B, 3, 299, 299): TensorFlow 1's bilinear, pixel i at i H / 299, no antialias."""
-    def positions(size):
+    for dim in (3, 2):
+        size = x.shape[dim]
         at = torch.arange(SIDE, dtype=torch.float32, device=x.device) * torch.tensor(size / SIDE)
         low = at.long()
-        return low, (low + 1).clamp(max=size - 1), at - low
-
-    low, high, weight = positions(x.shape[3])
-    left = x[..., low]
-    x = left + (x[..., high] - left) * weight
-    low, high, weight = positions(x.shape[2])
-    top = x[:, :, low]
-    return top + (x[:, :, high] - top) * weight[:, None]
+        x, after = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=size - 1))
+        x = x + (after - x) * (at - low).view(-1, *[1] * (3 - dim))
+    return x
 
 
 def resize_clean(x):
@@ -202,9 +197,9 @@ def fold_batch_norm(network):
     return network.float().to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def find_inception(given=None, may_download=True, instead="give --weights PATH, or set $FID_WEIGHTS"):
+def find_inception(given=None, may_download=True):
     """The file of its weights: --weights, $FID_WEIGHTS, torch's cache (pytorch-fid's too), or a download."""
-    given = given or os.environ.get("FID_WEIGHTS")
+    given, instead = given or os.environ.get("FID_WEIGHTS"), "give --weights PATH, or set $FID_WEIGHTS"
     return find_weights(WEIGHTS, WEIGHTS_URL, WEIGHTS_SHA256, instead, given, may_download)
 
 

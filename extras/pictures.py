@@ -26,11 +26,10 @@ def draw_grid_of(args, pipeline, chosen, labels, settings):
     """--grid-of NAME=V,V: a row for each value, with the images that the plain grid has, in one row."""
     kinds = {"guidance": float, "steps": int, "temperature": float, "end": float}
     name, _, values = args.grid_of.partition("=")
-    try:
-        rows = [settings | {name: kinds[name](value)} for value in values.split(",")]
-    except (KeyError, ValueError):
-        raise UserError(f"--grid-of {args.grid_of}: give NAME=V,V,... of {', '.join(kinds)}") from None
+    if name not in kinds:
+        raise UserError(f"--grid-of {args.grid_of}: give NAME=V,V,... of {', '.join(kinds)}")
     with user_error():
+        rows = [settings | {name: kinds[name](value)} for value in values.split(",")]
         for row in rows:
             check_settings(**row)
     images = [sample_images(pipeline, labels, seed=args.seed, batch=args.batch, **row) for row in rows]
@@ -38,41 +37,40 @@ def draw_grid_of(args, pipeline, chosen, labels, settings):
 
 
 def draw_trajectory(args, pipeline, chosen, labels, settings):
-    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten in OUT.png, all in OUT.gif."""
+    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten of them, and all in OUT.gif."""
     seen, steps = [], settings["steps"]  # (t, tokens), for all steps of the first batch, then of the next
     sample_images(pipeline, labels, seed=args.seed, batch=args.batch,
                   callback=lambda t, p: seen.append((t, p.argmax(-1))), **settings)
-    times = [t for t, _ in seen[:steps]]
+    times = [f"t {t:.2f}" for t, _ in seen[:steps]]
     frames = [torch.cat([pipeline.tokenizer.decode(tokens).cpu() for _, tokens in seen[i::steps]])
               for i in range(steps)]
     some = sorted({round(i) for i in np.linspace(0, steps - 1, 10)})
     save_grid(torch.stack([frames[i] for i in some], 1).flatten(0, 1), args.out, len(some),
-              row_labels=words(pipeline, labels), column_labels=[f"t {times[i]:.2f}" for i in some])
+              row_labels=words(pipeline, labels), column_labels=[times[i] for i in some])
     # The labels make all frames different: Pillow would leave out one that is the same as the last.
-    columns = min(COLUMNS, len(labels))
-    pages = [grid_page(frame, columns, column_labels=[f"{i + 1}/{steps}", f"t {times[i]:.2f}"])
+    pages = [grid_page(frame, min(COLUMNS, len(labels)), column_labels=[f"{i + 1}/{steps}", times[i]])
              for i, frame in enumerate(frames)]
     milliseconds = [100] * (steps - 1) + [2000]
     write_atomically(Path(args.out).with_suffix(".gif"), lambda partial: pages[0].save(
         partial, "gif", save_all=True, append_images=pages[1:], duration=milliseconds, loop=0))
 
 
-def read_image(flag, path, size=None):
-    """data.load_image, the way to pixels that training takes, with errors that name the flag."""
+def read_image(path, size=None):
+    """data.load_image, the way to pixels that training takes, with errors that name the file."""
     try:
         return load_image(path, size)
     except UserError as error:
-        raise UserError(f"{flag} {path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_mask(path, tokenizer):
     """A mask image -> (N,) bool, True where a token is to be drawn: a pixel of its f x f cell is white."""
-    pixels, size, f = read_image("--mask", path), tokenizer.size, tokenizer.f              # (3, H, W) uint8
-    (height, width), side = pixels.shape[1:], min(pixels.shape[1:])
-    left, top = (width - side) // 2, (height - side) // 2  # the centre square, as load_image takes it
-    mask = Image.fromarray(pixels.min(0)).resize((size, size), Image.Resampling.NEAREST,
-                                                 box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(mask) >= 128).view(size // f, f, size // f, f).any(3).any(1).flatten()
+    pixels, size, f = read_image(path).min(0), tokenizer.size, tokenizer.f                 # (H, W) uint8
+    side = min(pixels.shape)
+    top, left = ((length - side) // 2 for length in pixels.shape)  # the centre square, as load_image takes it
+    square = Image.fromarray(pixels[top:top + side, left:left + side])
+    mask = np.asarray(square.resize((size, size), Image.Resampling.NEAREST)) >= 128
+    return torch.from_numpy(mask).view(size // f, f, size // f, f).any(3).any(1).flatten()
 
 
 def draw_from_image(args, pipeline, chosen, labels, settings):
@@ -80,14 +78,13 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
 
     With --class a row per class; without, one row by the null class, which stands for any class.
     """
-    tokenizer, n, flag = pipeline.tokenizer, len(labels), "--vary" if args.inpaint is None else "--inpaint"
+    tokenizer, n, path = pipeline.tokenizer, len(labels), args.inpaint or args.vary
     if pipeline.class_names and not args.classes and not pipeline.config["training"]["label_drop"]:
-        raise UserError(f"{flag}: this model was trained with --label-drop 0: give --class")
-    pixels = read_image(flag, args.inpaint or args.vary, tokenizer.size)
-    image = torch.from_numpy(pixels)[None]                                                 # (1, 3, H, W)
+        raise UserError("this model was trained with --label-drop 0 and has to know the class: give --class")
+    image = torch.from_numpy(read_image(path, tokenizer.size))[None]                       # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(pipeline.device))                                   # (1, N)
     columns = {"image": image}
-    if flag == "--vary":
+    if args.vary:
         strength = 0.6 if args.strength is None else args.strength
         with user_error():
             check_settings(**settings, t=strength)
@@ -101,9 +98,8 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
         options = {"inpaint": tokens.masked_fill(drawn.to(pipeline.device), -1)}
     if not args.classes:
         chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # nothing to guide to
-    labels = torch.tensor(chosen).repeat_interleave(n)
-    images = sample_images(pipeline, labels, seed=args.seed, batch=args.batch,
-                           indices=list(range(n)) * len(chosen), **options, **settings)
+    images = sample_images(pipeline, torch.tensor(chosen).repeat_interleave(n), seed=args.seed,
+                           batch=args.batch, indices=list(range(n)) * len(chosen), **options, **settings)
     before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
     page = torch.cat([before, images.view(len(chosen), n, *images.shape[1:])], 1).flatten(0, 1)
     save_grid(page, args.out, len(columns) + n, column_labels=list(columns),
@@ -121,7 +117,7 @@ def slerp(a, b, n):
 
 
 def draw_interpolation(args, pipeline, chosen, labels, settings):
-    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else of A."""
+    """--interpolate A,B: image 0 of seed A, but its first noise turns to that of seed B; a row per class."""
     seeds, n, rows = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16])
     model = pipeline.model
     if len(seeds) != 2 or not all(s.strip().isdecimal() for s in seeds) or int(seeds[0]) == int(seeds[1]):

@@ -1,5 +1,5 @@
 """`python sample.py`: its command line. A grid, images one by one (extras/sample_files.py), a special picture
-(extras/pictures.py), or a page in the browser (extras/serve.py).
+(extras/pictures.py), a page in the browser (extras/serve.py), or a checkpoint to share.
 """
 
 import argparse
@@ -7,52 +7,42 @@ from pathlib import Path
 
 import torch
 
-from engine.distributed import choose_device, init_distributed, precision, rank_and_world
-from engine.process import report_errors, user_error
+import sample
+from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
+from engine.distributed import choose_device, init_distributed, rank_and_world
+from engine.process import report_errors, user_error, write_atomically
 from engine.validate import UserError
-from extras.export import export
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
 from extras.sample_files import sample_files
 from extras.sampling_options import add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
 from extras.serve import serve
-from sample import COLUMNS, default_labels, sample_together
+from sample import COLUMNS, sample_together
 
+EXPORTED = ("format", "config", "class_names", "class_counts", "sampling", "metrics", "step")  # and weights
 INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
-EXAMPLES = """examples:
-  python sample.py runs/toy/ckpt.pt                                    a grid, samples.png
-  python sample.py runs/toy/ckpt.pt --class heart,star --guidance 2 --steps 16
-  python sample.py runs/toy/ckpt.pt --n 1200 --out samples.npz         one by one, a hundred of each class
-  python sample.py runs/toy/ckpt.pt --class star --n 8 --grid-of guidance=0,1,2,4
-  python sample.py runs/toy/ckpt.pt --export toy.pt                    a small file to share
-  python sample.py runs/toy/ckpt.pt --serve                            a page in the browser, to play with"""
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Draw images with a trained VQ-LCMD checkpoint.",
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description, examples, *_ = sample.__doc__.split("\n\n")
+    parser = argparse.ArgumentParser("sample.py", description=description, epilog=examples,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
     add_sampling_flags(parser, n="how many (default: 64, or 8 of each of up to 16 classes; special pictures: "
                        "8 a row)", batch="images at a time; they stay the same (default: 256, or what fits)")
-    add("--out", default="samples.png", help="a .png, for a grid; a .npz, a .zip or a folder, for images one "
-        "by one, and resumable (default: samples.png)")
+    add("--out", default="samples.png", help="a .png for a grid; .npz, .zip or a folder for single images")
     add("--list-classes", action="store_true", help="print the numbers and names of the classes")
-    add("--export", metavar="FILE.pt", help="draw nothing, but write a checkpoint to share: half as precise, "
-        "without what only training needs, about five times smaller")
+    add("--export", type=Path, metavar="FILE.pt", help="only write a checkpoint to share, five times smaller")
     group = parser.add_argument_group("special pictures, one at a time")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--grid-of", metavar="NAME=V,V,...", help="a row for each value of guidance, steps, temperature or "
-        "end; image i has the same noise in every row")
-    add("--trajectory", action="store_true", default=None, help="what the network takes the image for as "
-        "time goes down: a row per image, and all steps in OUT.gif")
-    add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class, "
-        "or one row without class and guidance")
+    add("--grid-of", metavar="NAME=V,V,...", help="a row per value of guidance, steps, temperature or end")
+    add("--trajectory", action="store_true", default=None, help="a row per image, and all of it as .gif")
+    add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class")
     add("--vary", metavar="IMAGE", help="noise an image up to --strength and back; rows as for --inpaint")
-    add("--interpolate", metavar="A,B", help="from seed A to seed B: the first noise turns, all other noise "
-        "stays; a row per class; smoothest with --sampler ddim")
-    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="no picture, but a page in the "
-        "browser of this machine, to play with (default: port 8000; 0: any free one)")
+    add("--interpolate", metavar="A,B", help="from seed A to seed B, a row per class; smoothest with ddim")
+    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser, to play "
+        "with (default: port 8000; 0: any free one)")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
     group.add_argument("--strength", type=float, help="for --vary: 0 changes nothing, 1 all (default: 0.6)")
     return parser.parse_args()
@@ -61,16 +51,13 @@ def parse_arguments():
 def check_arguments(args, special):
     """UserError for what is wrong whatever the checkpoint. special: a name in INSTEAD, or None."""
     check_flags(args)
-    out, flag, serves = Path(args.out), f"--{special}".replace("_", "-"), special == "serve"
-    is_grid = out.suffix == ".png"
+    out, is_grid, flag = Path(args.out), args.out.endswith(".png"), f"--{special}".replace("_", "-")
     for wrong, message in (
             (out.suffix not in (".png", ".npz", ".zip", ""),
              f"--out {out}: must end in .png, .npz or .zip, or be a folder without an ending"),
             (not is_grid and out.exists(), f"--out {out} is there already: remove it, or give another name"),
             (special and not is_grid, f"--out {out}: {flag} writes no files of samples"),
             (args.class_counts and is_grid, "--class-counts: a grid has rows of one class, name a folder"),
-            (serves and not 0 <= args.serve < 1 << 16, f"--serve {args.serve}: give a port from 0 to 65535"),
-            (serves and args.compile, "--serve: no --compile, which would compile for every --n"),
             (special and rank_and_world()[1] > 1, f"{flag} is for one process: start it with python"),
             ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together"),
             (args.strength is not None and args.vary is None, "--strength belongs to --vary")):
@@ -78,41 +65,51 @@ def check_arguments(args, special):
             raise UserError(message)
 
 
+def export(checkpoint, out):
+    """--export: a checkpoint to share, half as precise and without what only training needs."""
+    if out.suffix != ".pt":
+        raise UserError(f"--export {out}: the name must end in .pt")
+    if out.exists():
+        raise UserError(f"--export {out} is there already: remove it, or give another name")
+    state = read_checkpoint(checkpoint, CHECKPOINT_FORMAT)
+    kept = {name: state[name] for name in EXPORTED}
+    for part in ("tokenizer", "ema"):  # numbers too large for float16 stay in float32
+        halves = {name: value.half() for name, value in state[part].items() if value.dtype == torch.float32}
+        kept[part] = state[part] | {name: half for name, half in halves.items() if half.isfinite().all()}
+    write_atomically(out, lambda partial: torch.save(kept, partial))
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB. Draw with it:  python sample.py {out}")
+
+
 def draw(args):
     """Does what the command line says. UserError, before any work, if that cannot be done."""
-    rank, _ = init_distributed()
+    is_main = init_distributed()[0] == 0
     special = next((name for name in INSTEAD if getattr(args, name) is not None), None)
     check_arguments(args, special)
     with user_error():
         device = choose_device(args.device)
     if args.export:
-        return print(export(args.checkpoint, Path(args.export)))
+        return export(args.checkpoint, args.export)
     pipeline, settings, chosen, args.batch = open_checkpoint(args.checkpoint, args, device)
     names, out = pipeline.class_names, Path(args.out)
     if args.list_classes:
         lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
-        return print("\n".join(lines or ["trained without classes"]))
+        return print("\n".join(lines) or "trained without classes")
 
-    n = args.n or (COLUMNS if special else COLUMNS * min(len(chosen), 16) if names else 64)
-    labels, facts = torch.tensor(chosen)[default_labels(n, len(chosen))], [f"step {pipeline.step:,}"]
-    if special != "serve":
-        facts += [f"{n:,} images", f"seed {args.interpolate or args.seed}"]
-    if out.suffix != ".png":
-        labels, on_classes = labels_to_draw(n, args, pipeline, chosen)
-        facts.append(on_classes)
-    facts += [f"{key} {value}" for key, value in settings.items()]
-    if rank == 0:
-        print(f"{args.checkpoint}: {', '.join(facts)}, {precision(device)}")
+    rows = min(len(chosen), 16) if names else 8
+    n = args.n or COLUMNS * (1 if special else rows)
+    labels, facts = labels_to_draw(n, args, pipeline, chosen, settings, in_rows=out.suffix == ".png")
+    if is_main:
+        print(f"{args.checkpoint}: {facts}")
     if special:
         INSTEAD[special](args, pipeline, chosen, labels, settings)
     elif out.suffix != ".png":
         sample_files(pipeline, labels, out, args.batch, args.seed, **settings)
     else:
         images = sample_together(pipeline, labels, seed=args.seed, batch=args.batch, **settings)
-        if rank == 0:
+        if is_main:
             save_grid(images, out, COLUMNS, row_labels=words(pipeline, labels[::COLUMNS]))
-    if rank == 0:
-        print(f"wrote {args.out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
+    if is_main:
+        print(f"wrote {out}" + (f" and {out.with_suffix('.gif')}" if special == "trajectory" else ""))
 
 
 def main():

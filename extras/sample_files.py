@@ -36,29 +36,27 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
     def write_png(image, path):
         write_atomically(path, lambda partial: Image.fromarray(image).save(partial, "png"))
 
-    drawn = n - sum(len(files[i:i + batch]) for i in starts)
-    with tqdm(total=n, initial=drawn, desc="sampling", unit="img", disable=None if is_main else True) as bar:
+    with tqdm(total=len(starts), desc="sampling", unit="batch", disable=None if is_main else True) as bar:
         for i, images in shared_work(starts, draw):  # on process 0; nothing on the others
             list(decoders().map(write_png, images, files[i:i + batch]))
-            bar.update(len(images))
-    if is_main and out.suffix:
+            bar.update()
+    if is_main and not out.suffix:
+        parts.replace(out)
+    elif is_main:
         write_atomically(out, lambda partial: pack(partial, files, labels.numpy(), out.suffix))
         shutil.rmtree(parts)
-    elif is_main:
-        parts.replace(out)
 
 
 def pack(path, files, labels, suffix):
     """PNG files into a .zip, or their pixels and the labels (n,) into an .npz, in ADM's layout."""
-    if suffix == ".npz":
-        arr_0, arr_1 = (files[0].with_name(f"arr_{i}.npy") for i in range(2))
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    else:
         shape = len(files), *np.asarray(Image.open(files[0])).shape
-        rows = np.lib.format.open_memmap(arr_0, "w+", np.uint8, shape)  # they may not fit the memory
+        rows = np.lib.format.open_memmap(files[0].with_suffix(".npy"), "w+", np.uint8, shape)  # may be 10 GB
         for row, file in zip(rows, files, strict=True):
             row[:] = np.asarray(Image.open(file))
-        rows.flush()
-        np.save(arr_1, labels)
-        files = [arr_0, arr_1]
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in files:
-            archive.write(file, file.name)
+        with path.open("wb") as file:
+            np.savez(file, arr_0=rows, arr_1=labels)

@@ -1,8 +1,7 @@
 """What sample.py and fid.py draw from a checkpoint: the flags that both have, and one rule of classes.
 
 Image i has class i mod C, of all C classes or of those that --class names: any number is spread evenly, as by
-ADM and DiT, and a larger set begins with the smaller one. --class-counts training is for a FID against a set
-that is not balanced.
+ADM and DiT, and a larger set begins with the smaller one.
 """
 
 import re
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 
 from engine.build import load_checkpoint
+from engine.distributed import precision
 from engine.process import user_error
 from engine.validate import UserError
 from extras.cost import fitting_batch
-from sample import SAMPLERS, check_settings
+from sample import SAMPLERS, check_settings, default_labels
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
 OPTIONAL = ("steps", "guidance", "sampler", "temperature", "interval", "end")  # None: as the checkpoint says
@@ -25,80 +25,71 @@ def add_sampling_flags(parser, n, batch):
     add = parser.add_argument
     add("--n", "--samples", type=int, metavar="N", help=f"{n}; torchrun lets only --samples through")
     add("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
-    add("--guidance", type=float, metavar="OMEGA", help="how strongly images are pushed towards their class, "
-        "DiT's cfg-scale - 1 (default: in the checkpoint)")
+    add("--guidance", type=float, metavar="OMEGA", help="towards the class: DiT's cfg-scale - 1")
     add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
-    add("--end", type=float, metavar="T", help="draw the tokens at this time: before 0 few steps do not make "
-        "all images alike (default: 0; for 2 to 15 steps 0.8 / steps^2, guided 0.3)")
+    add("--end", type=float, metavar="T", help="draw the tokens at this time, in few steps before 0")
     add("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the first")
-    add("--class", dest="classes", metavar="NAME[,NAME]", help="only these, by name or number "
-        "(--list-classes of sample.py)")
-    add("--class-counts", choices=["even", "training"], help="image i has class i mod C, or classes come as "
-        "often as in the training set (default: even)")
+    add("--class", dest="classes", metavar="NAME[,NAME]", help="only these, by name or number")
+    add("--class-counts", choices=["even", "training"], help="how often classes come (default: even)")
     add("--seed", type=int, default=0, help="image i depends on (seed, i) alone (default: 0)")
     add("--batch", type=int, help=batch)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--compile", action="store_true", help="torch.compile the network; on a GPU with CUDA graphs")
+    add("--compile", action="store_true", default=None, help="torch.compile the network")
 
 
-def check_flags(args):
-    """UserError for what is wrong whatever the checkpoint."""
-    for name, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
+def check_flags(args, **least):
+    """UserError for numbers below the least that they can be. least: of flags that the program has beside."""
+    for name, low in ({"n": 1, "steps": 1, "batch": 1, "seed": 0} | least).items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}")
+        if value is not None and value < low:
+            raise UserError(f"--{name} must be at least {low}")
 
 
 def open_checkpoint(path, args, device):
     """(pipeline, options of sample_images, numbers of the classes, images at a time) for a command line."""
     pipeline = load_checkpoint(path, device)
-    names, batch = pipeline.class_names, args.batch
+    names, model, batch = pipeline.class_names, pipeline.model, args.batch
     if batch is None:
-        logits = 256 * pipeline.model.N * pipeline.model.K * 4  # bytes; twice that with guidance
+        logits = 256 * model.N * model.K * 4  # bytes; twice that with guidance
         batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
-    given = {name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
-    settings = pipeline.sampling | given
+    settings = pipeline.sampling | {
+        name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
     with user_error():
         check_settings(**settings)
     if not names or not pipeline.config["training"]["label_drop"]:
         if args.guidance or (getattr(args, "grid_of", None) or "").startswith("guidance"):
-            why = "without classes" if not names else "with --label-drop 0, so without a null class"
+            why = "with --label-drop 0, so without a null class" if names else "without classes"
             raise UserError(f"--guidance: this model was trained {why}, and there is nothing to guide to")
         settings["guidance"] = 0.0
     chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
     if args.compile:
-        model = pipeline.model
         model.guided = torch.compile(model.guided, mode="reduce-overhead", dynamic=False)
     return pipeline, settings, chosen, batch
 
 
 def parse_classes(text, class_names):
     """ "heart,3" -> [number of heart, 3]; of ImageNet's "n01440764 tench" either word will do."""
-    if not class_names:
-        raise UserError("--class: this model was trained without classes")
-    classes = []
+    numbers, classes = range(len(class_names)), []
     for word in map(str.strip, text.split(",")):
-        found = [i for i, name in enumerate(class_names) if name == word]
-        if not found:
-            found = [i for i, name in enumerate(class_names)
-                     if WNID.match(name) and word in name.split(" ", 1)]
-        if not found and word.isdecimal() and int(word) < len(class_names):
-            found = [int(word)]
+        found = (
+            [i for i in numbers if class_names[i] == word]
+            or [i for i in numbers if WNID.match(class_names[i]) and word in class_names[i].split(" ", 1)]
+            or [i for i in numbers if str(i) == word])
         if len(found) != 1:
-            some = ", ".join(f"{i} ({class_names[i]})" for i in (found or range(len(class_names)))[:20])
-            problem = f"{word!r} is ambiguous" if found else f"no class {word!r} among {len(class_names)}"
-            raise UserError(f"--class: {problem}: {some}")
+            some = ", ".join(f"{i} ({class_names[i]})" for i in (found or numbers)[:20])
+            problem = "is ambiguous" if found else "is no class of this model"
+            raise UserError(f"--class: {word!r} {problem}: {some or 'it was trained without'}")
         classes += found
     return classes
 
 
 def class_labels(n, chosen, counts=None):
-    """(n,) labels of images that are drawn one by one. chosen: numbers of classes, each one or more times.
+    """(n,) labels: image i has the class chosen[i mod C].
 
-    Without counts image i has the class chosen[i mod C]. counts: how often each class of the model is to come
-    (in any unit); then classes come one after the other, and each count is met but for one image.
+    counts: how often each class of the model is to come (in any unit); then classes come one after the other,
+    and each count is met but for one image.
     """
     if counts is None:
         return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
@@ -109,18 +100,24 @@ def class_labels(n, chosen, counts=None):
     return torch.tensor(chosen)[torch.from_numpy(np.searchsorted(ends, positions, side="right"))]
 
 
-def labels_to_draw(n, args, pipeline, chosen):
-    """(n,) labels by the rule, and a few words on them."""
-    names = pipeline.class_names
-    if not names:
-        return class_labels(n, chosen), "no classes"
+def labels_to_draw(n, args, pipeline, chosen, settings, in_rows=False):
+    """(n,) labels, by the rule or in the rows of a grid, and a few words on the images that will be drawn."""
+    names, training, words = pipeline.class_names, args.class_counts == "training", "no classes"
     counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
-    if args.class_counts == "training":
-        return class_labels(n, chosen, counts), "classes as often as in training"
-    few, many = min(counts), max(counts)
-    words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
-    if n < len(chosen):
-        words += f" (only the first {n}: there are fewer images than classes)"
-    elif many > 1.5 * few:
-        words += f" (training has {few:,} to {many:,} of a class: --class-counts training draws them so)"
-    return class_labels(n, chosen), words
+    if names:
+        words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
+        if in_rows:
+            words = "a class a row"
+        elif training:
+            words = "classes as often as in training"
+        elif n < len(chosen):
+            words += f" (only the first {n}: there are fewer images than classes)"
+        elif max(counts) > 1.5 * min(counts):
+            words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
+    labels = class_labels(n, chosen, counts if training and names else None)
+    if in_rows:
+        labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    seed = getattr(args, "interpolate", None) or args.seed
+    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {seed}", words,
+             *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
+    return labels, ", ".join(facts)

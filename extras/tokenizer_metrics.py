@@ -1,7 +1,4 @@
-"""How good is a tokenizer? PSNR, SSIM, LPIPS, codes in use and perplexity, over a whole set of images.
-
-Called by train.py at the end of stage 1 and by extras/tokenizer_report.py.
-"""
+"""How good is a tokenizer? PSNR, SSIM, LPIPS, codes in use and perplexity, over a whole set of images."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +10,7 @@ from vqvae import to_float
 def usage_and_perplexity(counts):
     """counts (K,) of each code over a whole data set -> (share of codes that are used, exp of the entropy).
 
-    Perplexity K means that all codes are used equally, 1 that a single one is used. Both are taken over every
-    token of the set, never over a batch.
+    Perplexity K means that all codes are used equally, 1 that a single one is used.
     """
     p = counts.double() / counts.sum()
     return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
@@ -23,8 +19,7 @@ def usage_and_perplexity(counts):
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 images a, b (B, 3, H, W) -> (B,), 1 for equal ones.
 
-    The mean over channels and over places of an 11 x 11 Gaussian window (sigma 1.5) inside the image. Where
-    the image is smaller, so is the window.
+    The mean over channels and over places of an 11 x 11 Gaussian window (sigma 1.5), in small images smaller.
     """
     size = min(11, min(a.shape[2:]) - 1 + min(a.shape[2:]) % 2)  # odd
     window = torch.exp(-0.5 * ((torch.arange(size, device=a.device) - size // 2) / 1.5) ** 2)
@@ -46,8 +41,8 @@ def ssim(a, b):
 def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
     """Over a whole data.ImageSet: {"psnr" in dB, "ssim", "usage", "perplexity"}, and "lpips" by that network.
 
-    PSNR = 10 log10(255^2 / MSE), the MSE over all pixels and channels of the set, reconstructions in uint8.
-    SSIM, LPIPS: means over the images. Processes share out the batches, and all return the same.
+    PSNR is of the MSE over the whole set, reconstructions in uint8; SSIM and LPIPS are means over the images.
+    Processes share out the batches, and all return the same.
     """
     model.eval()
     rank, world = rank_and_world()
@@ -65,9 +60,9 @@ def evaluate_tokenizer(model, dataset, device, lpips=None, batch=256):
     sums = torch.tensor([squared_error, similar, perceived], dtype=torch.float64)
     all_reduce_sum([sums])
     all_reduce_sum([counts])
-    squared_error, similar, perceived = sums.tolist()
-    mse = squared_error / (len(dataset) * 3 * model.size ** 2)
-    psnr = 10 * float(torch.log10(torch.tensor(255.0 ** 2 / max(mse, 1e-10), dtype=torch.float64)))
+    squared_error, similar, perceived = sums / len(dataset)
+    mse = (squared_error / (3 * model.size ** 2)).clamp(min=1e-10)
     usage, perplexity = usage_and_perplexity(counts)
-    return {"psnr": psnr, "ssim": similar / len(dataset), "usage": usage, "perplexity": perplexity,
-            **({"lpips": perceived / len(dataset)} if lpips is not None else {})}
+    metrics = {"psnr": float(10 * torch.log10(255 ** 2 / mse)), "ssim": float(similar), "usage": usage,
+               "perplexity": perplexity}
+    return metrics if lpips is None else metrics | {"lpips": float(perceived)}

@@ -19,17 +19,15 @@ from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
 from fid import compute_scores, measure
 
 
-class Reconstructed:
-    """A data.ImageSet as a tokenizer returns it."""
+class Reconstructed(Decoded):
+    """A source of the images of a Decoded one as a tokenizer returns them."""
 
-    def __init__(self, model, images):
-        self.model, self.images, self.labels = model, images, images.labels
+    def __init__(self, model, images, batch):
+        super().__init__(images, batch)
+        self.model = model
 
-    def __len__(self):
-        return len(self.images)
-
-    def batch(self, indices):
-        images = self.images.batch(indices).to(self.model.codebook.device)
+    def read(self, i, j):
+        images = super().read(i, j).to(self.model.codebook.device)
         return self.model.decode(self.model.encode(images)).cpu()
 
 
@@ -48,7 +46,7 @@ def report(args):
     h, w = model.grid
     print(f"{args.tokenizer}: {model.K} codes, f = {model.f}, {h * w} tokens of {size} x {size} pixels")
     _, images = source.load(size)
-    reconstructed, lpips = Reconstructed(model, images), None
+    sides, lpips = [Decoded(images), Reconstructed(model, images, args.batch)], None
     try:
         lpips = LPIPS(read_lpips(find_lpips(args.lpips_weights, may_download=False))).to(device)
     except UserError as error:
@@ -58,30 +56,29 @@ def report(args):
     metrics = evaluate_tokenizer(model, images, device, lpips, args.batch)
     try:
         network = load_inception(find_inception(args.weights, may_download=False), device)
-        sides = Decoded(images), Decoded(reconstructed, args.batch)
         metrics["rfid"] = compute_scores(*(measure(side, network, keep=0) for side in sides))["fid"]
     except UserError as error:
         print(f"no rFID: {error}")
     print(f"{len(images):,} held-out images of {args.data}: "
           + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    drawn = range(min(len(images), 16))
-    save_pairs(images.batch(drawn), reconstructed.batch(drawn), args.out)
+    save_pairs(*(side.read(0, min(len(images), 16)) for side in sides), args.out)
     print(f"wrote {args.out}")
 
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python vqvae.py", description=__doc__, formatter_class=form)
-    parser.add_argument("command", choices=["report"], help="measure it on held-out images")
-    parser.add_argument("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")
-    parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
-    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    parser.add_argument("--size", type=int, help="pixels a side, for a published one (default: the images')")
-    parser.add_argument("--weights", help="of Inception, for rFID (default: $FID_WEIGHTS or the cache)")
-    parser.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="as for train.py (or the cache)")
-    parser.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--out", default="report.png", help="the picture to write (default: report.png)")
+    add = parser.add_argument
+    add("command", choices=["report"], help="measure it on held-out images")
+    add("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")
+    add("--data", default="toy", help="as for train.py (default: toy)")
+    add("--root", metavar="DIR", help="where a named set lies, as for train.py")
+    add("--size", type=int, help="pixels a side, for a published one (default: the images')")
+    add("--weights", help="of Inception, for rFID (default: $FID_WEIGHTS or the cache)")
+    add("--lpips-weights", nargs="+", metavar="FILE", help="as for train.py (or the cache)")
+    add("--batch", type=int, default=32, help="images at a time (default: 32)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--out", default="report.png", help="the picture to write (default: report.png)")
     args = parser.parse_args()
     with report_errors("vqvae.py", memory_advice="lower --batch; the measures stay the same"):
         report(args)
