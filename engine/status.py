@@ -94,7 +94,7 @@ class StatusLog:
         state = state or {"step": 0, "history": []}
         self.step = self.first_step = self.last_line = state["step"]
         self.pending = []                  # rows (n,) of losses, on the device
-        self.checked = state["history"]    # rows of the next line that are known to be finite, on the CPU
+        self.checked = state.get("history", [])  # rows of the next line, known to be finite, on the CPU
         # (K,) 1 where a code was used
         self.used = None if K is None else state.get("used", torch.zeros(K)).to(device)
         self.main = rank_and_world()[0] == 0

@@ -200,8 +200,7 @@ def evaluate_during(run, pipeline, step):
     With so few samples FID is too high to be published: it is called FID-2k, and shows the course.
     """
     pipeline.model.eval()
-    with run.eval_memory():
-        scores = score_samples(run, pipeline, FEW)
+    scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
         row = {f"{name}_2k": value for name, value in scores.items()}
