@@ -73,11 +73,9 @@ class Statistics:
 
     def __init__(self, n, mean, cov, resize, features=None, logits=None):
         self.n = n
-        self.mean = mean
-        self.cov = cov
+        self.mean, self.cov = mean, cov
         self.resize = resize
-        self.features = features
-        self.logits = logits
+        self.features, self.logits = features, logits
 
     def save(self, path):
         """An .npz as pytorch-fid's (mu, sigma) and ADM's (mu_s, sigma_s too), with n, resize and features."""

@@ -1,6 +1,6 @@
 """--minutes: how many steps of both stages fit into a time, from the speed that a few of them have here.
 
-Both stages get the preset's steps times one factor. A run that goes on keeps its plan, which is in config.json.
+Both stages get the preset's steps times one factor. A run that goes on keeps its plan, in config.json.
 """
 
 import time
@@ -15,7 +15,7 @@ MARGIN = 0.9  # of the time is for steps; the rest is for encoding, evaluations,
 
 
 class Stopwatch:
-    """Stands in for a StatusLog: lets a training loop of `steps` run for some seconds, and times its steps."""
+    """Stands in for a StatusLog: lets a loop of `steps` run for some seconds, and times its steps."""
 
     def __init__(self, steps, seconds, device):
         self.step, self.steps, self.seconds, self.device = 0, steps, seconds, device
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 def choose_steps(run, loops):
-    """Sets the steps in run.config and config.json. loops: {option: function that runs the loop of a Stopwatch}."""
+    """Sets the steps in run.config and config.json. loops: {option: function of a Stopwatch, its loop}."""
     print(f"--minutes {run.minutes:g}: timing some steps", flush=True)
     per_step = {}
     for name, loop in loops.items():
@@ -67,12 +67,12 @@ def plan(minutes, spent, per_step, config):
     full = sum(config[name] * seconds for name, seconds in per_step.items())  # as long as the preset takes
     left = MARGIN * 60 * minutes - spent
     if left <= 0:
-        raise UserError(f"--minutes {minutes:g}: looking at the images alone took {spent / 60:.1f} minutes; the "
-                        f"preset's steps take {full / 60:.0f}")
+        raise UserError(f"--minutes {minutes:g}: looking at the images alone took {spent / 60:.1f} minutes; "
+                        f"the preset's steps take {full / 60:.0f}")
     chosen = {name: max(1, int(config[name] * left / full)) for name in per_step}
     words = [f"{steps:,} {name} ({1e3 * per_step[name]:.3g} ms each)" for name, steps in chosen.items()]
     message = f"--minutes {minutes:g}: {' and '.join(words)}, {left / full:.2g} times the preset's"
     if left < 0.1 * full:
-        message += (f"\nThat is too little to mean much: the preset's steps would take {full / 60:.0f} minutes. "
+        message += (f"\nThat is too little to mean much: the preset's steps take {full / 60:.0f} minutes. "
                     "Give more, or a smaller --size, --width or --depth")
     return chosen, message

@@ -1,4 +1,4 @@
-"""One process or many, CPU or GPU: the same program. With one process the sums and gathers here do nothing."""
+"""One process or many, CPU or GPU: the same program. With one process the collectives here do nothing."""
 
 import datetime
 import os

@@ -48,7 +48,7 @@ def on_out_of_memory(advice):
 @contextlib.contextmanager
 def report_errors(program, stopped="stopped", memory_advice="choose a smaller --batch"):
     """Around main(): what a user can mend is one line and a status; a bug keeps its traceback."""
-    message, status = "", 0
+    lines, status = [], 0
     try:
         with on_out_of_memory(memory_advice):
             yield
@@ -56,20 +56,19 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        message, status = str(error), error.status
+        lines, status = getattr(error, "lines", [str(error)]), error.status
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+        status = 128 + 13  # SIGPIPE
     except OSError as error:
-        message, status = f"{error}. What was saved is kept: mend this and give the same command again", 1
+        lines, status = [f"{error}. What was saved is kept: mend this and give the same command again"], 1
     except KeyboardInterrupt:
         print(f"{program}: {stopped}", file=sys.stderr)
         status = 128 + signal.SIGINT
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        message, status = f"torch.compile does not work here ({reason}): leave --compile away and go on", 1
-    if message:
-        print(f"{program}: error: {printable(message)}", file=sys.stderr)
+        lines, status = [f"torch.compile does not work here ({reason_of(error)}): leave --compile away"], 1
+    if lines:
+        print(f"{program}: error: " + "\n".join(map(printable, lines)), file=sys.stderr)
     if status:
         sys.exit(status)
 

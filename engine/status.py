@@ -82,21 +82,19 @@ def log_bound(path, step, bound, K, collapse):
 class StatusLog:
     """Losses of the steps, as means per status line, on the terminal and in STAGE.csv.
 
-    Losses stay on the device until a line is due: to read them at each step would make the GPU wait for
-    Python. state: a checkpoint to continue from, or None. per_rank: the losses are of this rank's share of
-    the batch, and a row is the mean over ranks. K: for the tokenizer, whose lines also count how many of K
-    codes were used.
+    They stay on the device until a line is due: to read them at each step would make the GPU wait for Python.
+    state: a checkpoint to continue from, or None. per_rank: losses are of this rank's share of the batch, and
+    a line has the mean over ranks. K: of a tokenizer, whose lines also count the codes in use.
     """
 
     def __init__(self, stage, out, config, steps, batch, device, state=None, per_rank=False, K=None):
         self.stage, self.path, self.config = stage, out / f"{stage}.csv", config
         self.steps, self.batch, self.device, self.per_rank = steps, batch, device, per_rank
-        state = state or {"step": 0, "history": []}
+        state = state or {"step": 0}
         self.step = self.first_step = self.last_line = state["step"]
-        self.pending = []                  # rows (n,) of losses, on the device
-        self.checked = state.get("history", [])  # rows of the next line, known to be finite, on the CPU
-        # (K,) 1 where a code was used
-        self.used = None if K is None else state.get("used", torch.zeros(K)).to(device)
+        self.pending = []  # rows (n,) of losses, on the device
+        self.checked = state.get("history", [])  # those of the next line that are known to be finite
+        self.used = None if K is None else state.get("used", torch.zeros(K)).to(device)  # 1 for a used code
         self.main = rank_and_world()[0] == 0
         if self.main:
             trim_rows(self.path, self.step)
@@ -126,22 +124,18 @@ class StatusLog:
         self.bar.update()
 
     def due(self, name):
-        """Is it time for what is done every config[name] steps (0: never)? A status line and FID come last,
-        too.
-
-        If so, all losses so far are finite: nothing is drawn or saved otherwise.
-        """
+        """Is it time for what is done every config[name] steps (0: never)? If so, all losses are finite."""
         every = self.config[name]
-        last = self.step == self.steps
-        due = every and (name in ("log_every", "fid_every") if last else self.step % every == 0)
+        if self.step == self.steps:  # train.py draws, evaluates and saves after its loop
+            due = every and name in ("log_every", "fid_every")
+        else:
+            due = every and self.step % every == 0
         if due:
             self.check()
         return due
 
     def check(self):
-        """Reads the losses from the device. UserError at the first that is not finite. All ranks call
-        this.
-        """
+        """Reads the losses from the device; UserError if one is not finite. All ranks call this."""
         if self.used is not None:
             all_reduce_max(self.used)
         if not self.pending:
@@ -162,9 +156,10 @@ class StatusLog:
     def line(self, **columns):
         """Prints and writes the status line that is due, with these columns beside the losses."""
         self.check()
-        columns_of_losses = zip(*(row.tolist() for row in self.checked), strict=True)
-        means = [sum(column) / len(self.checked) for column in columns_of_losses]
-        row = {name: f"{mean:.5f}" for name, mean in zip(self.names, means, strict=True)} | columns
+        row = {}
+        for name, values in zip(self.names, torch.stack(self.checked).T.tolist(), strict=True):
+            row[name] = f"{sum(values) / len(values):.5f}"
+        row |= columns
         if self.used is not None:
             row["codes"] = int(self.used.sum())
             self.used.zero_()

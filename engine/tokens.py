@@ -33,7 +33,7 @@ def encode_sets(tokenizer, train, test, path, device, batch, flip=False):
     partial = path.with_suffix(".part.npy")
     rows = main_process_first(lambda: open_partial(partial, token_dtype(tokenizer), total))
     missing = broadcast(None if rows is None else rows["label"] < 0)
-    todo = []                                                 # (image set, its indices, their slices of rows)
+    todo = []  # (image set, some of its indices, their slices of rows)
     for images, offsets in ((train, starts), (test, [total - len(test)])):
         for first in range(0, len(images), batch):
             indices = range(first, min(first + batch, len(images)))
@@ -66,9 +66,7 @@ def encode_sets(tokenizer, train, test, path, device, batch, flip=False):
 
 
 def open_partial(partial, dtype, total):
-    """The rows of a file that is being written, as an earlier start left them, or with label -1 in all of
-    them.
-    """
+    """The rows of a file that is being written, as an earlier start left them, or with label -1."""
     if partial.exists():
         rows = read_array(partial, "r+")
         if rows.dtype == dtype and rows.shape == (total,):
@@ -84,16 +82,13 @@ def open_partial(partial, dtype, total):
 
 
 def open_tokens(path, tokenizer, class_names):
-    """The rows of a token file, memory-mapped; UserError if they are not of this tokenizer and these
-    classes.
-    """
+    """The rows of a token file; UserError if they are not of this tokenizer and these classes."""
     if not path.exists():
         raise UserError(f"{path} is not there: run --stage tokens (or all) first")
     rows = read_array(path)
     expected = token_dtype(tokenizer)
     if rows.dtype.names != expected.names or rows.ndim != 1 or not len(rows):
-        raise UserError(f"{path} is no token file of train.py: delete it, and the same command encodes the "
-                        "images")
+        raise UserError(f"{path} is no token file of train.py: delete it, and give the same command")
     maker, maker_here = rows.dtype.fields["x"][2:], expected.fields["x"][2]
     if maker and maker[0] != maker_here:
         raise UserError(f"{path} was made by {maker[0]}, this is {maker_here}: give the tokenizer.pt that "
@@ -109,11 +104,7 @@ def open_tokens(path, tokenizer, class_names):
 
 
 class TokenDataset:
-    """Some rows of tokens.npy, on the device at two bytes a token. batch(indices) -> x (B, N), labels (B,),
-    int64.
-
-    class_counts: how often each label comes, a list.
-    """
+    """Some rows of tokens.npy, on the device at two bytes a token. class_counts: a list, for each label."""
 
     def __init__(self, rows, device):
         self.class_counts = np.bincount(rows["label"]).tolist()
@@ -124,6 +115,7 @@ class TokenDataset:
         return len(self.x)
 
     def batch(self, indices):
+        """Indices (B,) -> x (B, N), labels (B,), int64 on the device."""
         indices = torch.from_numpy(indices)
         if self.device.type == "cuda":  # from pinned memory the copy does not make Python wait
             indices = indices.pin_memory()

@@ -164,7 +164,7 @@ def main():
     for name, row in rows.items():
         line = row.lines[-1]
         print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, "
-              f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits per token, TV {found[name][1]:.3f}")
+              f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits, TV {found[name][1]:.3f}")
     print(f"{time.perf_counter() - start:.0f} seconds; look at {out}/collapse.png and collapse.gif")
 
 

@@ -28,31 +28,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import common
 import numpy as np
 import torch
-from common import (
-    HERE,
-    append,
-    facts,
-    held_out_bound,
-    learning_rate,
-    markdown,
-    pyplot,
-    read,
-    select,
-    spread,
-    update,
-    values,
-)
 from features import Evaluator, spread_out
 from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import load_tokenizer
 from engine.config import describe_models
 from engine.distributed import bf16_works, choose_device
 from engine.process import write_atomically
 from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for
-from engine.tokens import TokenDataset, load_tokenizer
+from engine.tokens import TokenDataset
 from extras.datasets import find
 from extras.grids import save_grid
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics
@@ -117,7 +105,7 @@ def is_discrete(name):
 def prepare(args, words):
     """Tokenizer and tokens by train.py, the evaluator -> what all rows share. words: for train.py."""
     out, device = Path(args.out or f"runs/compare-{Path(args.data).stem}"), choose_device(args.device)
-    command = [sys.executable, HERE.parent / "train.py", "--data", args.data, "--out", out / "tokens",
+    command = [sys.executable, common.HERE.parent / "train.py", "--data", args.data, "--out", out / "tokens",
                "--device", args.device, *(["--root", args.root] if args.root else []), *words]
     for stage in ("tokenizer", "tokens"):
         if subprocess.run([*map(str, command), "--stage", stage]).returncode:
@@ -164,13 +152,14 @@ def train_row(name, seed, budget, shared):
                                   weight_decay=config["weight_decay"], fused=True)
     curve, start = [], time.perf_counter()
     for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, budget, config["warmup"], config["lr"])
+        optimizer.param_groups[0]["lr"] = common.learning_rate(step, budget, config["warmup"], config["lr"])
         x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion",
                                                       step))
         noise = generator_for(seed, "diffusion", step, device)
         loss = baselines.objective(config, model, ema, schedule, x, labels, noise, config["label_drop"])
         loss.backward()
-        update(model, ema, optimizer, config["clip"], min(config["ema_decay"], (1 + step) / (10 + step)))
+        common.update(model, ema, optimizer, config["clip"],
+                      min(config["ema_decay"], (1 + step) / (10 + step)))
         if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
     state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
@@ -183,7 +172,7 @@ def bound(name, model, schedule, shared, seed):
     """Bits per token of HELD_OUT held-out images by DRAWS draws, an upper bound. seed: of the noise."""
     x, labels = shared.held_out
     if not is_discrete(name):
-        return held_out_bound(model, schedule, x, labels, seed, DRAWS, shared.config["eval_batch"])
+        return common.held_out_bound(model, schedule, x, labels, seed, DRAWS, shared.config["eval_batch"])
     noise, row = generator_for(seed, "evaluation", 0, shared.device), ROWS[name]
     parts = (torch.arange(DRAWS, device=x.device) % len(x)).split(256)
     with torch.no_grad():
@@ -227,26 +216,24 @@ def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_b
 
 
 def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
-    """One line of a CSV file, a dict, from there if it was measured before; and draws the picture of seed
-    0."""
+    """One line of a CSV file, from there if it was measured before. Seed 0 leaves a picture, too."""
     trained = dict(row=name, lr=(shared.config | ROWS[name])["lr"], seed=seed, budget=budget)
     line = trained | dict(calls=calls, n=n, features=shared.evaluator.name) | setting
-    known = select(read(path), **line)
-    if same := select(known, purpose=purpose) or known:
+    known = common.select(common.read(path), **line)
+    if same := common.select(known, purpose=purpose) or known:
         return same[0] | {"purpose": purpose}
     model, schedule, state = train_row(name, seed, budget, shared)
     start = time.perf_counter()
     images = draw(name, model, schedule, shared, n, **setting)
     found = {"train_seconds": state["seconds"], "sample_seconds": time.perf_counter() - start}
-    # the others take longer than the samples
-    found |= shared.evaluator(images, distance_alone=purpose == "tried")
-    bounds = values(select(read(path), **trained), "bound")
+    found |= shared.evaluator(images, distance_alone=purpose == "tried")  # the others take long
+    bounds = common.values(common.select(common.read(path), **trained), "bound")
     found["bound"] = bounds[0] if bounds else bound(name, model, schedule, shared, seed)
     collapse = collapse_diagnostics(model.table())
     found |= {"rank": collapse["effective_rank"], "smallest": collapse["smallest_distance"]}
-    line |= facts(shared.device) | {"purpose": purpose} | {key: f"{value:.5f}" for key, value
-                                                           in found.items()}
-    append(path, line, COLUMNS)
+    line |= common.facts(shared.device) | {"purpose": purpose}
+    line |= {key: f"{value:.5f}" for key, value in found.items()}
+    common.append(path, line, COLUMNS)
     print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}",
           flush=True)
     if seed == 0 and purpose == "untuned":
@@ -276,25 +263,28 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the measures but distance at the most steps up to
-    50."""
+    """Markdown: a line per row, sampler and guidance; the last measures at the most steps up to 50."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
+
+    def cell(some, column, digits=2):
+        return common.spread(common.values(some, column), digits)
+
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
-        mine = select(lines, row=name, sampler=sampler, guidance=omega)
+        mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
         if mine:
             last = max((int(line["steps"]) for line in mine if int(line["steps"]) <= 50), default=steps[-1])
-            final = select(mine, steps=last)
+            final = common.select(mine, steps=last)
             rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
-                         *(spread(values(final, column)) for column in ("bound", "rank", "smallest")),
-                         *(spread(values(select(mine, steps=n), "distance")) for n in steps),
-                         *(spread(values(final, column), 3) for column in MEASURES[1:])])
-    return markdown(["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance",
-                     *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
+                         *(cell(final, column) for column in ("bound", "rank", "smallest")),
+                         *(cell(common.select(mine, steps=n), "distance") for n in steps),
+                         *(cell(final, column, 3) for column in MEASURES[1:])])
+    header = ["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance"]
+    return common.markdown([*header, *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
 
 
 def plot(lines, out):
     """collapse.png: effective rank and smallest distance of the tables over training, seed 0."""
-    plt = pyplot()
+    plt = common.pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     for name in dict.fromkeys(line["row"] for line in lines):
         path = weights_of(out, name, 0, lines[0]["budget"])
@@ -311,16 +301,15 @@ def plot(lines, out):
 
 def make_parser(description):
     """Arguments that tuned.py has, too."""
-    parser = argparse.ArgumentParser(allow_abbrev=False,
-                                     description=f"{description} Other words go to train.py.")
+    description += " Other words go to train.py."
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--budget", type=int, default=1500,
                         help="training steps of every row (default: 1500)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features (default: 1500)")
     parser.add_argument("--features-of", metavar="DATA",
-                        help="another set, as for --data, from whose classes "
-                        "features are learned: for images without classes")
+                        help="another set, from whose classes features are learned")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     return parser
@@ -338,9 +327,11 @@ def main():
     args, words = parser.parse_known_args()
     shared, groups = prepare(args, words), {"methods": METHODS, "ablations": ABLATIONS}
     names = [name for word in args.only for name in groups.get(word, [word])]
-    lines = [measure(shared.out / "results.csv", name, seed, args.budget, "untuned", setting["steps"],
-                     setting, args.n, shared) for seed in args.seeds for name in names for setting
-             in settings_of(name, seed, args.sampling_steps, shared.classes)]
+    path, lines = shared.out / "results.csv", []
+    for seed, name in itertools.product(args.seeds, names):
+        for setting in settings_of(name, seed, args.sampling_steps, shared.classes):
+            lines.append(measure(path, name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
+                                 shared))
     real = "; ".join(f"{name}: {distance:.2f}" for name, distance in references(shared, args.n).items())
     text = f"Features: {shared.evaluator.name}. Distance of {real}.\n\n{table(lines)}"
     (shared.out / "results.md").write_text(text)

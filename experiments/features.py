@@ -82,11 +82,11 @@ class Evaluator:
         train, test, kind, file = shared.images, shared.unseen, "classes", "classifier.pt"
         if args.features_of:
             train, test = find(args.features_of, args.root).load(shared.config["size"])
-            kind, file = (form.format(Path(args.features_of).stem) for form
-                          in ("{}'s classes", "classifier-{}.pt"))
+            name = Path(args.features_of).stem
+            kind, file = f"{name}'s classes", f"classifier-{name}.pt"
         if not train.class_names:
-            sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give --features-of "
-                     "another set, such as cifar10")
+            sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give "
+                     "--features-of another set, such as cifar10")
         self.device, self.num_classes = shared.device, max(len(shared.classes), 1)
         classifier, accuracy = load_or_train(shared.out / file, train, test, self.device,
                                              args.classifier_steps)

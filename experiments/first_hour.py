@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +26,11 @@ import speed
 import torch
 from common import HERE, markdown
 
-import train
 from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import choose_device
 from extras.cost import chip_of, estimate
 from extras.inception import InceptionV3, fold_batch_norm
-from extras.vqgan_losses import LPIPS
-from vqvae import VQVAE, tokenizer_step
+from vqvae import VQVAE
 
 GB = 1e9
 TOY = ["--data", "toy", "--preset", "toy"]
@@ -60,14 +57,6 @@ def at_least(what, value, limit):
 
 # ----------------------------------------------------------------------------
 # What it computes. Each part yields findings. here: device, tiny (a CPU), runs, processes, limit.
-
-def machine(here):
-    chip = chip_of(here.device)
-    yield finding("memory", "?" if chip.memory is None else f"{chip.memory / GB:.1f} GB")
-    yield finding("bfloat16 is used", chip.bf16, not here.tiny, chip.bf16 == (not here.tiny))
-    yield at_least(f"rate of a large matrix product, of {chip.flops / 1e12:.3g} TFLOP/s, as the price has it",
-                   speed.matrix_rate(here.device, chip.bf16) / chip.flops, 0.5)
-
 
 def features(here):
     """Inception with random weights: a GPU must not round to TF32."""
@@ -101,69 +90,43 @@ def tokens(here):
 # ----------------------------------------------------------------------------
 # Memory and time.
 
-def make_step(here, config, stage):
-    """A step of the tokenizer or of the denoiser on random images or tokens."""
-    if stage == "diffusion":
-        setup = speed.prepare(config, here.device)
-        return speed.training_step(setup, recompute=config["activation_checkpointing"])
-    torch.manual_seed(0)
-    run = SimpleNamespace(seed=0, config=config, models=describe_models(config, 10), device=here.device,
-                          init={}, tokenizer_is_published=False)
-    parts = train.build_tokenizer(run, None)
-    lpips = LPIPS().to(here.device) if config["perceptual"] else None
-    shape = config["tokenizer_batch"], 3, config["size"], config["size"]
-    images = torch.randint(256, shape, dtype=torch.uint8, device=here.device)
-    return lambda: tokenizer_step(config, parts, images, torch.Generator().manual_seed(0), 1.0, 1e-4, 1e-4,
-                                  lpips)
-
-
 def memory(here):
-    """Peak memory and time of every preset's steps, beside what --dry-run says of them. On a CPU: time."""
+    """Peak memory and time of a step of every preset's denoiser, beside what --dry-run says. On a CPU:
+    time."""
     chip = chip_of(here.device)
+    yield at_least(f"rate of a large matrix product, of {chip.flops / 1e12:.3g} TFLOP/s, as --dry-run has it",
+                   speed.matrix_rate(here.device, chip.bf16) / chip.flops, 0.5)
     for preset in ["toy"] if here.tiny else ["32", "64", "256", "ffhq", "mnist", "imagenet"]:
         config = DEFAULTS | PRESETS[preset]
         price = estimate(config, describe_models(config, 10), (50000, 2000), chip)
-        config["micro_batch"] = price.micro_batch
-        for stage in ("tokenizer", "diffusion"):
-            counted, what = price.stages[stage].total, f"{preset}, {stage}: GB at peak"
-            if not price.fits[stage]:
-                yield finding(what, "not tried", f"{counted / GB:.2f}: does not fit")
-                continue
-            before = 0 if here.tiny else torch.cuda.memory_allocated()
-            step = make_step(here, config, stage)
-            seconds, peak = speed.measure({stage: step}, here.device, 2, 1)[stage]
-            if not here.tiny:
-                peak -= before
-                yield finding(what, f"{peak / GB:.3f}", f"{counted / GB:.3f}, within 15 %",
-                              abs(peak / counted - 1) < 0.15)
-            ratio = seconds / price.stages[stage].seconds
-            yield finding(f"{preset}, {stage}: time of a step, of what was foretold", f"{ratio:.2f}",
-                          "0.5 to 2", 0.5 <= ratio <= 2)
-            del step
+        foretold, what = price.stages["diffusion"], f"{preset}: GB at peak"
+        if not price.fits["diffusion"]:
+            yield finding(what, "not tried", f"{foretold.total / GB:.2f}: does not fit")
+            continue
+        before = 0 if here.tiny else torch.cuda.memory_allocated()
+        step = speed.training_step(speed.prepare(config | {"micro_batch": price.micro_batch}, here.device))
+        seconds, peak = speed.measure({preset: step}, here.device, 2, 1)[preset]
+        del step
+        if not here.tiny:
+            yield finding(what, f"{(peak - before) / GB:.3f}", f"{foretold.total / GB:.3f}, within 15 %",
+                          abs((peak - before) / foretold.total - 1) < 0.15)
+        ratio = seconds / foretold.seconds
+        yield finding(f"{preset}: time of a step, of what was foretold", f"{ratio:.2f}", "0.5 to 2",
+                      0.5 <= ratio <= 2)
 
 
 # ----------------------------------------------------------------------------
 # Whole runs of train.py.
 
-def start(here, name, words, processes=1, kill=False, bf16=False):
-    """train.py, under torchrun if need be -> its run directory. kill: with its first checkpoint of the
-    denoiser."""
+def start(here, name, words, processes=1, bf16=False):
+    """train.py, under torchrun if need be -> its run directory."""
     program, out = here.runs / "program.py", here.runs / name
     program.write_text(PROGRAM)
     command = [sys.executable, program, "--device", here.device.type, *words, "--out", out]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    with subprocess.Popen([str(word) for word in command],
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "BF16": str(bf16)}) as process:
-        try:
-            while kill and process.poll() is None and not (out / "ckpt.pt").exists():
-                time.sleep(0.01)
-            if kill:
-                process.kill()
-            elif process.wait(here.limit):
-                raise RuntimeError(f"train.py {' '.join(map(str, words))} failed")
-        finally:
-            process.terminate()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BF16": str(bf16)}
+    subprocess.run([str(word) for word in command], env=environment, check=True, timeout=here.limit)
     return out
 
 
@@ -188,25 +151,13 @@ def precision(here):
     for name, bf16, seed in ("float32", False, 0), ("float32, another seed", False, 1), ("bfloat16", True, 0):
         out = start(here, f"precision-{bf16}-{seed}", [*words, "--seed", seed], bf16=bf16)
         with (out / "diffusion.csv").open() as file:
-            losses = [float(row[key]) for row in csv.DictReader(file) for key
-                      in ("rec", "diff", "cm", "norm")]
+            rows = list(csv.DictReader(file))
+        losses = [float(row[key]) for row in rows for key in ("rec", "diff", "cm", "norm")]
         ends.append(json.loads((out / "metrics.json").read_text())["vlb"]["total"])
         yield finding(f"{name}: bits per token after {steps} steps; all losses finite", f"{ends[-1]:.4f}",
                       "finite", all(map(math.isfinite, losses)))
     yield below("bfloat16 against float32, of the distance of two seeds",
                 abs(ends[2] - ends[0]) / abs(ends[1] - ends[0]), 1)
-
-
-def resume(here):
-    """A small run, killed once and continued, beside two that nobody disturbed."""
-    words = [*TOY, "--tokenizer-steps", 100, "--steps", 300, "--save-every", 20, "--sample-every", 300]
-    calm, again = start(here, "calm", words), start(here, "again", words)
-    start(here, "killed", words, kill=True)
-    killed = start(here, "killed", words)
-    itself, other = difference(calm, again), difference(calm, killed)
-    yield finding("the same command twice: largest difference of a weight", f"{itself:.3g}", "0", itself == 0)
-    yield finding("killed and continued: largest difference of a weight", f"{other:.3g}",
-                  "as for the same twice", other <= 10 * itself)
 
 
 def processes(here):
@@ -226,7 +177,7 @@ def processes(here):
 
 # ----------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (machine, features, tokens, memory, precision, resume, processes)}
+PARTS = {part.__name__: part for part in (features, tokens, memory, precision, processes)}
 
 
 def run_part(here, part):

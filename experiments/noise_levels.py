@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from common import markdown
 
+from engine.build import load_checkpoint
 from engine.distributed import choose_device
 from engine.randomness import generator_for, image_generators
 from extras.datasets import find
 from losses import diffusion_loss, stratified
-from sample import load_checkpoint, sample_tokens
+from sample import sample_tokens
 from schedule import add_noise
 
 COLUMNS = ("own", "CE", "H", "H, sampled", "L_diff", "L_diff, clipped", "bound")
@@ -40,8 +41,7 @@ def entropy(p):
 
 @torch.no_grad()
 def known_at(model, schedule, x, labels, t, clip, generator):
-    """Means over tokens x (B, N) at one time t, in nats: own, CE, H, L_diff and L_diff with the weight
-    clipped."""
+    """Means over tokens x (B, N) at one time t, in nats: own, CE, H, L_diff, and the clipped L_diff."""
     table = model.table()
     e = F.embedding(x, table)
     times = torch.full((len(x),), t, device=x.device)
@@ -115,15 +115,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
-    pipeline, source = load_checkpoint(args.checkpoint, choose_device(args.device)), find(args.data,
-                                                                                          args.root)
+    pipeline = load_checkpoint(args.checkpoint, choose_device(args.device))
+    source = find(args.data, args.root)
     if source.class_names != pipeline.class_names:
         parser.error(f"--data {args.data} has other classes than {args.checkpoint}")
     _, test = source.load(pipeline.tokenizer.size)
     n = min(args.n, len(test))
     chosen = torch.arange(n) * len(test) // n  # evenly over all classes
-    x = torch.cat([pipeline.tokenizer.encode(test.batch(part).to(pipeline.device)) for part
-                   in chosen.split(250)])
+    batches = (test.batch(part).to(pipeline.device) for part in chosen.split(250))
+    x = torch.cat([pipeline.tokenizer.encode(batch) for batch in batches])
     labels = test.labels[chosen] if test.class_names else torch.zeros(n, dtype=torch.long)
     found = noise_levels(pipeline, x, labels, steps=args.steps, temperature=args.temperature, seed=args.seed,
                          sampler=args.sampler or pipeline.sampling["sampler"],

@@ -80,9 +80,9 @@ def prepare(config, device):
                                config["heads"], num_classes=10, bf16=bf16_works(device)).to(device)
     for layer in [block.modulation for block in model.blocks] + [model.head]:
         nn.init.normal_(layer.weight, std=0.02)  # as after some training: no gradient is zero
+    schedule = ShiftedCosine(config["shift"], config["log_snr_min"], config["log_snr_max"])
     return SimpleNamespace(model=model, ema=copy.deepcopy(model).requires_grad_(False), device=device,
-                           config=config, schedule=ShiftedCosine(config["shift"], config["log_snr_min"],
-                                                                 config["log_snr_max"]),
+                           config=config, schedule=schedule,
                            x=torch.randint(config["K"], (B, model.N), device=device),
                            labels=torch.randint(10, (B,), device=device), generator=torch.Generator(device))
 
@@ -125,15 +125,13 @@ def training_step(setup, compiled=False, recompute=False, **changed):
 def matrix_rate(device, bf16):
     """FLOP/s of one large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _
-            in range(2))
-    seconds, _ = measure({"product": lambda: a @ b}, device, 9, 2)["product"]
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    seconds, _ = measure({"product": lambda: a @ a}, device, 9, 2)["product"]
     return 2 * n ** 3 / seconds
 
 
 def print_table(title, found, images, reference=None, used=None):
-    """found: of measure. reference: which one is 1.00, or the first. used: {name: share of the matrix
-    rate}."""
+    """found: of measure. reference: which is 1.00, or the first. used: {name: share of the matrix rate}."""
     one, _ = found[reference or next(iter(found))]
     rows = [[name, f"{seconds:.4g}", f"{seconds / one:.2f}", f"{images / seconds:.4g}",
              f"{used[name]:.0%}" if used else "", f"{memory / 1e9:.1f}" if memory else ""]
@@ -156,9 +154,10 @@ def training(setup, args):
             "training step, activation checkpointing": (step, training_step(setup, recompute=True))}
     if args.compile:
         fast_encoder, fast_model = torch.compile(encoder), torch.compile(model)
-        ways |= {"nn.TransformerEncoder, compiled": (3 * forward,
-                                                     forward_and_backward(fast_encoder, z, **alone)),
-                 "denoiser, compiled": (3 * forward, forward_and_backward(fast_model, *inputs, **alone)),
+        encoder_way, model_way = (forward_and_backward(fast_encoder, z, **alone),
+                                  forward_and_backward(fast_model, *inputs, **alone))
+        ways |= {"nn.TransformerEncoder, compiled": (3 * forward, encoder_way),
+                 "denoiser, compiled": (3 * forward, model_way),
                  "training step, compiled": (step, training_step(setup, compiled=True))}
     rate = matrix_rate(device, model.bf16)
     print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s in {'bf16' if model.bf16 else 'fp32'}")
@@ -202,7 +201,8 @@ def main():
     setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")] | given, device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
     name = torch.cuda.get_device_name(device) if cuda else device
-    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, N = {setup.model.N}, K = {setup.model.K}")
+    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, "
+          f"N = {setup.model.N}, K = {setup.model.K}")
     training(setup, args)
     sampling(setup, args)
 

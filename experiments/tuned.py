@@ -1,29 +1,23 @@
 """Every method at its best: the same care for each, on the tokens of experiments/compare.py.
 
-    python experiments/tuned.py --data mnist --budget 4800 --rows VQ-LCMD absorbing --seeds 0 1 2 3 ...
-    python experiments/tuned.py --tables       the tables of README.md and tuned.png, from the CSV files
-    beside it
+    python experiments/tuned.py --data mnist --budget 4800 --rows VQ-LCMD --seeds 0 1 2 3 --lr 0.004
+    python experiments/tuned.py --tables     the tables of README.md and tuned.png, from the CSV files beside
+    it
 
 All other words go to train.py, as in compare.py, whose run directory (--out) this may share. For each row:
 
-    1. the peak learning rate: three of them, a short training each (--short, seed 9); the least held-out
-    bound
-       wins; while it is the largest or the smallest that was tried, twice or half of it is tried, too
-    2. training with it, once per seed
-    3. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the
-    first
-       seed, after --tuned-at steps of training, and the one with the least distance is taken
-    4. the other seeds are measured with the settings that were taken, with --n samples, and untuned: a plain
-    step
-       per call, no guidance, temperature 1
+    1. training, once per seed (the learning rate was chosen before, by short trainings: compare.py --lr)
+    2. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the
+       first seed, after --tuned-at steps of training, and the one with the least distance is taken
+    3. the other seeds are measured with the settings that were taken, with --n samples, and untuned
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone
 (a limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are
 left are drawn: the method's own, or larger. While the strongest guidance or the largest end that was tried is
 the best, a larger one is tried (up to --most-guidance).
 
-tuned.csv has a line per row, seed and setting (purpose: tried, result, untuned), rates.csv the bounds of step
-1, tuned.md and tuned.png the results. The same command again goes on.
+tuned.csv has a line per row, seed and setting (purpose: tried, result, untuned), tuned.md and tuned.png the
+results. The same command again goes on.
 """
 
 import itertools
@@ -31,11 +25,10 @@ import math
 
 import compare
 from baselines import KINDS, time_grid
-from common import HERE, append, markdown, pyplot, read, select, spread, values
+from common import HERE, markdown, pyplot, read, select, spread, values
 
 from sample import default_end
 
-RATES = ["row", "lr", "budget", "bound", "seconds"]
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
 # beside the method's own: the first three in up to 8 calls, else the first
 ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)
@@ -87,30 +80,8 @@ def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
     return found
 
 
-def best_rate(name, args, shared):
-    """Step 1 -> the name of the row with the learning rate that has the least bound after a short
-    training."""
-    path, bounds, rates = shared.out / "rates.csv", {}, list(args.rates)
-    while rates:
-        lr = rates.pop()
-        changed = f"{name}, lr {lr:g}"
-        compare.ROWS[changed] = compare.ROWS[name] | {"lr": lr}
-        known = values(select(read(path), row=name, lr=lr, budget=args.short), "bound")
-        if len(args.rates) > 1 and not known:
-            model, schedule, state = compare.train_row(changed, 9, args.short, shared)
-            known = [compare.bound(changed, model, schedule, shared, 0)]
-            append(path, dict(row=name, lr=lr, budget=args.short, bound=f"{known[0]:.5f}",
-                              seconds=f"{state['seconds']:.0f}"), RATES)
-        bounds[lr] = (known or [0])[0]
-        best = min(bounds, key=bounds.get)
-        if not rates and len(bounds) > 1 and best in (min(bounds), max(bounds)):
-            rates = [best * 2 if best == max(bounds) else best / 2]
-    print(f"{name}: bounds {bounds}; takes {best:g}")
-    return f"{name}, lr {best:g}"
-
-
 def best_setting(name, args, calls, shared):
-    """Step 3: the setting with the least distance on the first seed."""
+    """Step 2: the setting with the least distance on the first seed."""
     omegas, ends = [omega for omega in OMEGAS if omega <= args.most_guidance], first_ends(calls)
 
     def distance(setting):
@@ -222,9 +193,8 @@ def page_tables():
         lines, bounds = page_lines(name, budget), select(read(HERE / "bounds.csv"), set=name, budget=budget)
         bits = {row: values(select(bounds, row=row), "bound") for row in NAMES}
         calls = [number for number in CALLS if select(lines, calls=number)]
-        best = "at its best" if budget == 4800 else "settings of 4,800 steps"
-        for purpose, title in ("untuned", "untuned"), ("result", best), ("tuned on itself",
-                                                                         "tuned on itself"):
+        second = ("result", "at its best") if budget == 4800 else ("tuned on itself", "tuned on itself")
+        for purpose, title in ("untuned", "untuned"), second:
             if some := select(lines, purpose=purpose):
                 yield name, budget, table(title, some, calls, bits, digits)
 
@@ -249,13 +219,10 @@ def parse_arguments():
                         default=["VQ-LCMD", "absorbing"], help="of compare.py (default: VQ-LCMD absorbing)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
                         help="the first one tunes, the others are measured (default: 0 1 2 3)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3],
-                        help="peak learning rates to choose from; one: no choice (default: 2e-3 4e-3 8e-3)")
-    parser.add_argument("--short", type=int, default=600, help="steps of step 1 (default: 600)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="N",
                         help="of the network per image (default: 4 8 16 50)")
-    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no stronger "
-                        "one: some features like what looks bad (default: twice as much while that is best)")
+    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no "
+                        "stronger one: some features like what looks bad (default: inf)")
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
     return parser.parse_known_args()
@@ -268,8 +235,7 @@ def main():
             print(f"{name}, {budget} training steps\n\n{text}")
         return page_picture(HERE / "tuned.png")
     shared, lines = compare.prepare(args, others), []
-    for row in args.rows:
-        name = best_rate(row, args, shared)
+    for name in args.rows:
         for calls in args.calls:
             best = best_setting(name, args, calls, shared)
             for seed in args.seeds[1:]:

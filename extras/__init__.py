@@ -1,1 +1,1 @@
-"""What users need beyond the method: forms of data, published tokenizers, metrics, pictures. See README.md."""
+"""What users need beyond the method: forms of data, metrics, pictures, pages. See extras/README.md."""

@@ -12,6 +12,7 @@ from data import MIN_SIDE, Source
 from engine.validate import UserError, check_file, check_unpacked, printable, read_array, read_json, reading
 
 MAX_CLASSES = 100_000
+MAX_ROWS = 10_000_000  # of a file whose rows are all looked at; a file of holes may claim any number
 IMAGES = ("images", "train_images", "x_train", "data", "x", "arr_0")  # what an .npz may call them
 SAVED = ("image", "label", "split")  # fields of a row of data.py --save
 TRAINING, HELD_OUT = 1, 2  # values of split; 0 if the image could not be decoded
@@ -135,7 +136,7 @@ class SavedImages(Source):
     def __init__(self, path, rows):
         fields = [(rows.dtype[name].base, rows.dtype[name].shape) for name in SAVED]
         size = max(fields[0][1], default=0)
-        if rows.ndim != 1 or size < MIN_SIDE or (
+        if rows.ndim != 1 or len(rows) > MAX_ROWS or size < MIN_SIDE or (
                 fields != [(np.uint8, (3, size, size)), (np.int32, ()), (np.uint8, ())]):
             raise UserError(f"{path} is no file of data.py --save: make it again")
         splits = [np.flatnonzero(rows["split"] == split) for split in (TRAINING, HELD_OUT)]
@@ -158,8 +159,9 @@ class SavedImages(Source):
 def check_rows(path, rows):
     """rows, if they are tokens of train.py: (n,) of x (N,) uint16, label int32, test bool, of both splits."""
     fields = {name: (rows.dtype[name].base, rows.dtype[name].ndim) for name in rows.dtype.names or ()}
-    if rows.ndim != 1 or fields != {"x": (np.uint16, 1), "label": (np.int32, 0), "test": (np.bool_, 0)} or (
-            not rows["x"].size or not rows["test"].any() or rows["test"].all() or rows["label"].min() < 0):
+    expected = {"x": (np.uint16, 1), "label": (np.int32, 0), "test": (np.bool_, 0)}
+    valid = rows.ndim == 1 and len(rows) <= MAX_ROWS and fields == expected and rows["x"].size
+    if not valid or not rows["test"].any() or rows["test"].all() or rows["label"].min() < 0:
         raise UserError(f"{path} is no complete token file of train.py: finish its run first")
     return rows
 

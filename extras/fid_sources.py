@@ -89,7 +89,7 @@ class Decoded:
 
 
 class Samples:
-    """Images of labels (n,) that a pipeline (engine.build.load_checkpoint) draws: image i is sample.py's image i.
+    """Images of labels (n,) that a pipeline of load_checkpoint draws: image i is sample.py's image i.
 
     chunk: images at a time. settings: of sample_images.
     """

@@ -38,7 +38,7 @@ def draw_grid_of(args, pipeline, chosen, labels, settings):
 
 
 def draw_trajectory(args, pipeline, chosen, labels, settings):
-    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten times in OUT.png, all in OUT.gif."""
+    """--trajectory: the likeliest tokens of p_theta(x | z_t), decoded: ten in OUT.png, all in OUT.gif."""
     seen, steps = [], settings["steps"]  # (t, tokens), for all steps of the first batch, then of the next
     sample_images(pipeline, labels, seed=args.seed, batch=args.batch,
                   callback=lambda t, p: seen.append((t, p.argmax(-1))), **settings)
@@ -82,7 +82,7 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
     """
     tokenizer, n, flag = pipeline.tokenizer, len(labels), "--vary" if args.inpaint is None else "--inpaint"
     if pipeline.class_names and not args.classes and not pipeline.config["training"]["label_drop"]:
-        raise UserError(f"{flag}: this model was trained with --label-drop 0 and has to know the class: --class")
+        raise UserError(f"{flag}: this model was trained with --label-drop 0: give --class")
     pixels = read_image(flag, args.inpaint or args.vary, tokenizer.size)
     image = torch.from_numpy(pixels)[None]                                                 # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(pipeline.device))                                   # (1, N)
@@ -121,7 +121,7 @@ def slerp(a, b, n):
 
 
 def draw_interpolation(args, pipeline, chosen, labels, settings):
-    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else of A; a row per class."""
+    """--interpolate A,B: from image 0 of seed A to the first noise of seed B, all else of A."""
     seeds, n, rows = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16])
     model = pipeline.model
     if len(seeds) != 2 or not all(s.strip().isdecimal() for s in seeds) or int(seeds[0]) == int(seeds[1]):

@@ -49,8 +49,7 @@ def repeat_choices(args, before, out):
 def require_same_run(out, before, run_config):
     """An existing run is continued as it was begun, but for what is CHANGEABLE; such changes are printed."""
     for name, value in run_config.items():
-        new = list(value) if isinstance(value, tuple) else value  # as in JSON
-        old = before.get(name, new)
+        old, new = before.get(name, value), value
         if old == new:
             continue
         if name not in CHANGEABLE:
@@ -88,7 +87,7 @@ def look_at_images(source, load_images, out, allow_bad):
     lines = "".join(f"{printable(title)}\t{printable(reason)}\n" for title, reason in skipped.items())
     process.write_atomically(out / "skipped.txt", lambda partial: partial.write_text(lines, encoding="utf-8"))
     if skipped:
-        print(f"{len(skipped):,} of {total:,} images ({len(skipped) / total:.2%}) cannot be used and are left "
+        print(f"{len(skipped):,} of {total:,} images ({len(skipped) / total:.2%}) cannot be used, left "
               f"out: {out / 'skipped.txt'}")
     if len(skipped) > 0.01 * total and not allow_bad:
         title, reason = next(iter(skipped.items()))

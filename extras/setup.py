@@ -125,7 +125,9 @@ def prepare_rank(args, stack):
         "seed": args.seed, "data": source.name, "train_images": source.counts()[0],
         "held_out_images": source.counts()[1], "classes": source.class_names, "lpips": lpips_digest,
         "tokenizer": checkpoint.digest(tokenizer["tokenizer"]) if tokenizer else "own",
-        "init": args.init or "none", "sides": source.sizes()} | config
+        "init": args.init or "none"} | config
+    if not isinstance(source, TokenFile):
+        run_config["sides"] = list(source.sizes())
     if "minutes" in before:
         run_config["minutes"] = before["minutes"]
     run_directory.require_same_run(out, before, run_config)

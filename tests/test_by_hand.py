@@ -20,7 +20,6 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS
 from engine.randomness import generator_for, image_batches, image_generators
 from engine.tokens import TokenDataset
-from engine.validate import UserError
 from extras.datasets import find
 from extras.toy import Toy
 from extras.vqgan_losses import PatchDiscriminator
