@@ -1,10 +1,8 @@
 """FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
 
 import contextlib
-import hashlib
 import json
 import shutil
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from tests import common
 from tests.common import TINY, call, close, flags, make_folder, noise, rows_of, scores_of, seeded
 from tests.fixtures import Pixels
 
-URLOPEN = urllib.request.urlopen  # before a fixture takes it away
 PINNED = {  # size of pixels: first three features of image 1, from torch-fidelity 0.4.0
     32: {"64": [0.0684317, 0.1240718, 0.0749409], "192": [1.7420932, 0.01508, 0.0087721],
          "768": [5.3412175, 0.0065379, 9.9729023], "2048": [1.8494594, 33.8222351, 18.4372501],
@@ -138,7 +135,7 @@ def test_kernel_distance():
 def test_inception_score():
     certain = 100 * F.one_hot(torch.arange(40) % 4, 9).float()
     assert inception_score(certain, splits=1) == pytest.approx((4, 0))  # four certain classes
-    assert inception_score(torch.randn(1, 9).expand(40, 9)) == pytest.approx((1, 0))  # always the same answer
+    assert inception_score(torch.ones(40, 9)) == pytest.approx((1, 0))  # always the same answer
 
 
 def test_precision_recall():
@@ -147,8 +144,8 @@ def test_precision_recall():
 
     def covered(points, centres):
         radii = [sorted(float((c - o).norm()) for o in centres)[3] for c in centres]
-        inside = [any(float((p - c).norm()) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
-        return sum(inside) / len(points)
+        return sum(any(float((p - c).norm()) <= r for c, r in zip(centres, radii, strict=True))
+                   for p in points) / len(points)
 
     assert precision_recall(real, fake, tile=7) == pytest.approx((covered(fake, real), covered(real, fake)))
     assert precision_recall(real, real) == (1, 1)
@@ -160,7 +157,7 @@ def test_which_score_is_which(capsys):
     rng = np.random.default_rng(0)
 
     def statistics(n, low, spread):
-        taps = {"2048": rng.standard_normal((n, 4)) * spread + low, "spatial": rng.standard_normal((n, 4)) * 3}
+        taps = {"2048": rng.normal(low, spread, (n, 4)), "spatial": rng.standard_normal((n, 4))}
         mean = {tap: f.mean(0) for tap, f in taps.items()}
         cov = {tap: np.cov(f, rowvar=False) for tap, f in taps.items()}
         logits = torch.from_numpy(rng.standard_normal((n, 8)) * spread)
@@ -171,15 +168,13 @@ def test_which_score_is_which(capsys):
     for key, tap in (("fid", "2048"), ("sfid", "spatial")):
         both = real.mean[tap], real.cov[tap], fake.mean[tap], fake.cov[tap]
         assert found[key] == fid.frechet_distance(*both)
-    precision, recall = precision_recall(real.features, fake.features)
-    assert (found["precision"], found["recall"]) == (precision, recall) and precision > recall + 0.3
+    assert (found["precision"], found["recall"]) == precision_recall(real.features, fake.features)
+    assert found["precision"] > found["recall"] + 0.3
     assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
-    assert (found["is"], found["is_std"]) == inception_score(fake.logits) != inception_score(real.logits)
-    fid.print_scores({"fid": 1, "sfid": 2, "kid": 3, "kid_std": 0.5, "recall": 0.75}, 5000, 2500)
-    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
-        "FID-2.5k 1.0000", "sFID-2.5k 2.0000", "KID-2.5k 3.000000 ± 0.500000", "recall-2.5k 0.7500"]
-    fid.print_scores({"fid": 1.0}, 5000, 2048)
-    assert "warning: no more than 2,048" in capsys.readouterr().out
+    assert (found["is"], found["is_std"]) == inception_score(fake.logits)
+    fid.print_scores({"fid": 1, "kid": 3, "kid_std": 0.5}, 5000, 2048)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("FID-2.048k 1.0000 KID-2.048k 3.000000 ± 0.500000 warning: no more than 2,048")
 
 
 def test_measure():
@@ -249,19 +244,19 @@ def test_fid_program(score, weights, capsys):
         assert score("real", "fake", *more) != near
 
     assert call("fid.py", "real", "--save-stats", "stats.npz") == 0
-    assert score("stats.npz", "fake") == near  # with the features for KID, precision and recall
-    assert call("fid.py", "real", "--save-stats", "stats.npz", "--features", 0) == 0
-    found = score("stats.npz", "fake")
-    assert found == pytest.approx({key: baseline[key] for key in found}, rel=1e-9)
-    assert set(baseline) - set(found) == {"kid", "kid_std", "precision", "recall"}
-    stats = dict(np.load("stats.npz"))
-    np.savez("adm.npz", arr_0=arrays["real"], **{key: stats[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
-    assert score("adm.npz", "fake") == near and "do not say how images" in capsys.readouterr().out
-    np.savez("pytorch-fid.npz", mu=stats["mu"], sigma=stats["sigma"])
-    assert score("pytorch-fid.npz", "fake", "--save-stats", "copy.npz").keys() == {"fid", "is", "is_std"}
-    assert dict(np.load("copy.npz")).keys() == {"mu", "sigma"}
+    assert score("stats.npz", "fake") == near
     assert call("fid.py", "stats.npz", "fake", "--resize", "clean") == 2
     assert "made with --resize tf, not clean" in capsys.readouterr().err
+    stats = dict(np.load("stats.npz"))
+    del stats["features"], stats["resize"]
+    np.savez("adm.npz", arr_0=arrays["real"], **stats)
+    assert score("adm.npz", "fake") == near and "do not say how images" in capsys.readouterr().out
+    np.savez("pytorch-fid.npz", mu=stats["mu"], sigma=stats["sigma"])
+    found = score("pytorch-fid.npz", "fake", "--save-stats", "copy.npz")
+    assert found == pytest.approx({key: baseline[key] for key in ("fid", "is", "is_std")}, rel=1e-9)
+    assert dict(np.load("copy.npz")).keys() == {"mu", "sigma"}
+    assert call("fid.py", "real", "--save-stats", "small.npz", "--features", 0) == 0
+    assert score("small.npz", "fake").keys() == {"fid", "sfid", "is", "is_std"}
 
 
 def test_fid_of_a_checkpoint(score, folder, run, capsys):
@@ -278,11 +273,10 @@ def test_fid_of_a_checkpoint(score, folder, run, capsys):
 
 def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatch):
     """fid.py and sample.py --out draw the same images of the same classes, whatever flags are given."""
-    shared = {"n", "steps", "guidance", "interval", "temperature", "end", "sampler", "classes", "seed",
-              "class_counts", "batch", "device", "compile"}
-    assert shared < set(common.parser_flags("sample.py"))
-    assert set(common.parser_flags("fid.py")) - shared == {
-        "size", "root", "resize", "weights", "save_stats", "json", "features"}
+    own = {"size", "root", "resize", "weights", "save_stats", "json", "features"}
+    assert set(common.parser_flags("fid.py")) - own == {
+        "n", "steps", "guidance", "interval", "temperature", "end", "sampler", "classes", "seed",
+        "class_counts", "batch", "device", "compile"}
     words = ["--n", 5, "--seed", 3, "--batch", 2, "--steps", 2, "--guidance", 3, "--guidance-interval", 0.1,
              0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"]
     seen = []
@@ -299,7 +293,6 @@ def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatc
         assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.npz", *words, *more) == 2
         assert seen[-1] == seen[-2] == (labels, 3, 2, dict(
             steps=2, guidance=3.0, interval=[0.1, 0.9], temperature=0.7, end=0.2, sampler="ddim"))
-    assert call("fid.py", folder, run / "ckpt.pt") == 2 and len(seen[-1][0]) == 50000
     assert call("fid.py", folder, folder, "--guidance-interval", 0, 1) == 2
     assert "--guidance-interval is for a checkpoint at FAKE" in capsys.readouterr().err
 
@@ -316,9 +309,7 @@ def fid_of_two(rank, port, digest, words, output):
 def test_two_processes_share_the_work(fast, weights, tmp_path):
     """torchrun: each process measures a share, and the scores are those of one process, printed once."""
     for name, n in (("real", 5), ("fake", 4)):
-        images = smooth_and_noisy(40 + n, n).permute(0, 2, 3, 1).numpy()
-        images = [image[:40 + i] for i, image in enumerate(images)]  # of several sizes
-        common.write_images(tmp_path / name, [f"{i}.png" for i in range(n)], images)
+        common.write_images(tmp_path / name, [f"{i}.png" for i in range(n)], noise(n, 40, 40, seed=n))
     words = [tmp_path / "real", tmp_path / "fake", "--weights", weights, "--json"]
     assert call("fid.py", *words, tmp_path / "one.json") == 0
     [port], two = common.free_ports(1), [*words, tmp_path / "two.json"]
@@ -331,42 +322,37 @@ def test_two_processes_share_the_work(fast, weights, tmp_path):
 def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     """--eval-fid and --fid-every give fid.py's scores; real images are measured once; no weights, no run."""
     out = shutil.copytree(run, tmp_path / "run")
-    words = ["--data", folder, "--out", out, *flags(TINY)]
+    words = ["train.py", "--data", folder, *flags(TINY), "--out"]
     measured = []
     monkeypatch.setattr(fid_sources, "measure", lambda *args, measure=fid.measure, **more:
                         measured.append(more["name"]) or measure(*args, **more))
     for _ in range(2):  # the second time it is there
-        assert call("train.py", *words, "--eval-fid", 6) == 0
+        assert call(*words, out, "--eval-fid", 6) == 0
     assert measured == ["FID, training images", "FID, 6 samples"]
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert json.loads((run / "metrics.json").read_text()).items() <= metrics.items()
-    found = metrics["fid"]
+    found = json.loads((out / "metrics.json").read_text())["fid"]
     [statistics] = out.glob("*.npz")
     for real in (folder, statistics):
         assert found == pytest.approx(score(real, run / "ckpt.pt", "--n", 6) | {"n": 6})
     monkeypatch.setattr(fid_sources, "FEW", 6)
-    words[3] = tmp_path / "every"
-    assert call("train.py", *words, "--fid-every", 3) == 0
-    assert common.contents(words[3])["ckpt.pt"] == common.contents(run)["ckpt.pt"]
-    rows = rows_of(words[3] / "fid.csv")
-    assert [row["step"] for row in rows] == ["3", "6", "8"]
-    last = {name.removesuffix("_2k"): float(value) for name, value in rows[-1].items() if name != "step"}
+    assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
+    assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
+    rows = rows_of(tmp_path / "every" / "fid.csv")
+    assert [row.pop("step") for row in rows] == ["3", "6", "8"]
+    last = {name.removesuffix("_2k"): float(value) for name, value in rows[-1].items()}
     assert last | {"n": 6} == pytest.approx(found)
     monkeypatch.delenv("FID_WEIGHTS")
-    for flag in ("--fid-every", "--eval-fid"):
-        assert call("train.py", "--data", folder, "--out", tmp_path / "new", flag, 5) == 2
-        assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert call(*words, tmp_path / "new", "--eval-fid", 5) == 2
+    assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 # ----------------------------------------------------------------------------
 # Files of others.
 
 @pytest.mark.parametrize("entries", [
-    dict(sigma=np.eye(5)), dict(mu=np.zeros((2, 2))), dict(mu=np.zeros(())), dict(sigma=np.eye(4) * np.nan),
-    dict(sigma=np.triu(np.ones((4, 4)))), dict(sigma=np.eye(4).astype(str)), dict(mu=np.array([{}] * 4)),
-    dict(n=[1, 2]), dict(mu_s=np.zeros(4)), dict(features=np.ones((5, 3))),
+    dict(sigma=np.eye(5)), dict(mu=np.zeros((2, 2))), dict(sigma=np.eye(4) * np.nan),
+    dict(sigma=np.triu(np.ones((4, 4)))), dict(mu=np.array([{}] * 4)), dict(n=[1, 2]), dict(mu_s=np.zeros(4)),
     dict(features=np.full((5, 4), np.inf)), dict(arr_0=np.zeros((4, 8, 8, 3))),
-    dict(arr_0=np.zeros((4, 64), np.uint8)), dict(arr_0=np.zeros(20_000_000, np.uint8))])
+    dict(arr_0=np.zeros(20_000_000, np.uint8))], ids=range(10))
 def test_statistics_that_lie(entries, tmp_path, monkeypatch):
     """What no other program would write is refused, with the name of the file; nothing is unpickled."""
     monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1 << 20)
@@ -374,51 +360,25 @@ def test_statistics_that_lie(entries, tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", **honest)
     assert fid_sources.open_side(tmp_path / "a.npz", None, None, False)[0].n == 9
     np.savez_compressed(tmp_path / "a.npz", **honest | entries)
-    with pytest.raises(UserError, match=r"a.npz(: | cannot be read)"):
+    with pytest.raises(UserError, match="a.npz"):
         fid_sources.open_side(tmp_path / "a.npz", None, None, False)
 
 
-def test_bad_input_of_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("words, says", [
+    (["FOLDER", "FOLDER", "--weights", "cut.pth"], "cut.pth"), (["FOLDER", "hurt.npz"], "hurt.npz cannot be read"),
+    (["FOLDER", "other.npz"], "holds weights: expected"), (["FOLDER"], "give REAL and FAKE, or REAL and --save-stats"),
+    (["FOLDER", "--save-stats", "stats"], "must end in .npz"), (["CKPT", "FOLDER"], "can only stand at FAKE"),
+    (["FOLDER", "FOLDER", "--size", 0], "--size must be at least 1")])
+def test_bad_input_of_fid(words, says, fast, folder, run, tmp_path, capsys, monkeypatch):
     """One line, exit status 2."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:1000])
+    Path("cut.pth").write_bytes(b"PK")
     np.savez("other.npz", weights=np.zeros(3))
-    np.savez("narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez("hurt.npz", arr_0=noise(70, 8, 8))
     content = bytearray(Path("hurt.npz").read_bytes())
     content[9000:9100] = bytes(100)
     Path("hurt.npz").write_bytes(content)
-    for words, says in [
-            ([folder, folder, "--weights", "cut.pth"], "cut.pth"),
-            ([folder, "hurt.npz"], "hurt.npz cannot be read"),
-            ([folder, "other.npz"], "holds weights: expected arr_0 (images), or mu and sigma"),
-            (["narrow.npz", folder], "different widths"),
-            ([folder], "give REAL and FAKE, or REAL and --save-stats"),
-            ([folder, "--save-stats", "stats"], "must end in .npz"),
-            ([run / "ckpt.pt", folder], "a checkpoint can only stand at FAKE"),
-            ([folder, run / "tokenizer.pt"], "vq-lcmd checkpoint 1"),
-            ([folder, folder, "--size", 0], "--size must be at least 1")]:
-        capsys.readouterr()
-        assert call("fid.py", *words) == 2, words
-        error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1, (words, error)
-
-
-def test_weights_download(server, tmp_path, monkeypatch):
-    """Fetched into torch's cache, once; refused if the file is another, there or here."""
-    path = tmp_path / "checkpoints" / inception.WEIGHTS
-    monkeypatch.setattr(torch.hub, "urlopen", URLOPEN)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.delenv("FID_WEIGHTS", raising=False)
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(inception, "WEIGHTS_URL", server.url + "a.pth")
-    server.files["a.pth"] = b"others"
-    with pytest.raises(UserError):
-        inception.find_inception()
-    server.files["a.pth"] = b"weights"
-    assert inception.find_inception() == path and path.read_bytes() == b"weights"
-    server.files.clear()
-    assert inception.find_inception() == path  # it is there
-    path.write_bytes(b"others")
-    with pytest.raises(UserError, match="is not the published"):
-        inception.find_inception()
+    capsys.readouterr()
+    assert call("fid.py", *({"FOLDER": folder, "CKPT": run / "ckpt.pt"}.get(word, word) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1

@@ -19,7 +19,7 @@ from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, read_newest
 from engine.validate import UserError, read_array, read_json
 from extras.vqgan_losses import read_lpips
 from tests.common import call, write_zip
-from tests.test_tokenizer import SMALL_VQGAN, random_weights
+from tests.test_tokenizer import layout, random_weights
 from vqvae import VQVAE
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
     tokenizer = {"format": TOKENIZER_FORMAT, "config": SIZES["tokenizer"], "metrics": {"psnr": 20.0},
                  "step": 8, "tokenizer": honest["tokenizer"]}
     state = {"ckpt.pt": honest, "tokenizer.pt": tokenizer,
-             "vqgan.ckpt": {"state_dict": random_weights(SMALL_VQGAN)},
+             "vqgan.ckpt": {"state_dict": random_weights(layout(32, (1,), set(), 4, 3, 16))},
              "lpips.ckpt": torch.load(small_lpips, weights_only=True)}[name]
     path = tmp_path / name
     torch.save(state, path)

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import math
-import re
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -91,12 +90,6 @@ def test_vqvae_shapes(f):
     assert decoded.shape == images.shape and torch.equal(decoded, to_uint8(again))
 
 
-@pytest.mark.parametrize("size, f", [(16, 0), (16, 1), (48, 6), (16, 32)])
-def test_wrong_factors(size, f):
-    with pytest.raises(ValueError, match=f"f = {f} "):
-        VQVAE(size, f=f, K=10, code_dim=3, width=16)
-
-
 def move_a_codebook(rank, world, port, folder):
     """Twenty batches, of which this process sees its share; codes die and restart."""
     torch.set_num_threads(1)
@@ -106,16 +99,13 @@ def move_a_codebook(rank, world, port, folder):
         add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
         torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
-    for update in ("ema", "gradient"):
-        vq, z_e, dead = VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4), []
-        for step in range(20):
-            z = z_e[step] + (step > 9)  # the data moves, and codes die
-            z = z[rank * 8 // world:(rank + 1) * 8 // world]
-            vq(z, seeded(0))
-            vq.running_count[step % 16] *= 0
-            vq.running_count.mul_(1 + rank * 2e-7)
-            dead.append(int(vq.restart_dead_codes(z, seeded(step))))
-        torch.save(vq.state_dict() | {"dead": dead}, folder / f"{update}{rank}of{world}.pt")
+    vq, z_e, dead = VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), []
+    for step in range(20):
+        z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
+        vq(z, seeded(0))
+        vq.running_count[step % 16] *= 0
+        dead.append(int(vq.restart_dead_codes(z, seeded(step))))
+    torch.save(vq.state_dict() | {"dead": dead}, folder / f"{rank}of{world}.pt")
     if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
         torch.distributed.destroy_process_group()
 
@@ -124,14 +114,11 @@ def test_one_codebook_in_two_processes(one_thread, tmp_path):
     """Two processes hold bit for bit the same codebook, and one the same up to rounding."""
     common.start_processes(move_a_codebook, 2, *common.free_ports(1), tmp_path, n=2, wait=60)
     move_a_codebook(0, 1, None, tmp_path)
-    for update in ("ema", "gradient"):
-        one, first, second = (torch.load(tmp_path / f"{update}{name}.pt", weights_only=True)
-                              for name in ("0of1", "0of2", "1of2"))
-        dead = one.pop("dead")
-        assert sum(dead) >= 20 and dead == first["dead"] == second["dead"]
-        for name in one:
-            assert torch.equal(first[name], second[name])
-            close(first[name], one[name])
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    dead = one.pop("dead")
+    assert sum(dead) >= 20 and dead == first.pop("dead") == second.pop("dead")
+    close(first, second, rtol=0, atol=0)
+    close(first, one)
 
 
 # ----------------------------------------------------------------------------
@@ -173,15 +160,14 @@ def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
     cache = tmp_path / "no cache" / "checkpoints"
     cache.mkdir(parents=True)
     files = [cache / name for name in vqgan_losses.LPIPS_FILES]
-    torch.save(network | {"classifier.0.weight": torch.zeros(1)}, files[0], _use_new_zipfile_serialization=False)
+    torch.save(network, files[0], _use_new_zipfile_serialization=False)
     torch.save(linear, files[1])
     with pytest.raises(UserError, match="altered"):
         find_lpips()
     digests = {file.name: ("", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
     monkeypatch.setattr(vqgan_losses, "LPIPS_FILES", digests)
     for paths in find_lpips(), find_lpips([small_lpips]):
-        read = read_lpips(paths)
-        assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
+        close(read_lpips(paths), dict(weights), rtol=0, atol=0)
     with pytest.raises(UserError, match="lacks lin.0"):
         read_lpips(files[:1])
 
@@ -210,19 +196,17 @@ def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
     words = ["train.py", "--data", folder, "--stage", "tokenizer", *settings, "--out"]
     with mock.patch.object(downloads, "fetch", side_effect=UserError("cannot download")):
         assert call(*words, tmp_path / "a") == 2
-    assert "cannot download" in capsys.readouterr().err
-    words += [tmp_path / "b", "--lpips-weights", small_lpips]
-    assert call(*words) == 0
+    weights = ["--lpips-weights", small_lpips]
+    for wrong in (["--perceptual", 0], ["--size", 2, "--f", 2], ["--size", 4, "--gan", 1]):
+        assert call(*words, tmp_path / "a", *weights, *wrong) == 2
+    error = capsys.readouterr().err
+    for says in ("cannot download", "no tokenizer is trained here", "at least 4 pixels", "at least 8 pixels"):
+        assert says in error
+    assert not (tmp_path / "a").exists()
+    assert call(*words, tmp_path / "b", *weights) == 0
     rows = rows_of(tmp_path / "b" / "tokenizer.csv")
     assert all(float(row["lpips"]) > 0 for row in rows) and "adversarial" not in rows[0]
     assert torch.load(tmp_path / "b" / "tokenizer.pt", weights_only=True)["metrics"]["lpips"] > 0
-    words[-3] = tmp_path / "a"
-    for wrong, says in ((["--perceptual", 0], "no tokenizer is trained here that uses them"),
-                        (["--size", 2, "--f", 2, "--gan", 0], "at least 4 pixels"),
-                        (["--size", 4, "--gan", 1], "at least 8 pixels")):
-        assert call(*words, *wrong) == 2
-        assert says in capsys.readouterr().err
-    assert not (tmp_path / "a").exists()
 
 
 # ----------------------------------------------------------------------------
@@ -291,13 +275,11 @@ def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, says", [
     ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "layers"), ({"encoder.forward": torch.ones(1)}, ""),
-    ({"quantize.embed.weight": torch.zeros(2)}, "Gumbel"), (None, "no encoder"),
-    ({"quantize.embedding.weight": torch.zeros(70_000, 1)}, "70,000 codes"),
-    ({f"encoder.down.{i}.downsample.conv.weight": torch.zeros(1) for i in range(60)}, "2^60")], ids=range(6))
+    ({"quantize.embed.weight": torch.zeros(2)}, "Gumbel"),
+    ({f"encoder.down.{i}.downsample.conv.weight": torch.zeros(1) for i in range(60)}, "2^60")], ids=range(4))
 def test_what_is_no_published_tokenizer(change, says, tmp_path):
     """Names that are no layers, layers that do not fit together, a codebook that is none: one line."""
-    weights = random_weights(SMALL_VQGAN) | change if change else {"a": torch.zeros(2)}
-    torch.save({"state_dict": weights}, tmp_path / "vqgan.ckpt")
+    torch.save({"state_dict": random_weights(SMALL_VQGAN) | change}, tmp_path / "vqgan.ckpt")
     with pytest.raises(UserError, match="vqgan.ckpt") as caught:
         read_tokenizer(tmp_path / "vqgan.ckpt")
     assert says in str(caught.value)
@@ -305,23 +287,21 @@ def test_what_is_no_published_tokenizer(change, says, tmp_path):
 
 def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     """--tokenizer takes a VQGAN's checkpoint: it decides f and K, encodes, and lies in ckpt.pt."""
-    weights, vqgan = random_weights(SMALL_VQGAN), tmp_path / "vqgan.ckpt"
-    torch.save({"state_dict": weights}, vqgan)
+    vqgan, checkpoint = tmp_path / "vqgan.ckpt", tmp_path / "a" / "ckpt.pt"
+    torch.save({"state_dict": random_weights(SMALL_VQGAN)}, vqgan)
     options = flags({name: value for name, value in TINY.items() if name not in ("f", "K", "code_dim")})
-    words = ["train.py", "--data", folder, "--out", tmp_path / "a", "--tokenizer", vqgan, *options]
-    assert call(*words) == 0
-    text = capsys.readouterr().out
-    assert "16 tokens of 16 codes per image" in text and "tokenizer: psnr" in text
-    pipeline = load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))
+    words = ["train.py", "--data", folder, "--tokenizer", vqgan, *options, "--out"]
+    assert call(*words, tmp_path / "a") == 0
+    assert "16 tokens of 16 codes per image" in capsys.readouterr().out
+    pipeline = load_checkpoint(checkpoint, torch.device("cpu"))
     assert isinstance(pipeline.tokenizer, PublishedVQGAN) and pipeline.model.K == 16
     tokens = torch.from_numpy(np.load(tmp_path / "a" / "tokens.npy")["x"][:5].astype("i8"))
     images, _ = find(folder).load(8)
     assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), tokens)
-    assert call("sample.py", tmp_path / "a" / "ckpt.pt", "--n", 2, "--out", tmp_path / "s.png") == 0
-    weights["quant_conv.bias"] += 1
-    torch.save({"state_dict": weights}, vqgan)
-    for more, says in (([], "made with tokenizer"), (["--K", 9, "--out", tmp_path / "b"], "leave --K away")):
-        assert call(*words, *more) == 2
+    assert call("sample.py", checkpoint, "--n", 2, "--out", tmp_path / "s.png") == 0
+    torch.save({"state_dict": random_weights(layout(32, (1, 2), {1}, 4, 3, 16))}, vqgan)
+    for out, more, says in (("a", [], "made with tokenizer"), ("b", ["--K", 9], "leave --K away")):
+        assert call(*words, tmp_path / out, *more) == 2
         assert says in capsys.readouterr().err
 
 
@@ -368,21 +348,19 @@ def test_evaluate():
         "ssim": float(ssim(images, torch.full_like(images, 100)).mean())})
 
 
-def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
+def test_report(fast, small_lpips, run, folder, tmp_path, capsys):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
-    words = ["vqvae.py", "report", run / "tokenizer.pt", "--data", folder, "--out", tmp_path / "a" / "r.png"]
-    assert call(*words) == 0
-    text = capsys.readouterr().out
-    metrics = torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
-    assert all(f"{name} {metrics[name]:.4g}" in text for name in ("psnr", "ssim", "usage", "perplexity"))
-    assert "2 held-out images" in text and re.search(r"rfid \d", text) and "no LPIPS: no vgg16" in text
-    assert len(np.unique(np.asarray(Image.open(tmp_path / "a" / "r.png")))) > 10
+    page, metrics = tmp_path / "r.png", torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
     torch.save({"state_dict": random_weights(SMALL_VQGAN)}, tmp_path / "vqgan.ckpt")
-    monkeypatch.delenv("FID_WEIGHTS")
-    assert call(*words, "--lpips-weights", small_lpips) == 0
-    text = capsys.readouterr().out
-    assert "lpips 0." in text and "no rFID: no" in text
-    assert call(*words[:2], tmp_path / "vqgan.ckpt", *words[3:], "--size", 6) == 0
-    assert "9 tokens of 6 x 6 pixels" in capsys.readouterr().out
-    assert call(*words, "--size", 9) == 2
+    words = ["--data", folder, "--out", page]
+    figures = [f"{name} {metrics[name]:.4g}" for name in ("psnr", "ssim", "usage", "perplexity")]
+    for tokenizer, more, says in (
+            (run / "tokenizer.pt", [], [*figures, "2 held-out images", "rfid ", "no LPIPS: no vgg16"]),
+            (run / "tokenizer.pt", ["--lpips-weights", small_lpips], ["lpips 0."]),
+            (tmp_path / "vqgan.ckpt", ["--size", 6], ["9 tokens of 6 x 6 pixels"])):
+        assert call("vqvae.py", "report", tokenizer, *words, *more) == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in says)
+    assert len(np.unique(np.asarray(Image.open(page)))) > 10
+    assert call("vqvae.py", "report", run / "tokenizer.pt", *words, "--size", 9) == 2
     assert "made for images of 8 pixels" in capsys.readouterr().err
