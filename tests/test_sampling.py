@@ -34,8 +34,8 @@ def test_every_flag_of_sample_does_something(run, tmp_path):
                "temperature": 1e-3}
     assert set(parser_flags("sample.py")) == {
         *changed.keys() - {"class"}, "classes", "batch", "compile", "device", "out", "interval",
-        "class_counts", "list_classes", "export", "grid_of", "trajectory", "inpaint", "mask", "vary", "strength",
-        "interpolate", "serve"}  # these are tested below, and in test_pages.py
+        "class_counts", "list_classes", "export", "grid_of", "trajectory", "inpaint", "mask", "vary",
+        "strength", "interpolate", "serve"}  # these are tested below, and in test_pages.py
     baseline = picture()
     pictures = {name: picture(**{name: value}) for name, value in changed.items()}
     for name, found in pictures.items():

@@ -58,9 +58,8 @@ def edited(state, entry, value):
     name = int(name) if name.isdigit() else name
     if rest:
         return state | {name: edited(state[name], rest, value)}
-    if value is GONE:
-        return {key: v for key, v in state.items() if key != name}
-    return state | {name: value(state[name]) if callable(value) else value}
+    new = value(state[name]) if callable(value) else value
+    return {key: v for key, v in (state | {name: new}).items() if v is not GONE}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def save_cut(state, path):
 
 
 WRITERS = {  # kind of file: function of an honest state and a path
-    "runs a program": save_with(os.system, "touch ran"), "evaluates": save_with(eval, "open('ran', 'w')"),
+    "runs a program": save_with(os.system, "touch ran"),
     "old format": save_with(os.system, "touch ran", zipped=False),
     "text": lambda state, path: path.write_text("hello"), "pipe": lambda state, path: os.mkfifo(path),
     "too large when unpacked": save_packed, "cut": save_cut}
@@ -166,42 +165,34 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
     assert {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("entry, values", [
-    ("format", [GONE, "vq-lcmd checkpoint 2"]), ("config", [GONE, [1]]),
-    ("config/denoiser/K", [0, 10 ** 9, "2"]), ("config/denoiser/width", [10 ** 30, 2.5]),
-    ("config/tokenizer/f", [None, 10 ** 9]), ("config/denoiser/grid", ["22", (10 ** 9, 10 ** 9)]),
-    ("config/denoiser/num_classes", [3]), ("config/denoiser/more", [1]),
-    ("config/tokenizer/published", [[1], {"encoder.x": [10 ** 9] * 2}]),
-    ("config/schedule/shift", [float("nan"), "a"]), ("config/training", [GONE, {"label_drop": 2.0}]),
-    ("class_names", ["cats", ["cat"]]), ("class_counts", [GONE, [1, -1]]),
-    ("sampling/steps", [0, 10 ** 12, torch.ones(1)]), ("sampling/guidance", ["1", float("nan")]),
-    ("sampling/sampler", ["x"]), ("step", [-1, "8"]), ("ema/\x1b\n", [torch.zeros(2)])], ids=str)
-def test_entries_that_lie(entry, values, honest, tmp_path):
+@pytest.mark.parametrize("entry, value", [
+    ("format", GONE), ("config", [1]), ("config/denoiser/K", 10 ** 9), ("config/denoiser/width", 10 ** 30),
+    ("config/tokenizer/f", None), ("config/denoiser/grid", (10 ** 9, 10 ** 9)), ("config/denoiser/more", 1),
+    ("config/denoiser/num_classes", 3), ("config/tokenizer/published", {"encoder.x": [10 ** 9] * 2}),
+    ("config/schedule/shift", float("nan")), ("config/training", {"label_drop": 2.0}),
+    ("class_names", ["cat"]), ("class_counts", [1, -1]), ("sampling/steps", 10 ** 12),
+    ("sampling/guidance", "1"), ("sampling/sampler", "x"), ("step", -1), ("ema/embedding", GONE)], ids=str)
+def test_entries_that_lie(entry, value, honest, tmp_path):
     """ckpt.pt, as sample.py opens it: no entry is believed, and no model is made of wild sizes."""
-    for value in values:
-        torch.save(edited(honest, entry, value), tmp_path / "ckpt.pt")
-        assert refused(lambda path: load_checkpoint(path, CPU), tmp_path / "ckpt.pt"), value
+    torch.save(edited(honest, entry, value), tmp_path / "ckpt.pt")
+    assert refused(lambda path: load_checkpoint(path, CPU), tmp_path / "ckpt.pt")
 
 
 def test_names_are_printable(honest, tmp_path):
     torch.save(honest, tmp_path / "ckpt.pt")
     spelled = "a\\x1b[31m\\u202eb\\n\\t<i>"
     assert load_checkpoint(tmp_path / "ckpt.pt", CPU).class_names == ["cat", spelled]
-    assert str(UserError(NASTY)) == spelled
 
 
-def test_arrays_and_json_that_lie(hostile_files, tmp_path):
-    """.npy with objects, cut short, of a size that it lacks; JSON that is nested, or of another kind."""
-    hostile = np.array([Hostile(os.system, f"touch {tmp_path / 'ran'}")])
-    np.save(tmp_path / "runs.npy", hostile, allow_pickle=True)
-    np.save(tmp_path / "honest.npy", np.arange(99))
-    assert read_array(tmp_path / "honest.npy").sum() == 99 * 49
-    content = (tmp_path / "honest.npy").read_bytes()
-    (tmp_path / "cut.npy").write_bytes(content[:-9])
-    (tmp_path / "claims.npy").write_bytes(content.replace(b"(99,), }     ", b"(999999999,)}"))
-    for name in ("runs", "cut", "claims"):
+def test_arrays_and_json_that_lie(tmp_path):
+    """.npy with objects, or of a size that it lacks; JSON that is nested, or of another kind."""
+    np.save(tmp_path / "a.npy", np.arange(99))
+    assert read_array(tmp_path / "a.npy").sum() == 99 * 49
+    claims = (tmp_path / "a.npy").read_bytes().replace(b"(99,), }     ", b"(999999999,)}")
+    (tmp_path / "claims.npy").write_bytes(claims)
+    np.save(tmp_path / "runs.npy", [Hostile(os.system, f"touch {tmp_path / 'ran'}")], allow_pickle=True)
+    for name in ("claims", "runs"):
         assert refused(read_array, tmp_path / f"{name}.npy")
-    assert refused(read_array, hostile_files["write"])
     for content in ("[" * 10 ** 5, "[]"):
         (tmp_path / "a.json").write_text(content)
         assert refused(read_json, tmp_path / "a.json")

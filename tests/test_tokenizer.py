@@ -135,7 +135,8 @@ def test_lpips():
     for number in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
         if number in (5, 10, 17, 24):
             h = F.max_pool2d(h, 2)
-        h = F.conv2d(h, state[f"features.{number}.weight"], state[f"features.{number}.bias"], padding=1).relu()
+        weight, bias = (state[f"features.{number}.{name}"] for name in ("weight", "bias"))
+        h = F.conv2d(h, weight, bias, padding=1).relu()
         if number in ends:
             f, g = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
             weight = state[f"lin.{ends.index(number)}"].view(-1, 1, 1)
@@ -231,10 +232,6 @@ class Callback:
     """As PyTorch Lightning leaves one in its checkpoints."""
 
 
-class AttributeDict(dict):
-    """Its dict of settings."""
-
-
 @pytest.mark.parametrize("prefix, zipped", [("", True), ("first_stage_model.", False)], ids=["taming", "old"])
 def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
     """Tokens and images of a small model are those of the original code in float64.
@@ -243,20 +240,17 @@ def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
     """
     weights = random_weights(layout(32, (1, 2), {1}, 4, 3, 16))
     others = {"loss.discriminator.main.0.weight": torch.zeros(2)}
-    state = {prefix + key: value for key, value in (weights | others).items()}
-    content = {"state_dict": state, "epoch": 3}
+    content = {"state_dict": {prefix + key: value for key, value in (weights | others).items()}}
     if zipped:
-        module = SimpleNamespace(Callback=Callback, AttributeDict=AttributeDict)
-        monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
-        for kind in Callback, AttributeDict:
-            monkeypatch.setattr(kind, "__module__", "pytorch_lightning")
+        monkeypatch.setattr(Callback, "__module__", "pytorch_lightning")
+        monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(Callback=Callback))
         callback = Callback()
         callback.best = np.float64(3)
-        content |= {"callbacks": {Callback: callback}, "hyper_parameters": AttributeDict(lr=1.0)}
+        content["callbacks"] = {Callback: callback}
     torch.save(content, tmp_path / "vqgan.ckpt", _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     read = read_tokenizer(tmp_path / "vqgan.ckpt")["tokenizer"]
-    assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in weights)
+    close(read, weights, rtol=0, atol=0)
     model = PublishedVQGAN({key: value.shape for key, value in read.items()}, 16)
     model.load_state_dict(read)
     images = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).mul(37).remainder(256).to(torch.uint8)
@@ -268,8 +262,6 @@ def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
     decoded = model.decode_continuous(codes.permute(0, 3, 1, 2))
     expected = torch.tensor([0.2534359, 0.2012962, 0.2843292, 0.7612908, 0.49224, 0.0105155])
     close(decoded[1, 0, 0, :6], expected, rtol=0, atol=1e-5)  # of about 1, through some 40 float32 layers
-    expected = torch.tensor([0.4759835, 0.0624962, 0.1495462, 0.5250455])
-    close(decoded[1, 2, 15, :4], expected, rtol=0, atol=1e-5)
     assert torch.equal(model.decode(tokens), to_uint8(decoded))
 
 
@@ -329,7 +321,6 @@ def test_ssim():
                           / ((mp ** 2 + mq ** 2 + 1e-4) * (variances + 9e-4)))
     # float32 sums of numbers below 1, differences of some 2^-23 beside 9e-4 in the denominator
     assert float(ssim(a, b)[1]) == pytest.approx(np.mean(values), abs=20 * 2 ** -23 / 9e-4)
-    close(ssim(a, a), torch.ones(2), rtol=0, atol=1e-6)
     grey = [torch.full((1, 3, 6, 6), v, dtype=torch.uint8) for v in (51, 102)]  # 0.2 and 0.4
     assert float(ssim(*grey)) == pytest.approx((0.16 + 1e-4) / (0.2 + 1e-4), abs=1e-3)
 
