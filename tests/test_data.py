@@ -20,17 +20,8 @@ import data
 from engine.validate import UserError
 from extras.datasets import DATASETS, find
 from extras.toy import Toy, draw_toy
-from tests.common import (
-    call,
-    noise,
-    pixels_of,
-    png,
-    write_cifar,
-    write_idx,
-    write_images,
-    write_lmdb,
-    write_zip,
-)
+from tests import common
+from tests.common import call, noise, pixels_of, png, write_idx, write_images, write_lmdb, write_zip
 
 
 def test_toy():
@@ -103,7 +94,7 @@ def pngs(names, images):
 
 def labels_file(names, labels):
     """StyleGAN's dataset.json."""
-    return json.dumps({"labels": list(zip(names, labels, strict=True))})
+    return json.dumps({"labels": list(zip(names, labels, strict=True))}).encode()
 
 
 def save_splits(path, images, names):
@@ -142,14 +133,15 @@ def test_forms(name, folder_of, tmp_path):
 
 
 def pack_cifar(path, images, ending):
-    folder = write_cifar(path.parent.parent / "cifar-10-batches", images, ending)
+    folder = common.write_cifar(path.parent.parent / "cifar-10-batches", images, ending)
     path.parent.mkdir()
     with tarfile.open(path, "w:gz") as archive:
         archive.add(folder, folder.name)
 
 
 @pytest.mark.parametrize("name, write", [
-    ("cifar-10-batches-py", write_cifar), ("cifar-10-batches-bin", lambda path, x: write_cifar(path, x, ".bin")),
+    ("cifar-10-batches-py", lambda path, x: common.write_cifar(path, x)),
+    ("cifar-10-batches-bin", lambda path, x: common.write_cifar(path, x, ".bin")),
     ("cifar-10-python.tar.gz", lambda path, x: pack_cifar(path, x, "")),
     ("cifar-10-binary.tar.gz", lambda path, x: pack_cifar(path, x, ".bin")),
     ("MNIST/raw", lambda path, x: write_idx(path, x[:35, ..., 0], x[35:, ..., 0], False)),
@@ -253,39 +245,24 @@ IMAGES, ROWS = noise(6, 8, 8), noise(12, 32, 32)
 GREY, NAMES = IMAGES[..., 0], [f"{i}.png" for i in range(6)]
 
 
-def header(shape, descr="|u1"):
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, dict(descr=descr, fortran_order=False, shape=shape))
+def claims(shape):
+    """The header of a .npy file of this shape."""
+    np.lib.format.write_array_header_1_0(file := io.BytesIO(), {
+        "descr": "|u1", "fortran_order": False, "shape": shape})
     return file.getvalue()
-
-
-def npy(array):
-    np.save(file := io.BytesIO(), array)
-    return file.getvalue()
-
-
-def npz(**arrays):
-    np.savez_compressed(file := io.BytesIO(), **arrays)
-    return file.getvalue()
-
-
-def zipped(**files):
-    return write_zip(io.BytesIO(), files).getvalue()
-
-
-def saved(label, split):
-    """Four rows of data.py --save."""
-    rows = np.zeros(4, [("image", np.uint8, (3, 8, 8)), ("label", np.int32), ("split", np.uint8)])
-    rows["label"] = label
-    rows["split"] = split
-    return npy(rows)
 
 
 def idx(*shape, body=b""):
     return gzip.compress(bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + body)
 
 
-FILE = pngs(NAMES, IMAGES)
+def writes(function, *args, **options):
+    """A lie that this function writes."""
+    return lambda path: function(path, *args, **options)
+
+
+FILE, ZEROS = pngs(NAMES, IMAGES), np.zeros((1 << 20, 4, 4), np.uint8)
+TOKENS = np.zeros(4, [("x", np.uint16, (4,)), ("label", "i4"), ("test", bool)])  # none is held out
 FILES = {  # form: what writes an honest one, and gives the file of it that lies
     "folder": lambda root: write_images(root, NAMES, IMAGES) / "dataset.json",
     "zip": lambda root: write_zip(root / "a.zip", FILE),
@@ -293,18 +270,19 @@ FILES = {  # form: what writes an honest one, and gives the file of it that lies
     "npy": lambda root: root / "a.npy",
     "tar": lambda root: root / "cifar-10-python.tar.gz",
     "idx": lambda root: write_idx(root / "i", GREY, GREY, True) / "train-images-idx3-ubyte.gz",
-    "cifar": lambda root: write_cifar(root / "c", ROWS) / "data_batch_2",
-    "cifar binary": lambda root: write_cifar(root / "c", ROWS, ".bin") / "data_batch_2.bin",
+    "cifar": lambda root: common.write_cifar(root / "c", ROWS) / "data_batch_2",
+    "cifar binary": lambda root: common.write_cifar(root / "c", ROWS, ".bin") / "data_batch_2.bin",
     "lmdb": lambda root: write_lmdb(root / "l", noise(9, 40, 40)) / "data.mdb"}
 LIES = {
-    "folder": [b"[" * 10 ** 5, *(labels_file(NAMES, [label] * 6).encode() for label in (-1, 10 ** 12, "1", 0.5))],
-    "zip": [zipped(a="a"), zipped(**FILE, **{"dataset.json": b" " * (2 << 20)})],
-    "npz": [zipped(**{"images.npy": header((1 << 40, 8, 8))}), npz(images=np.zeros((1 << 20, 4, 4), np.uint8)),
-            npz(images=np.array([{}])), npz(weights=IMAGES),
-            *(npz(images=IMAGES, labels=labels) for labels in ([10 ** 8] * 6, [-1] * 6, ["a"] * 6, [0] * 5))],
-    "npy": [header((1 << 40, 8, 8)), header((6,), "|O"), header((0, 8, 8)), npy(IMAGES / 255),
-            npy(np.zeros(4, [("x", np.uint16, (4,)), ("label", "i4"), ("test", bool)])),
-            saved(-1, [1, 2, 1, 2]), saved(0, 1)],
+    "folder": [b"[" * 10 ** 5, *(labels_file(NAMES, [label] * 6) for label in (-1, 10 ** 12, "1", 0.5))],
+    "zip": [writes(write_zip, {"a": "a"}), writes(write_zip, FILE | {"dataset.json": bytes(2 << 20)})],
+    "npz": [writes(write_zip, {"images.npy": claims((1 << 40, 8, 8))}),
+            *(writes(np.savez_compressed, **arrays) for arrays in (
+                dict(images=ZEROS), dict(images=np.array([{}])), dict(weights=IMAGES))),
+            *(writes(np.savez, images=IMAGES, labels=labels) for labels in (
+                [10 ** 8] * 6, [-1] * 6, [0.5] * 6, ["a"] * 6, [0] * 5))],
+    "npy": [claims((1 << 40, 8, 8)), *(writes(np.save, array) for array in (
+        IMAGES[:0], IMAGES / 255, np.array([{}]), TOKENS))],
     "idx": [idx(1 << 31, 28, 28), idx(6, 8), idx(6, 8, 8, body=bytes(383)), idx(6, 8, 8, body=bytes(385))],
     "cifar": [pickle.dumps(Path("x"), 2), b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
               pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": ["a", "b"]}, 2)],
@@ -315,14 +293,14 @@ LIES = {
 def test_files_that_lie(form, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number, lie in enumerate([b"", b"text" * 999, "cut", "pipe", *LIES.get(form, [])]):
+    for number, lie in enumerate([b"", b"text" * 999, "cut", os.mkfifo, *LIES.get(form, [])]):
         root = tmp_path / f"lie{number}"
         root.mkdir()
         path = FILES[form](root)
-        honest = path.read_bytes() if path.exists() else npy(IMAGES)
+        honest = path.read_bytes() if path.exists() else claims((6, 8, 8)) + IMAGES.tobytes()
         path.unlink(missing_ok=True)
-        if lie == "pipe":
-            os.mkfifo(path)
+        if callable(lie):
+            lie(path)
         else:
             path.write_bytes(honest[:len(honest) // 3] if lie == "cut" else lie)
         with pytest.raises(UserError) as caught:
@@ -335,7 +313,7 @@ def test_files_that_lie(form, tmp_path, monkeypatch):
 
 def test_images_that_lie(tmp_path):
     """What cannot be used is left out; nothing waits or takes memory."""
-    content = bytearray(zipped(**FILE, **{"bomb.png": bytes(40 << 20)}))
+    content = bytearray(write_zip(tmp_path / "a.zip", FILE | {"bomb.png": bytes(40 << 20)}).read_bytes())
     content[60] ^= 1  # inside the first image
     (tmp_path / "a.zip").write_bytes(content)
     source = find(tmp_path / "a.zip")

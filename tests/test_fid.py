@@ -1,6 +1,6 @@
 """FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
 
-import contextlib
+import functools
 import json
 import shutil
 import zipfile
@@ -25,8 +25,10 @@ from tests.common import TINY, call, close, flags, make_folder, noise, rows_of, 
 from tests.fixtures import Pixels
 
 PINNED = {  # size of pixels: first three features of image 1, from torch-fidelity 0.4.0
-    32: {"2048": [1.8494594, 33.8222351, 18.4372501], "logits_unbiased": [-43.5916061, 11.0495071, 0.6460724]},
-    320: {"2048": [2.0481808, 36.1634178, 19.9357338], "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937]}}
+    32: {"2048": [1.8494594, 33.8222351, 18.4372501],
+         "logits_unbiased": [-43.5916061, 11.0495071, 0.6460724]},
+    320: {"2048": [2.0481808, 36.1634178, 19.9357338],
+          "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937]}}
 
 
 def smooth_and_noisy(size, n=2):
@@ -172,8 +174,8 @@ def test_which_score_is_which(capsys):
     assert text.startswith("FID-2.048k 1.0000 KID-2.048k 3.000000 ± 0.500000 warning: no more than 2,048")
 
 
-def test_measure():
-    """Mean and covariance are NumPy's, for any batch; kept features are spread evenly, in order."""
+def test_measure(monkeypatch):
+    """Mean and covariance are NumPy's; kept features are spread evenly. Sums of two processes add up."""
     images = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
     source = fid_sources.Decoded(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
     taps = Pixels()(images)
@@ -184,9 +186,13 @@ def test_measure():
         np.testing.assert_allclose(found.cov[tap], np.cov(features, rowvar=False), atol=1e-13)
     assert torch.equal(found.features, taps["2048"][[0, 33, 66, 99]])
     assert torch.equal(found.logits, taps["logits_unbiased"][[0, 33, 66, 99]])
-    source.n = 1
-    with pytest.raises(UserError, match="at least two"):
-        fid.measure(source, Pixels())
+    sums = {}
+    for process in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(fid, "rank_and_world", lambda process=process: process)
+        monkeypatch.setattr(fid, "all_reduce_sum", functools.partial(sums.__setitem__, process))
+        fid.measure(source, Pixels(), 7, keep=4)
+    for one, *halves in zip(*sums.values(), strict=True):
+        close(sum(halves), one)
 
 
 # ----------------------------------------------------------------------------
@@ -281,28 +287,6 @@ def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatc
     assert "--guidance-interval is for a checkpoint at FAKE" in capsys.readouterr().err
 
 
-def fid_of_two(rank, port, digest, words, output):
-    """fid.py in one of two processes. digest: of the weights that are taken for the published ones."""
-    common.join_processes(rank, port)
-    inception.WEIGHTS_SHA256 = digest
-    fid_command.load_inception = lambda path, device, resize: Pixels(resize)
-    with output.with_suffix(f".{rank}").open("w") as file, contextlib.redirect_stdout(file):
-        assert call("fid.py", *words) == 0
-
-
-def test_two_processes_share_the_work(fast, weights, tmp_path):
-    """torchrun: each process measures a share, and the scores are those of one process, printed once."""
-    for name, n in (("real", 5), ("fake", 4)):
-        common.write_images(tmp_path / name, [f"{i}.png" for i in range(n)], noise(n, 40, 40, seed=n))
-    words = [tmp_path / "real", tmp_path / "fake", "--weights", weights, "--json"]
-    assert call("fid.py", *words, tmp_path / "one.json") == 0
-    [port], two = common.free_ports(1), [*words, tmp_path / "two.json"]
-    common.start_processes(fid_of_two, port, inception.WEIGHTS_SHA256, two, tmp_path / "said", n=2, wait=120)
-    assert scores_of(tmp_path / "two.json") == pytest.approx(scores_of(tmp_path / "one.json"), rel=1e-4)
-    said = [(tmp_path / f"said.{rank}").read_text().count("FID-4 ") for rank in range(2)]
-    assert said == [2, 0]  # FID and sFID
-
-
 def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     """--eval-fid and --fid-every give fid.py's scores; real images are measured once; no weights, no run."""
     out = shutil.copytree(run, tmp_path / "run")
@@ -365,4 +349,4 @@ def test_bad_input_of_fid(words, says, fast, folder, tmp_path, capsys, monkeypat
     Path("hurt.npz").write_bytes(content)
     assert call("fid.py", *words.split()) == 2
     error = capsys.readouterr().err
-    assert says in error and error.count("\\n") == 1
+    assert says in error and error.count("\n") == 1
