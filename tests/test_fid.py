@@ -1,14 +1,10 @@
 """FID: the network against figures of the reference tool, the formulas against exact answers, the program."""
 
-import contextlib
-import csv
-import hashlib
+import functools
 import json
 import shutil
-import urllib.request
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,27 +14,21 @@ from PIL import Image
 
 import data
 import fid
-import sample
 from engine.build import load_checkpoint
 from engine.validate import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
 from extras.metrics import inception_score, kernel_distance, precision_recall
+from sample import sample_images
 from tests import common
-from tests.common import TINY, call, close, flags, make_folder, noise, scores_of, seeded
+from tests.common import TINY, call, close, flags, make_folder, noise, rows_of, scores_of, seeded
 from tests.fixtures import Pixels
 
-URLOPEN = urllib.request.urlopen  # before a fixture takes it away
-
-
 PINNED = {  # size of pixels: first three features of image 1, from torch-fidelity 0.4.0
-    32: {"64": [0.0684317, 0.1240718, 0.0749409], "192": [1.7420932, 0.01508, 0.0087721],
-         "768": [5.3412175, 0.0065379, 9.9729023], "2048": [1.8494594, 33.8222351, 18.4372501],
+    32: {"2048": [1.8494594, 33.8222351, 18.4372501],
          "logits_unbiased": [-43.5916061, 11.0495071, 0.6460724]},
-    320: {"64": [0.1625426, 0.1543232, 0.0932495], "192": [1.9205581, 0.010539, 0.0077472],
-          "768": [5.8495312, 0.0069992, 10.7014875], "2048": [2.0481808, 36.1634178, 19.9357338],
-          "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937]},
-}
+    320: {"2048": [2.0481808, 36.1634178, 19.9357338],
+          "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937]}}
 
 
 def smooth_and_noisy(size, n=2):
@@ -51,9 +41,10 @@ def smooth_and_noisy(size, n=2):
 
 
 def test_inception(weights):
-    """Layout of the published file; features of the reference tool, folded or not, in batches or lists."""
+    """Layout of the published file; features of the reference tool, folded or not."""
     network, state = inception.InceptionV3(), torch.load(weights)
-    assert len(state) == 472 and sum(p.numel() for p in network.parameters()) == 23_850_960
+    assert len(state) == 472
+    assert sum(p.numel() for p in network.parameters()) == 23_850_960
     network.load_state_dict(state, strict=True)
     seen = []
     network.eval().Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[-1]))
@@ -61,16 +52,15 @@ def test_inception(weights):
     assert torch.equal(plain["spatial"].view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
     folded = inception.load_inception(weights, "cpu")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    for size, pinned in PINNED.items():
-        taps = folded(smooth_and_noisy(size))
+    pairs = [smooth_and_noisy(size)[1] for size in PINNED]
+    taps = folded(pairs)  # images of several sizes
+    for row, pinned in enumerate(PINNED.values()):
         for name, values in pinned.items():
-            # float32 through 94 layers, in another order of summation: some 2^-24 each, 5e-6 of the scale.
+            # float32 through 94 layers, in another order of summation: some 2^-24 each, 5e-6 of the scale
             scale = float(taps[name].square().mean().sqrt())
-            close(taps[name][1, :3], torch.tensor(values), rtol=0, atol=1e-5 * scale)
-            if size == 32:
-                close(taps[name], plain[name], rtol=0, atol=1e-5 * scale)
-    mixed = folded([smooth_and_noisy(size)[1] for size in (32, 320)])["2048"]
-    close(mixed[1:], taps["2048"][1:], rtol=0, atol=1e-5 * float(mixed.square().mean().sqrt()))
+            close(taps[name][row, :3], torch.tensor(values), rtol=0, atol=1e-5 * scale)
+            if row == 0:
+                close(taps[name][row], plain[name][1], rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("size", [8, 299, 640])
@@ -79,17 +69,15 @@ def test_resizing(size):
     at = torch.minimum(torch.arange(299, dtype=torch.float64) * size / 299, common.f64(size - 1))
     i, j = torch.arange(size)[:, None], torch.arange(size)
     ramp = (0.1 * i + 0.2 * j).float().expand(1, 3, size, size)
-    # Positions and values are float32, below 640 and 192: a rounding of 2^-24 each, in a few operations.
     expected = 0.1 * at[:, None] + 0.2 * at
+    # positions and values are float32, below 640 and 192: a rounding of 2^-24 each, in a few operations
     close(inception.resize_tf1(ramp)[0, 0].double(), expected, rtol=0, atol=8 * 640 * 2 ** -24)
-    noise = torch.randint(256, (1, 3, size, size), generator=seeded(size)).float()
-    if size == 299:
-        assert torch.equal(inception.resize_tf1(noise), noise)
+    images = torch.randint(256, (1, 3, size, size), generator=seeded(size)).float()
     pillow = [np.asarray(Image.fromarray(channel.numpy()).resize((299, 299), Image.Resampling.BICUBIC))
-              for channel in noise[0]]
+              for channel in images[0]]
     expected = (torch.from_numpy(np.stack(pillow)).clip(0, 255) - 128) / 128
     # float32 after each of two passes
-    close(inception.PREPROCESS["clean"](noise)[0], expected, rtol=0, atol=4 * 2 ** -23)
+    close(inception.PREPROCESS["clean"](images)[0], expected, rtol=0, atol=4 * 2 ** -23)
     white = inception.PREPROCESS["pytorch-fid"](torch.full((1, 3, size, size), 255.0))
     close(white, torch.ones(1, 3, 299, 299), rtol=0, atol=8 * 2 ** -24)
 
@@ -100,7 +88,8 @@ def test_frechet_distance():
     d, zero = 12, np.zeros(12)
     turn = np.linalg.qr(rng.standard_normal((d, d)))[0]
     for low in (1e-8, 1.0):  # condition number 1e9, and below 10
-        a, b = low + rng.uniform(0, 9, d) * (rng.uniform(size=d) < 0.6), low + rng.uniform(0, 9, d)
+        a = low + rng.uniform(0, 9, d) * (rng.uniform(size=d) < 0.6)
+        b = low + rng.uniform(0, 9, d)
         mean = rng.standard_normal(d)
         expected = np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
         s1, s2 = turn * a @ turn.T, turn * b @ turn.T
@@ -122,8 +111,8 @@ def test_frechet_distance():
         fid.frechet_distance(zero, s1 * np.nan, zero, s2)
 
 
-def test_kernel_distance_inception_score_precision_recall():
-    """Against their definitions, written as loops over a few points."""
+def test_kernel_distance():
+    """Its definition, as a loop over pairs of points."""
     x, y = torch.randn(7, 3, generator=seeded(0)), torch.randn(7, 3, generator=seeded(1)) + 1
     pairs = [(i, j) for i in range(7) for j in range(7)]
 
@@ -134,126 +123,153 @@ def test_kernel_distance_inception_score_precision_recall():
                 - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 49)
     mean, deviation = kernel_distance(x, y, subsets=3)  # every subset is the whole set
     assert mean == pytest.approx(expected, rel=1e-12) and deviation < 1e-12 * mean
-    small = [kernel_distance(x, y, subsets=500, size=m)[0] for m in (2, 3)]
-    assert small == pytest.approx([expected] * 2, rel=0.2)  # unbiased for every size
+    small = kernel_distance(x, y, subsets=500, size=3)[0]
+    assert small == pytest.approx(expected, rel=0.2)  # unbiased for every size
+    with pytest.raises(UserError, match="at least"):
+        kernel_distance(x[:1], y)
+
+
+def test_inception_score():
     certain = 100 * F.one_hot(torch.arange(40) % 4, 9).float()
     assert inception_score(certain, splits=1) == pytest.approx((4, 0))  # four certain classes
-    assert inception_score(torch.randn(1, 9).expand(40, 9)) == pytest.approx((1, 0))  # always the same answer
+    assert inception_score(torch.ones(40, 9)) == pytest.approx((1, 0))  # always the same answer
+
+
+def test_precision_recall():
+    """Its definition, as a loop over points and balls."""
     real, fake = torch.randn(40, 2, generator=seeded(2)), torch.randn(50, 2, generator=seeded(3)) * 2
 
     def covered(points, centres):
-        inside = 0
-        for p in points:
-            radii = [sorted(float((c - o).norm()) for o in centres)[3] for c in centres]
-            inside += any(float((p - c).norm()) <= r for c, r in zip(centres, radii, strict=True))
-        return inside / len(points)
+        radii = [sorted(float((c - o).norm()) for o in centres)[3] for c in centres]
+        return sum(any(float((p - c).norm()) <= r for c, r in zip(centres, radii, strict=True))
+                   for p in points) / len(points)
 
     assert precision_recall(real, fake, tile=7) == pytest.approx((covered(fake, real), covered(real, fake)))
-    assert precision_recall(real, real) == (1, 1) and precision_recall(real, real + 99) == (0, 0)
-    for few in (kernel_distance, precision_recall):
-        with pytest.raises(UserError, match="at least"):
-            few(real[:1], fake)
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real, real + 99) == (0, 0)
 
 
-def test_measure():
-    """Mean and covariance are NumPy's, for any batch; kept features are spread evenly, in order."""
+def test_which_score_is_which(capsys):
+    """sFID is of the other features, precision of the generated images, recall of the real ones."""
+    rng = np.random.default_rng(0)
+
+    def statistics(n, low, spread):
+        taps = {"2048": rng.normal(low, spread, (n, 4)), "spatial": rng.standard_normal((n, 4))}
+        mean = {tap: f.mean(0) for tap, f in taps.items()}
+        cov = {tap: np.cov(f, rowvar=False) for tap, f in taps.items()}
+        logits = torch.from_numpy(rng.standard_normal((n, 8)) * spread)
+        return fid.Statistics(n, mean, cov, "tf", torch.from_numpy(taps["2048"]), logits)
+
+    real, fake = statistics(60, 0, 1), statistics(50, 0.2, 0.3)  # narrow: precise, and covers little
+    found = fid.compute_scores(real, fake)
+    for key, tap in (("fid", "2048"), ("sfid", "spatial")):
+        both = real.mean[tap], real.cov[tap], fake.mean[tap], fake.cov[tap]
+        assert found[key] == fid.frechet_distance(*both)
+    assert (found["precision"], found["recall"]) == precision_recall(real.features, fake.features)
+    assert found["precision"] > found["recall"] + 0.3
+    assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
+    assert (found["is"], found["is_std"]) == inception_score(fake.logits)
+    fid.print_scores({"fid": 1, "kid": 3, "kid_std": 0.5}, 5000, 2048)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("FID-2.048k 1.0000 KID-2.048k 3.000000 ± 0.500000 warning: no more than 2,048")
+
+
+def test_measure(monkeypatch):
+    """Mean and covariance are NumPy's; kept features are spread evenly. Sums of two processes add up."""
     images = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
     source = fid_sources.Decoded(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
     taps = Pixels()(images)
-    for batch in (7, None):
-        found = fid.measure(source, Pixels(), batch, keep=4)
-        for tap in ("2048", "spatial"):
-            features = taps[tap].double().numpy()
-            np.testing.assert_allclose(found.mean[tap], features.mean(0), atol=1e-14)  # 100 numbers below 1
-            np.testing.assert_allclose(found.cov[tap], np.cov(features, rowvar=False), atol=1e-13)
-        assert torch.equal(found.features, taps["2048"][[0, 33, 66, 99]]) and found.n == 100
-        assert torch.equal(found.logits, taps["logits_unbiased"][[0, 33, 66, 99]])
-    source.n = 1
-    with pytest.raises(UserError, match="at least two"):
-        fid.measure(source, Pixels())
+    found = fid.measure(source, Pixels(), 7, keep=4)
+    for tap in ("2048", "spatial"):
+        features = taps[tap].double().numpy()
+        np.testing.assert_allclose(found.mean[tap], features.mean(0), atol=1e-14)  # 100 numbers below 1
+        np.testing.assert_allclose(found.cov[tap], np.cov(features, rowvar=False), atol=1e-13)
+    assert torch.equal(found.features, taps["2048"][[0, 33, 66, 99]])
+    assert torch.equal(found.logits, taps["logits_unbiased"][[0, 33, 66, 99]])
+    sums = {}
+    for process in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(fid, "rank_and_world", lambda process=process: process)
+        monkeypatch.setattr(fid, "all_reduce_sum", functools.partial(sums.__setitem__, process))
+        fid.measure(source, Pixels(), 7, keep=4)
+    for one, *halves in zip(*sums.values(), strict=True):
+        close(sum(halves), one)
 
 
-def test_unusable_training_images_are_left_out(tmp_path):
-    """As by training. Of files that are compared as they are, they are an error."""
-    make_folder(tmp_path / "pets")
-    for name in ("cat/00.png", "dog/deep/03.Bmp", "dog/deep/19.Bmp"):
-        (tmp_path / "pets" / name).write_bytes(b"no image")
-    expected = fid.measure(fid_sources.Decoded(find(tmp_path / "pets").load(8)[0]), Pixels())
-    _, source, what = fid_sources.open_side(tmp_path / "pets", None, 8, as_trained=True)
-    source.chunk = 1  # so that some reads give nothing
-    found = fid.measure(source, Pixels(), batch=1)
-    assert found.n == expected.n == 35 and "38 training images" in what
-    np.testing.assert_allclose(found.cov["2048"], expected.cov["2048"], atol=1e-13)
-    with pytest.raises(UserError, match="cat/00.png cannot be used"):
-        fid.measure(fid_sources.Pictures(find(tmp_path / "pets"), 8), Pixels())
+# ----------------------------------------------------------------------------
+# The program.
+
+@pytest.fixture
+def score(fast, tmp_path, monkeypatch):
+    """fid.py's scores of the words of its command line, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def scores(*words):
+        assert call("fid.py", *words, "--json", "scores.json") == 0, words
+        return scores_of(Path("scores.json"))
+
+    return scores
 
 
-def test_fid_program(fast, weights, folder, run, tmp_path, capsys):
-    """The same images give the same scores, as folder, zip, array, statistics, or drawn from a checkpoint."""
+def test_fid_program(score, weights, capsys):
+    """The same images give the same scores as a folder, zip, array or statistics of any tool."""
     arrays = {"real": noise(9, 12, 12), "fake": noise(7, 12, 12, seed=1) // 4 * 3}
     for name, pixels in arrays.items():
-        (tmp_path / name).mkdir()
-        np.savez(tmp_path / f"{name}.npz", pixels)
-        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
-            for i, image in enumerate(pixels):
-                Image.fromarray(image).save(tmp_path / name / f"{i}.png")
-                archive.write(tmp_path / name / f"{i}.png", f"in/{i}.PNG")
-
-    def score(*words, status=0):
-        capsys.readouterr()
-        words = [tmp_path / word if Path(str(word)).stem in ("real", "fake", "stats") else word
-                 for word in words]
-        assert call("fid.py", *words, "--json", tmp_path / "scores.json") == status, words
-        return scores_of(tmp_path / "scores.json") if status == 0 else capsys.readouterr().err
-
-    for size, kind in ((None, fid_sources.Array), (12, fid_sources.Array), (8, fid_sources.Pictures)):
-        _, source, _ = fid_sources.open_side(tmp_path / "real.npz", None, size, as_trained=True)
-        assert type(source) is kind and source.read(0, 2)[1].shape == (3, size or 12, size or 12)
+        common.write_images(Path(name), [f"{i}.png" for i in range(len(pixels))], pixels)
+        np.savez(f"{name}.npz", pixels)
+        with zipfile.ZipFile(f"{name}.zip", "w") as archive:
+            for path in sorted(Path(name).iterdir()):
+                archive.write(path, f"in/{path.stem}.PNG")
     baseline, printed = score("real", "fake"), capsys.readouterr().out
     assert set(baseline) == {"fid", "sfid", "kid", "kid_std", "is", "is_std", "precision", "recall"}
     assert f"FID-7            {baseline['fid']:.4f}" in printed and "has not full rank" in printed
     near = pytest.approx(baseline, rel=1e-9)
-    assert score("real.zip", "fake.npz", "--batch", 3, "--device", "cpu") == near
-    assert score("real.npz", "fake.zip", "--weights", weights) == near
+    assert score("real.zip", "fake.npz", "--batch", 3, "--device", "cpu", "--weights", weights) == near
+    assert score("real.npz", "fake.zip") == near
     assert score("real", "real")["fid"] == 0
-    # statistics: written once, of one side or of two; FID and sFID need no more
-    assert call("fid.py", tmp_path / "real", "--save-stats", tmp_path / "stats.npz") == 0
-    assert score("stats.npz", "fake") == near  # with the features for KID, precision and recall
-    assert call("fid.py", tmp_path / "real", "--save-stats", tmp_path / "stats.npz", "--features", 0) == 0
-    by_file = score("stats.npz", "fake")
-    assert by_file == pytest.approx({key: baseline[key] for key in by_file}, rel=1e-9)
-    assert set(baseline) - set(by_file) == {"kid", "kid_std", "precision", "recall"}
-    adm = dict(np.load(tmp_path / "stats.npz"))
-    adm = {name: adm[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
-    np.savez(tmp_path / "real.npz", arr_0=arrays["real"], **adm)
-    assert score("real.npz", "fake") == near and "do not say how images" in capsys.readouterr().out
-    np.savez(tmp_path / "real.npz", mu=adm["mu"], sigma=adm["sigma"])  # pytorch-fid's
-    by_file = score("real.npz", "fake", "--save-stats", tmp_path / "deep" / "copy.npz")
-    assert by_file.keys() == {"fid", "is", "is_std"}
-    assert dict(np.load(tmp_path / "deep" / "copy.npz")).keys() == {"mu", "sigma"}
-    assert "made with --resize tf, not clean" in score("stats.npz", "fake", "--resize", "clean", status=2)
-    for more in (["--resize", "pytorch-fid"], ["--resize", "clean"], ["--size", 6]):
+    for more in (["--resize", "pytorch-fid"], ["--size", 6]):
         assert score("real", "fake", *more) != near
-    # a checkpoint: samples like those of sample.py, the real side read as for training
+
+    assert call("fid.py", "real", "--save-stats", "stats.npz") == 0
+    assert score("stats.npz", "fake") == near
+    assert call("fid.py", "stats.npz", "fake", "--resize", "clean") == 2
+    assert "made with --resize tf, not clean" in capsys.readouterr().err
+    stats = dict(np.load("stats.npz"))
+    del stats["features"], stats["resize"]
+    np.savez("adm.npz", arr_0=arrays["real"], **stats)
+    assert score("adm.npz", "fake") == near and "do not say how images" in capsys.readouterr().out
+    np.savez("pytorch-fid.npz", mu=stats["mu"], sigma=stats["sigma"])
+    found = score("pytorch-fid.npz", "fake", "--save-stats", "copy.npz")
+    assert found == pytest.approx({key: baseline[key] for key in ("fid", "is", "is_std")}, rel=1e-9)
+    assert dict(np.load("copy.npz")).keys() == {"mu", "sigma"}
+    assert call("fid.py", "real", "--save-stats", "small.npz", "--features", 0) == 0
+    assert score("small.npz", "fake").keys() == {"fid", "sfid", "is", "is_std"}
+
+
+def test_fid_of_a_checkpoint(score, run, capsys):
+    """Samples are those of sample.py; the real side is what training reads, without unusable images."""
+    images = make_folder(Path("pets"))
+    (images / "cat" / "00.png").write_bytes(b"no image")
     pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     settings = pipeline.sampling | {"steps": 2, "guidance": 2.0}
-    drawn = sample.sample_images(pipeline, torch.arange(6) % 2, seed=5, **settings)
-    np.savez(tmp_path / "fake.npz", drawn.permute(0, 2, 3, 1).numpy())
-    np.savez(tmp_path / "real.npz", find(str(folder)).load(8)[0].pixels.permute(0, 2, 3, 1).numpy())
-    drawn = score(folder, run / "ckpt.pt", "--n", 6, "--batch", 4, "--steps", 2, "--guidance", 2, "--seed", 5)
+    drawn = sample_images(pipeline, torch.arange(6) % 2, seed=5, **settings)
+    np.savez("fake.npz", drawn.permute(0, 2, 3, 1).numpy())
+    np.savez("real.npz", find(images).load(8)[0].pixels.permute(0, 2, 3, 1).numpy())
+    drawn = score("pets", run / "ckpt.pt", "--n", 6, "--batch", 4, "--steps", 2, "--guidance", 2, "--seed", 5)
     assert "38 training images, cropped and resized to 8" in capsys.readouterr().out
     assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
+    assert call("fid.py", "pets", "pets") == 2  # as they are
+    assert "cat/00.png cannot be used" in capsys.readouterr().err
 
 
 def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatch):
     """fid.py and sample.py --out draw the same images of the same classes, whatever flags are given."""
-    shared = {"n", "steps", "guidance", "interval", "temperature", "end", "sampler", "classes", "seed",
-              "class_counts", "batch", "device", "compile"}
-    assert shared < set(common.parser_flags("sample.py"))
-    assert set(common.parser_flags("fid.py")) - shared == {
-        "size", "root", "resize", "weights", "save_stats", "json", "features"}
+    own = {"size", "root", "resize", "weights", "save_stats", "json", "features"}
+    assert set(common.parser_flags("fid.py")) - own == {
+        "n", "steps", "guidance", "interval", "temperature", "end", "sampler", "classes", "seed",
+        "class_counts", "batch", "device", "compile"}
     words = ["--n", 5, "--seed", 3, "--batch", 2, "--steps", 2, "--guidance", 3, "--guidance-interval", 0.1,
-             0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"]
+             0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog",
+             "--class-counts", "training"]
     seen = []
 
     def record(pipeline, labels, seed, batch, **settings):
@@ -263,188 +279,74 @@ def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(fid_command, "Samples", record)
     monkeypatch.setattr(sample_command, "sample_files", lambda pipeline, labels, out, batch, seed, **settings:
                         record(pipeline, labels, seed, batch, **settings))
-    for more, labels in (([], [1, 0, 1, 1, 0]), (["--class-counts", "training"], [1, 1, 0, 1, 1])):
-        assert call("fid.py", folder, run / "ckpt.pt", *words, *more) == 2
-        assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.npz", *words, *more) == 2
-        assert seen[-1] == seen[-2] == (labels, 3, 2, dict(
-            steps=2, guidance=3.0, interval=[0.1, 0.9], temperature=0.7, end=0.2, sampler="ddim"))
-    assert call("fid.py", folder, run / "ckpt.pt") == 2 and len(seen[-1][0]) == 50000
-    for flag, *values in (("--end", 0), ("--class", 1), ("--guidance-interval", 0, 1), ("--compile",)):
-        capsys.readouterr()
-        assert call("fid.py", folder, folder, flag, *values) == 2
-        assert f"{flag} is for a checkpoint at FAKE" in capsys.readouterr().err
+    assert call("fid.py", folder, run / "ckpt.pt", *words) == 2
+    assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.npz", *words) == 2
+    assert seen == 2 * [([1, 1, 0, 1, 1], 3, 2, dict(
+        steps=2, guidance=3.0, interval=[0.1, 0.9], temperature=0.7, end=0.2, sampler="ddim"))]
+    assert call("fid.py", folder, folder, "--guidance-interval", 0, 1) == 2
+    assert "--guidance-interval is for a checkpoint at FAKE" in capsys.readouterr().err
 
 
-def fid_of_two(rank, port, digest, words, output):
-    """fid.py in one of two processes. digest: of the weights that are taken for the published ones."""
-    common.join_processes(rank, port)
-    inception.WEIGHTS_SHA256 = digest
-    fid_command.load_inception = lambda path, device, resize: Pixels(resize)
-    with output.with_suffix(f".{rank}").open("w") as file, contextlib.redirect_stdout(file):
-        assert call("fid.py", *words) == 0
-
-
-def test_two_processes_share_the_work(fast, weights, tmp_path):
-    """torchrun: each process measures a share, and the scores are those of one process, printed once."""
-    for name, n in (("real", 5), ("fake", 4)):
-        (tmp_path / name).mkdir()
-        for i, image in enumerate(smooth_and_noisy(40 + n, n).permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(image[:40 + i]).save(tmp_path / name / f"{i}.png")
-    words = [tmp_path / "real", tmp_path / "fake", "--weights", weights, "--json"]
-    assert call("fid.py", *words, tmp_path / "one.json") == 0
-    [port], two = common.free_ports(1), [*words, tmp_path / "two.json"]
-    common.start_processes(fid_of_two, port, inception.WEIGHTS_SHA256, two, tmp_path / "said", n=2, wait=120)
-    assert scores_of(tmp_path / "two.json") == pytest.approx(scores_of(tmp_path / "one.json"), rel=1e-4)
-    said = [(tmp_path / f"said.{rank}").read_text().count("FID-4 ") for rank in range(2)]
-    assert said == [2, 0]  # FID and sFID
-
-
-def test_train_evaluates_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
+def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     """--eval-fid and --fid-every give fid.py's scores; real images are measured once; no weights, no run."""
-    shutil.copytree(run, tmp_path / "run")
-    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--eval-fid"]
+    out = shutil.copytree(run, tmp_path / "run")
+    words = ["train.py", "--data", folder, *flags(TINY), "--out"]
     measured = []
     monkeypatch.setattr(fid_sources, "measure", lambda *args, measure=fid.measure, **more:
                         measured.append(more["name"]) or measure(*args, **more))
-    assert call("train.py", *words, 5) == 0
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert json.loads((run / "metrics.json").read_text()).items() <= found.items() and found["fid"]["n"] == 5
-    [kept] = (tmp_path / "run").glob("*.npz")
-    for real in (folder, kept):  # the file of the run is one of statistics
-        assert call("fid.py", real, run / "ckpt.pt", "--n", 5, "--json", tmp_path / "scores.json") == 0
-        expected = scores_of(tmp_path / "scores.json")
-        assert found["fid"] == pytest.approx(expected | {"n": 5}) and {"kid", "recall"} < set(expected)
-    assert call("train.py", *words, 6) == 0 == call("train.py", *words, 6)  # the second time it is there
-    assert measured == ["FID, training images", "FID, 5 samples", "FID, 6 samples"]
-    # --fid-every: the same scores, of the weights as they are then, and nothing that is trained changes
+    for _ in range(2):  # the second time it is there
+        assert call(*words, out, "--eval-fid", 6) == 0
+    assert measured == ["FID, training images", "FID, 6 samples"]
+    found = json.loads((out / "metrics.json").read_text())["fid"]
+    [statistics] = out.glob("*.npz")
+    for real in (folder, statistics):
+        assert found == pytest.approx(score(real, run / "ckpt.pt", "--n", 6) | {"n": 6})
     monkeypatch.setattr(fid_sources, "FEW", 6)
-    source = find(str(folder))
-    device = torch.device("cpu")
-    during = SimpleNamespace(
-        inception=weights, device=device, source=source, load_images=lambda: source.load(8), out=tmp_path,
-        eval_batch=256, eval_memory=contextlib.nullcontext, config={"size": 8})
-    for _ in range(2):  # the second: of a run that was killed before its next checkpoint
-        fid_sources.evaluate_during(during, load_checkpoint(run / "ckpt.pt", device), 8)
-    [row] = csv.DictReader((tmp_path / "fid.csv").open())
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["fid"]
-    assert {name.removesuffix("_2k"): float(value) for name, value in row.items()} == pytest.approx(
-        {name: value for name, value in found.items() if name != "n"} | {"step": 8})
-    assert call("train.py", *words[:2], "--out", tmp_path / "every", *words[4:-1], "--fid-every", 3) == 0
-    assert [row["step"] for row in csv.DictReader((tmp_path / "every" / "fid.csv").open())] == ["3", "6", "8"]
+    assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
     assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
+    rows = rows_of(tmp_path / "every" / "fid.csv")
+    assert [row.pop("step") for row in rows] == ["3", "6", "8"]
+    last = {name.removesuffix("_2k"): float(value) for name, value in rows[-1].items()}
+    assert last | {"n": 6} == pytest.approx(found)
     monkeypatch.delenv("FID_WEIGHTS")
-    for flag in ("--fid-every", "--eval-fid"):
-        assert call("train.py", "--data", folder, "--out", tmp_path / "new", flag, 5) == 2
-        assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert call(*words, tmp_path / "new", "--eval-fid", 5) == 2
+    assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
 
+
+# ----------------------------------------------------------------------------
+# Files of others.
 
 @pytest.mark.parametrize("entries", [
-    dict(sigma=np.eye(5)), dict(sigma=np.zeros((4, 5))), dict(mu=np.zeros((2, 2))), dict(mu=np.zeros(())),
-    dict(sigma=np.eye(4) * np.nan), dict(sigma=np.triu(np.ones((4, 4)))), dict(sigma=np.eye(4).astype(str)),
-    dict(mu=np.array([{}] * 4)), dict(n=[1, 2]), dict(mu_s=np.zeros(4)), dict(features=np.ones((5, 3))),
-    dict(features=np.full((5, 4), np.inf)), dict(features=np.ones((5, 4)).astype(str)),
-    dict(arr_0=np.zeros((4, 8, 8, 3))), dict(arr_0=np.zeros((4, 64), np.uint8)),
-])
-def test_statistics_that_lie(entries, tmp_path):
+    dict(sigma=np.eye(5)), dict(mu=np.zeros((2, 2))), dict(sigma=np.eye(4) * np.nan),
+    dict(sigma=np.triu(np.ones((4, 4)))), dict(mu=np.array([{}] * 4)), dict(n=[1, 2]), dict(mu_s=np.zeros(4)),
+    dict(features=np.full((5, 4), np.inf)), dict(arr_0=np.zeros((4, 8, 8, 3))),
+    dict(arr_0=np.zeros(20_000_000, np.uint8))], ids=range(10))
+def test_statistics_that_lie(entries, tmp_path, monkeypatch):
     """What no other program would write is refused, with the name of the file; nothing is unpickled."""
+    monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1 << 20)
     honest = dict(mu=np.zeros(4), sigma=np.eye(4), n=9)
-    np.savez(tmp_path / "a.npz", **honest)
+    np.savez_compressed(tmp_path / "a.npz", **honest)
     assert fid_sources.open_side(tmp_path / "a.npz", None, None, False)[0].n == 9
-    np.savez(tmp_path / "a.npz", **honest | entries)
-    with pytest.raises(UserError, match="a.npz cannot be read"):
+    np.savez_compressed(tmp_path / "a.npz", **honest | entries)
+    with pytest.raises(UserError, match="a.npz"):
         fid_sources.open_side(tmp_path / "a.npz", None, None, False)
 
 
-def test_damaged_arrays(tmp_path):
-    """A stream that is altered, and an archive that unpacks to a full memory, end in one line."""
-    path = tmp_path / "a.npz"
-    np.savez(path, arr_0=noise(70, 8, 8))
-    content = path.read_bytes()
-    path.write_bytes(content[:9000] + b"\xff" * 100 + content[9100:])
-    with pytest.raises(UserError, match="a.npz cannot be read"):
-        fid_sources.open_side(path, None, None, False)[1].read(0, 70)
-    np.savez_compressed(path, arr_0=np.zeros(300_000_000, np.uint8))
-    with pytest.raises(UserError, match="would unpack"):
-        fid_sources.open_side(path, None, None, False)
-
-
-def test_bad_input_of_fid(fast, weights, folder, run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("words, says", [
+    ("pets pets --weights cut.pth", "cut.pth"), ("pets hurt.npz", "hurt.npz cannot be read"),
+    ("pets other.npz", "holds weights: expected"), ("pets", "give REAL and FAKE, or REAL and --save-stats"),
+    ("pets --save-stats stats", "must end in .npz"), ("a.pt pets", "can only stand at FAKE"),
+    ("pets pets --size 0", "--size must be at least 1")])
+def test_bad_input_of_fid(words, says, fast, folder, tmp_path, capsys, monkeypatch):
     """One line, exit status 2."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:-1])
-    make_folder(tmp_path / "hurt")
-    (tmp_path / "hurt" / "cat" / "x.png").write_bytes(b"\x89PNG, and then nothing")
-    (tmp_path / "text.npz").write_text("no archive")
+    Path("pets").symlink_to(folder)
+    Path("cut.pth").write_bytes(b"PK")
     np.savez("other.npz", weights=np.zeros(3))
-    np.savez("narrow.npz", mu=np.zeros(64), sigma=np.eye(64))
-    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    for words, says in [
-        ([folder, folder, "--weights", "cut.pth"], "cut.pth"),
-        ([folder, "hurt"], "cat/x.png cannot be used"),
-        ([folder, "text.npz"], "text.npz cannot be read"),
-        ([folder, "other.npz"], "other.npz holds weights: expected arr_0 (images), or mu and sigma"),
-        (["narrow.npz", "wide.npz"], "statistics of different widths"),
-        ([folder], "give REAL and FAKE, or REAL and --save-stats"),
-        ([folder, "--save-stats", "stats"], "must end in .npz"),
-        ([run / "ckpt.pt", folder], "a checkpoint can only stand at FAKE"),
-        ([folder, run / "tokenizer.pt"], "vq-lcmd checkpoint 1"),
-        ([folder, folder, "--n", 5], "--n is for a checkpoint at FAKE"),
-        ([folder, folder, "--size", 0], "--size must be at least 1"),
-        ([folder, folder, "--device", "cuda:99"], "is not available here"),
-    ]:
-        capsys.readouterr()
-        assert call("fid.py", *words) == 2, words
-        error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1, (words, error)
-
-
-def test_weights_download(server, tmp_path, monkeypatch):
-    """Fetched into torch's cache, once; refused if the file is another, there or here."""
-    content, path = b"weights", tmp_path / "checkpoints" / inception.WEIGHTS
-    for owner in (urllib.request, torch.hub):
-        monkeypatch.setattr(owner, "urlopen", URLOPEN)
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.delenv("FID_WEIGHTS", raising=False)
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(inception, "WEIGHTS_URL", server.url + "a.pth")
-    server.files["a.pth"] = b"others"
-    with pytest.raises(UserError):
-        inception.find_inception()
-    server.files["a.pth"] = content
-    assert inception.find_inception() == path and path.read_bytes() == content
-    server.files.clear()
-    assert inception.find_inception() == path  # it is there
-    path.write_bytes(b"others")
-    with pytest.raises(UserError, match="is not the published"):
-        inception.find_inception()
-
-
-def test_which_score_is_which(capsys):
-    """sFID is of the other features, precision of the generated images, recall of the real ones."""
-    rng = np.random.default_rng(0)
-
-    def statistics(n, low, spread):
-        taps = {"2048": rng.standard_normal((n, 4)) * spread + low}
-        taps["spatial"] = rng.standard_normal((n, 4)) * 3
-        mean = {tap: f.mean(0) for tap, f in taps.items()}
-        cov = {tap: np.cov(f, rowvar=False) for tap, f in taps.items()}
-        features, logits = taps["2048"], rng.standard_normal((n, 8)) * spread
-        return fid.Statistics(n, mean, cov, "tf", torch.from_numpy(features), torch.from_numpy(logits))
-
-    real, fake = statistics(60, 0, 1), statistics(50, 0.2, 0.3)  # narrow: precise, and covers little
-    found = fid.compute_scores(real, fake)
-    for key, tap in (("fid", "2048"), ("sfid", "spatial")):
-        both = real.mean[tap], real.cov[tap], fake.mean[tap], fake.cov[tap]
-        assert found[key] == fid.frechet_distance(*both)
-    precision, recall = precision_recall(real.features, fake.features)
-    assert (found["precision"], found["recall"]) == (precision, recall) and precision > recall + 0.3
-    assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
-    assert (found["is"], found["is_std"]) == inception_score(fake.logits) != inception_score(real.logits)
-    named = {"fid": 1, "sfid": 2, "kid": 3, "kid_std": 0.5, "is": 4, "is_std": 0.125, "precision": 0.25,
-             "recall": 0.75}
-    fid.print_scores(named, 5000, 2500)
-    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
-        "FID-2.5k 1.0000", "sFID-2.5k 2.0000", "KID-2.5k 3.000000 ± 0.500000", "IS-2.5k 4.0000 ± 0.1250",
-        "precision-2.5k 0.2500", "recall-2.5k 0.7500"]
-    fid.print_scores({"fid": 1.0}, 5000, 2048)
-    assert "FID-2.048k" in (said := capsys.readouterr().out) and "warning: no more than 2,048" in said
+    np.savez("hurt.npz", arr_0=noise(70, 8, 8))
+    content = bytearray(Path("hurt.npz").read_bytes())
+    content[9000:9100] = bytes(100)
+    Path("hurt.npz").write_bytes(content)
+    assert call("fid.py", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1

@@ -58,9 +58,8 @@ def edited(state, entry, value):
     name = int(name) if name.isdigit() else name
     if rest:
         return state | {name: edited(state[name], rest, value)}
-    if value is GONE:
-        return {key: v for key, v in state.items() if key != name}
-    return state | {name: value(state[name]) if callable(value) else value}
+    new = value(state[name]) if callable(value) else value
+    return {key: v for key, v in (state | {name: new}).items() if v is not GONE}
 
 
 @pytest.fixture(scope="module")
@@ -113,40 +112,37 @@ def save_with(*call, zipped=True):
 
 
 def save_packed(state, path):
-    """Deflated: 1 MB of zeros in a few kB."""
-    torch.save({"more": torch.zeros(1 << 18)}, path)
+    """Honest, but for 16 MB of zeros in 16 kB."""
+    torch.save(state | {"more": torch.zeros(1 << 22)}, path)
     with zipfile.ZipFile(path) as plain:
         files = {name: plain.read(name) for name in plain.namelist()}
     write_zip(path, files)
 
 
-def save_cut(state, path, share):
+def save_cut(state, path):
     torch.save(state, path)
-    os.truncate(path, int(path.stat().st_size * share))
+    os.truncate(path, path.stat().st_size // 2)
 
 
 WRITERS = {  # kind of file: function of an honest state and a path
-    "runs a program": save_with(os.system, "touch ran"), "evaluates": save_with(eval, "open('ran', 'w')"),
-    "calls": save_with(getattr, "a", "upper"), "old": save_with(os.system, "touch ran", zipped=False),
-    "text": lambda state, path: path.write_text("hello"), "empty": lambda state, path: path.write_text(""),
-    "pipe": lambda state, path: os.mkfifo(path), "too large when unpacked": save_packed,
-    "half": lambda state, path: save_cut(state, path, 0.5),
-    "all but the end": lambda state, path: save_cut(state, path, 0.99)}
+    "runs a program": save_with(os.system, "touch ran"),
+    "old format": save_with(os.system, "touch ran", zipped=False),
+    "text": lambda state, path: path.write_text("hello"), "pipe": lambda state, path: os.mkfifo(path),
+    "too large when unpacked": save_packed, "cut": save_cut}
 WEIGHTS = {  # kind of weight: function of an honest one
     "gone": GONE, "text": lambda w: "text", "other shape": lambda w: w[..., :-1].clone(),
     "larger than the file": lambda w: torch.zeros(1).expand(1 << 40), "sparse": lambda w: w.to_sparse(),
-    "a part": lambda w: torch.zeros(1).expand(w.shape), "NaN": lambda w: w * float("nan"),
-    "infinite": lambda w: w + float("inf")}
+    "NaN": lambda w: w * float("nan")}
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, monkeypatch):
     """Each reader takes the honest file, and refuses each kind of another in one line."""
     read, name, entry = READERS[reader]
-    vqgan = {"state_dict": random_weights(layout(32, (1,), set(), 4, 3, 16))}
     tokenizer = {"format": TOKENIZER_FORMAT, "config": SIZES["tokenizer"], "metrics": {"psnr": 20.0},
                  "step": 8, "tokenizer": honest["tokenizer"]}
-    state = {"ckpt.pt": honest, "tokenizer.pt": tokenizer, "vqgan.ckpt": vqgan,
+    state = {"ckpt.pt": honest, "tokenizer.pt": tokenizer,
+             "vqgan.ckpt": {"state_dict": random_weights(layout(32, (1,), set(), 4, 3, 16))},
              "lpips.ckpt": torch.load(small_lpips, weights_only=True)}[name]
     path = tmp_path / name
     torch.save(state, path)
@@ -163,55 +159,39 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
         shutil.copyfile(program, path)
         assert refused(read, path), kind
     for kind, value in WEIGHTS.items():
-        path.unlink()
         torch.save(edited(state, entry, value), path)
         assert refused(read, path), kind
     assert not (tmp_path / "ran").exists()
     assert {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("entry, values", [
-    ("format", [GONE, torch.zeros(2), "vq-lcmd checkpoint 2"]), ("config", [GONE, [1], torch.zeros(2)]),
-    *((f"config/{size}", [0, 10 ** 9, 10 ** 30, "2", 2.5, None]) for size in (
-        "denoiser/K", "denoiser/width", "denoiser/depth", "tokenizer/f", "tokenizer/blocks")),
-    ("config/denoiser/grid", ["22", (10 ** 9, 10 ** 9), (2, 1)]), ("config/denoiser/num_classes", [3]),
-    ("config/denoiser/more", [1]), ("config/tokenizer/published", [[1], {"encoder.x": [10 ** 9] * 2}]),
-    ("config/schedule/shift", [0.0, float("nan"), "a"]), ("config/training", [GONE, {"label_drop": 2.0}]),
-    ("class_names", ["cats", [1, 2], ["cat"]]), ("class_counts", [GONE, [1, -1], [1] * 9, [True, 1]]),
-    ("sampling/steps", [GONE, 0, 10 ** 12, 2.5, torch.ones(1)]), ("sampling/guidance", ["1", float("nan")]),
-    ("sampling/sampler", ["x", ["ddim"]]), ("step", [-1, "8", 10 ** 40, True]),
-    ("metrics/vlb", [3, {"total": "\x1b[31m"}]), ("ema/\x1b\n", [torch.zeros(2)])], ids=str)
-def test_entries_that_lie(entry, values, honest, tmp_path):
+@pytest.mark.parametrize("entry, value", [
+    ("format", GONE), ("config", [1]), ("config/denoiser/K", 10 ** 9), ("config/denoiser/width", 10 ** 30),
+    ("config/tokenizer/f", None), ("config/denoiser/grid", (10 ** 9, 10 ** 9)), ("config/denoiser/more", 1),
+    ("config/denoiser/num_classes", 3), ("config/tokenizer/published", {"encoder.x": [10 ** 9] * 2}),
+    ("config/schedule/shift", float("nan")), ("config/training", {"label_drop": 2.0}),
+    ("class_names", ["cat"]), ("class_counts", [1, -1]), ("sampling/steps", 10 ** 12),
+    ("sampling/guidance", "1"), ("sampling/sampler", "x"), ("step", -1), ("ema/embedding", GONE)], ids=str)
+def test_entries_that_lie(entry, value, honest, tmp_path):
     """ckpt.pt, as sample.py opens it: no entry is believed, and no model is made of wild sizes."""
-    for value in values:
-        torch.save(edited(honest, entry, value), tmp_path / "ckpt.pt")
-        assert refused(lambda path: load_checkpoint(path, CPU), tmp_path / "ckpt.pt"), value
+    path = tmp_path / "ckpt.pt"
+    torch.save(honest, path)
+    assert load_checkpoint(path, CPU).class_names == ["cat", ascii(NASTY)[1:-1]]
+    torch.save(edited(honest, entry, value), path)
+    assert refused(lambda path: load_checkpoint(path, CPU), path)
 
 
-def test_names_are_printable(honest, tmp_path):
-    torch.save(honest, tmp_path / "ckpt.pt")
-    spelled = "a\\x1b[31m\\u202eb\\n\\t<i>"
-    assert load_checkpoint(tmp_path / "ckpt.pt", CPU).class_names == ["cat", spelled]
-    assert str(UserError(NASTY)) == spelled
-
-
-def test_arrays_and_json_that_lie(hostile_files, tmp_path):
-    """.npy with objects, cut short, of a size that it lacks; JSON that is half, nested, of another kind."""
-    hostile = np.array([Hostile(os.system, f"touch {tmp_path / 'ran'}")])
-    np.save(tmp_path / "runs.npy", hostile, allow_pickle=True)
-    np.save(tmp_path / "whole.npy", np.arange(99))
-    assert read_array(tmp_path / "whole.npy").sum() == 99 * 49
-    whole = (tmp_path / "whole.npy").read_bytes()
-    for name, content in {"cut": whole[:-9], "header": whole[:60], "text": b"hello",
-                          "claims": whole.replace(b"(99,), }     ", b"(999999999,)}")}.items():
-        (tmp_path / f"{name}.npy").write_bytes(content)
-    np.savez(tmp_path / "zip", np.arange(9))
-    os.mkfifo(tmp_path / "pipe.npy")
-    for path in [*tmp_path.glob("*.np[yz]"), *hostile_files.values()]:
-        if path.name != "whole.npy":
-            assert refused(read_array, path)
-    for content in ("[" * 10 ** 5, '{"a":', "[]", "\udcff"):
-        (tmp_path / "a.json").write_text(content, errors="surrogateescape")
+def test_arrays_and_json_that_lie(tmp_path):
+    """.npy with objects, or of a size that it lacks; JSON that is nested, or of another kind."""
+    np.save(tmp_path / "a.npy", np.arange(99))
+    assert read_array(tmp_path / "a.npy").sum() == 99 * 49
+    claims = (tmp_path / "a.npy").read_bytes().replace(b"(99,), }     ", b"(999999999,)}")
+    (tmp_path / "claims.npy").write_bytes(claims)
+    np.save(tmp_path / "runs.npy", [Hostile(os.system, f"touch {tmp_path / 'ran'}")], allow_pickle=True)
+    for name in ("claims", "runs"):
+        assert refused(read_array, tmp_path / f"{name}.npy")
+    for content in ("[" * 10 ** 5, "[]"):
+        (tmp_path / "a.json").write_text(content)
         assert refused(read_json, tmp_path / "a.json")
     assert not (tmp_path / "ran").exists()
 
@@ -220,12 +200,11 @@ def test_arrays_and_json_that_lie(hostile_files, tmp_path):
 @pytest.mark.parametrize("command", [
     "train.py --data FOLDER --out new --tokenizer", "train.py --data FOLDER --out new --init", "sample.py",
     "train.py --data FOLDER --out new --perceptual 1 --lpips-weights", "fid.py FOLDER FOLDER --weights",
-    "vqvae.py report", "vqvae.py report RUN/tokenizer.pt --data FOLDER --lpips-weights"])
-def test_programs_execute_nothing(command, hostile_files, folder, run, tmp_path, monkeypatch, capsys):
+    "vqvae.py report"])
+def test_programs_execute_nothing(command, hostile_files, folder, tmp_path, monkeypatch, capsys):
     """Wherever a file is given: status 2, one line, and nothing written."""
     monkeypatch.chdir(tmp_path)
-    words = command.replace("FOLDER", str(folder)).replace("RUN", str(run)).split()
     capsys.readouterr()
-    assert call(*words, hostile_files["write"]) == 2
+    assert call(*command.replace("FOLDER", str(folder)).split(), hostile_files["write"]) == 2
     error = capsys.readouterr().err
     assert "write.ckpt" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())

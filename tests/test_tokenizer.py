@@ -1,10 +1,8 @@
 """The tokenizer: its codebook, the losses of VQGAN, published ones, and how it is measured."""
 
-import csv
 import hashlib
 import itertools
 import math
-import re
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -24,18 +22,8 @@ from extras import downloads, vqgan_losses
 from extras.datasets import find
 from extras.tokenizer_metrics import evaluate_tokenizer, ssim, usage_and_perplexity
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, hinge_loss, read_lpips
-from tests.common import (
-    TINY,
-    call,
-    close,
-    contents,
-    flags,
-    free_ports,
-    join_processes,
-    seeded,
-    start_processes,
-)
-from tests.exact import quantizer
+from tests import common
+from tests.common import TINY, call, close, flags, seeded
 from vqvae import VQVAE, VectorQuantizer, to_uint8
 
 
@@ -89,96 +77,76 @@ def random_weights(shapes):
 SMALL_VQGAN = layout(32, (1, 2), set(), 4, 3, 16)
 
 
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_dead_codes_restart(update):
-    """Unused codes become encoder outputs of the batch and live at the next look and step; used ones stay."""
-    vq, z_e, z = quantizer(update)
-    before, dead = vq.codebook.detach().clone(), torch.tensor([1, 0, 0, 1, 0, 0, 1, 0]).bool()
-    vq.running_count.copy_(torch.where(dead, 0.1, 9.0))
-    assert vq.restart_dead_codes(z_e, seeded(0)) == 3 and vq.restart_dead_codes(z_e, seeded(0)) == 0
-    assert (vq.codebook[dead][:, None] == z).all(-1).any(1).all()
-    assert torch.equal(vq.codebook[~dead], before[~dead])
-    if update == "ema":
-        close(vq.running_sum[dead] / vq.running_count[dead, None], vq.codebook[dead])
-
-
-@pytest.mark.parametrize("f", [2, 4, 8])
+@pytest.mark.parametrize("f", [2, 8])
 def test_vqvae_shapes(f):
-    """Image -> tokens -> image; forward, encode and decode lay tokens out alike; a bad f is refused."""
+    """Image -> tokens -> image; forward, encode and decode lay tokens out alike."""
     torch.manual_seed(0)
     model = VQVAE(16, f=f, K=10, code_dim=3, width=16).eval()
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     out, tokens = model(images), model.encode(images)
     assert tokens.shape == (2, (16 // f) ** 2) and torch.equal(tokens, out["tokens"])
     decoded = model.decode(tokens)
-    again = 127.5 * (1 + model.decode_continuous(model.quantizer(out["z_e"])[0]))
-    assert decoded.shape == images.shape and decoded.dtype == torch.uint8
-    assert (decoded - again.clamp(0, 255)).abs().max() < 0.51  # rounded to uint8
-    for size, bad in (16, 0), (16, 1), (16, 3), (48, 6), (16, 32):
-        with pytest.raises(ValueError, match=f"f = {bad} "):
-            VQVAE(size, f=bad, K=10, code_dim=3, width=16)
+    again = model.decode_continuous(model.quantizer(out["z_e"])[0])
+    assert decoded.shape == images.shape and torch.equal(decoded, to_uint8(again))
 
 
 def move_a_codebook(rank, world, port, folder):
     """Twenty batches, of which this process sees its share; codes die and restart."""
     torch.set_num_threads(1)
     if world > 1:
-        join_processes(rank, port)
+        common.join_processes(rank, port)
         init_distributed()
         add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
         torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
-    for update in ("ema", "gradient"):
-        vq, z_e = VectorQuantizer(16, 3, update), torch.randn(20, 8, 3, 4, 4)
-        dead, first = [], None
-        for step in range(20):
-            z = z_e[step] + (step > 9)  # the data moves, and codes die
-            z = z[rank * 8 // world:(rank + 1) * 8 // world]
-            vq(z, torch.Generator().manual_seed(0))
-            first = first if step else vq.codebook.detach().clone()
-            vq.running_count[step % 16] *= 0
-            vq.running_count.mul_(1 + rank * 2e-7)
-            dead.append(int(vq.restart_dead_codes(z, torch.Generator().manual_seed(step))))
-        torch.save(vq.state_dict() | {"first": first, "dead": dead}, folder / f"{update}{rank}of{world}.pt")
+    vq, z_e, dead = VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), []
+    for step in range(20):
+        z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
+        vq(z, seeded(0))
+        vq.running_count[step % 16] *= 0
+        dead.append(int(vq.restart_dead_codes(z, seeded(step))))
+    torch.save(vq.state_dict() | {"dead": dead}, folder / f"{rank}of{world}.pt")
     if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
         torch.distributed.destroy_process_group()
 
 
 def test_one_codebook_in_two_processes(one_thread, tmp_path):
     """Two processes hold bit for bit the same codebook, and one the same up to rounding."""
-    start_processes(move_a_codebook, 2, *free_ports(1), tmp_path, n=2, wait=60)
+    common.start_processes(move_a_codebook, 2, *common.free_ports(1), tmp_path, n=2, wait=60)
     move_a_codebook(0, 1, None, tmp_path)
-    for update in ("ema", "gradient"):
-        one, first, second = (torch.load(tmp_path / f"{update}{name}.pt", weights_only=True)
-                              for name in ("0of1", "0of2", "1of2"))
-        assert sum(one["dead"]) >= 20 and one["dead"] == first["dead"] == second["dead"]
-        for name in set(one) - {"dead"}:
-            assert torch.equal(first[name], second[name])
-            close(first[name], one[name])
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    dead = one.pop("dead")
+    assert sum(dead) >= 20 and dead == first.pop("dead") == second.pop("dead")
+    close(first, second, rtol=0, atol=0)
+    close(first, one)
 
+
+# ----------------------------------------------------------------------------
+# The losses of VQGAN.
 
 def test_lpips():
     """The formula, in float64; 0 for equal images; a finite gradient even where every feature is 0."""
     torch.manual_seed(0)
     lpips, (x, y) = LPIPS(), (torch.rand(2, 2, 3, 24, 20) * 2 - 1).unbind()
-    state, expected = {name: value.double() for name, value in lpips.state_dict().items()}, 0
-    pooled_before, ends = (5, 10, 17, 24), (2, 7, 14, 21, 28)  # torchvision's numbers of convolutions
-    h = (torch.cat([x, y]).double() - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
-        [0.458, 0.448, 0.450]).view(3, 1, 1)
+    state = {name: value.double() for name, value in lpips.state_dict().items()}
+    ends, expected = (2, 7, 14, 21, 28), 0  # torchvision's numbers of convolutions
+    mean = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    h = (torch.cat([x, y]).double() - mean) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
     for number in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
-        h = F.max_pool2d(h, 2) if number in pooled_before else h
-        weight, bias = (state[f"features.{number}.{kind}"] for kind in ("weight", "bias"))
+        if number in (5, 10, 17, 24):
+            h = F.max_pool2d(h, 2)
+        weight, bias = (state[f"features.{number}.{name}"] for name in ("weight", "bias"))
         h = F.conv2d(h, weight, bias, padding=1).relu()
         if number in ends:
             f, g = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
             weight = state[f"lin.{ends.index(number)}"].view(-1, 1, 1)
             expected = expected + (weight * (f - g) ** 2).sum(1).mean((1, 2))
     close(lpips(x, y), expected.float(), rtol=1e-4, atol=0)  # 13 layers of up to 4,608 float32 products each
-    assert not lpips(x, x).any() and not list(p for p in lpips.parameters() if p.requires_grad)
-    lpips.features[0].bias.fill_(-1e3)  # nothing passes the first ReLU
-    for layer in lpips.features[1:]:
+    assert not lpips(x, x).any()
+    for layer in lpips.features:
         if isinstance(layer, torch.nn.Conv2d):
             layer.bias.zero_()
+    lpips.features[0].bias.fill_(-1e3)  # nothing passes the first ReLU
     y.requires_grad_(True)
     lpips(x, y).sum().backward()
     assert y.grad.isfinite().all()
@@ -193,7 +161,6 @@ def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
     cache = tmp_path / "no cache" / "checkpoints"
     cache.mkdir(parents=True)
     files = [cache / name for name in vqgan_losses.LPIPS_FILES]
-    network["classifier.0.weight"] = torch.zeros(1)
     torch.save(network, files[0], _use_new_zipfile_serialization=False)
     torch.save(linear, files[1])
     with pytest.raises(UserError, match="altered"):
@@ -201,12 +168,9 @@ def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
     digests = {file.name: ("", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
     monkeypatch.setattr(vqgan_losses, "LPIPS_FILES", digests)
     for paths in find_lpips(), find_lpips([small_lpips]):
-        read = read_lpips(paths)
-        assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in read)
+        close(read_lpips(paths), dict(weights), rtol=0, atol=0)
     with pytest.raises(UserError, match="lacks lin.0"):
         read_lpips(files[:1])
-    with pytest.raises(UserError, match="no such file"):
-        find_lpips(["nowhere"])
 
 
 def test_discriminator():
@@ -220,36 +184,28 @@ def test_discriminator():
     by_hand = (h.T @ (x_hat - target) * 2 / 15).norm() / torch.outer(h.mean(0), -critic).norm()
     close(weight, by_hand.detach(), rtol=1e-5, atol=0)
     assert adaptive_weight(x_hat.square().mean(), 0 * x_hat.sum(), last) == 100 and not weight.requires_grad
-    for size in (8, 20, 32, 64):
+    for size in (8, 20, 64):
         model, x = PatchDiscriminator(size, width=16), torch.rand(3, 3, size, size)
         logits = model(x)
         assert logits.shape[:2] == (3, 1) and logits[0].numel() > 1
         close(model(x[1:2]), logits[1:2])
-    with pytest.raises(ValueError, match="at least 8 pixels, not 6"):
-        PatchDiscriminator(6)
 
 
 def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
-    """Without weights a run does not begin. L1, no discriminator."""
-    settings = flags(TINY | {"perceptual": 1.0, "gan": 0.0, "pixel_loss": "l1"})
-    words = ["--data", folder, "--stage", "tokenizer", *settings]
-    with mock.patch.object(downloads, "fetch", side_effect=UserError("cannot download")) as fetched:
-        assert call("train.py", *words, "--out", tmp_path / "a") == 2 and not (tmp_path / "a").exists()
-        error = capsys.readouterr().err
-        assert "cannot download" in error and "`python -m extras.downloads`" in error
-        assert call("train.py", *words, "--out", tmp_path / "a", "--perceptual", 0) == 0
-        assert fetched.call_count == 1
-    assert call("train.py", *words, "--out", tmp_path / "b", "--lpips-weights", small_lpips) == 0
-    with (tmp_path / "b" / "tokenizer.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert all(float(row["lpips"]) > 0 for row in rows) and "adversarial" not in rows[0]
-    assert torch.load(tmp_path / "b" / "tokenizer.pt", weights_only=True)["metrics"]["lpips"] > 0
-    for wrong, says in ((["--perceptual", 0], "no tokenizer is trained here that uses them"),
-                        (["--size", 2, "--f", 2, "--gan", 0], "at least 4 pixels"),
-                        (["--size", 4, "--gan", 1], "at least 8 pixels")):
-        assert call("train.py", *words, "--out", tmp_path / "c", "--lpips-weights", small_lpips, *wrong) == 2
-        assert says in capsys.readouterr().err and not (tmp_path / "c").exists()
+    """Without weights, or with images that are too small, a run does not begin."""
+    words = ["train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--perceptual", 1]
+    with mock.patch.object(downloads, "fetch", side_effect=UserError("cannot download")):
+        assert call(*words) == 2
+    for wrong in (["--perceptual", 0], ["--size", 2, "--f", 2, "--gan", 0], ["--size", 4, "--gan", 1]):
+        assert call(*words, "--lpips-weights", small_lpips, *wrong) == 2
+    error = capsys.readouterr().err
+    for says in ("cannot download", "no tokenizer is trained here", "at least 4 pixels", "at least 8 pixels"):
+        assert says in error
+    assert not (tmp_path / "a").exists()
 
+
+# ----------------------------------------------------------------------------
+# Published tokenizers.
 
 @pytest.mark.parametrize("arguments, digest", [  # of the original models' own state dicts, by SHA-256
     ((128, (1, 1, 2, 2, 4), {4}, 256, 256, 1024), "4a7b1dafb1593e7d"),  # taming f16
@@ -264,41 +220,31 @@ def test_published_layouts(arguments, digest):
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
     f = 2 ** (len(arguments[1]) - 1)
     assert (model.K, model.f, model.grid) == (arguments[-1], f, (256 // f, 256 // f))
-    with pytest.raises(ValueError, match="9 pixels"):
-        PublishedVQGAN(shapes, 9)
 
 
 class Callback:
     """As PyTorch Lightning leaves one in its checkpoints."""
 
 
-class AttributeDict(dict):
-    """Its dict of settings."""
-
-
-@pytest.mark.parametrize("prefix, zipped, more", [
-    ("", True, {"lr": np.float64(1)}), ("first_stage_model.", False, {})], ids=["taming", "old"])
-def test_published_tokenizer(prefix, zipped, more, tmp_path, monkeypatch):
+@pytest.mark.parametrize("prefix, zipped", [("", True), ("first_stage_model.", False)], ids=["taming", "old"])
+def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
     """Tokens and images of a small model are those of the original code in float64.
 
     Its checkpoint is read whatever of Lightning's lies in it; torch's old format has weights alone.
     """
     weights = random_weights(layout(32, (1, 2), {1}, 4, 3, 16))
-    extra = {f"loss.{name}.weight": torch.zeros(2) for name in ("discriminator.main.0", "lpips.lin0")}
-    state = {prefix + key: value for key, value in (weights | extra).items()}
-    content = {"state_dict": state, "epoch": 3} | more
+    others = {"loss.discriminator.main.0.weight": torch.zeros(2)}
+    content = {"state_dict": {prefix + key: value for key, value in (weights | others).items()}}
     if zipped:
-        module = SimpleNamespace(Callback=Callback, AttributeDict=AttributeDict)
-        monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
-        for kind in Callback, AttributeDict:
-            monkeypatch.setattr(kind, "__module__", "pytorch_lightning")
+        monkeypatch.setattr(Callback, "__module__", "pytorch_lightning")
+        monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(Callback=Callback))
         callback = Callback()
-        callback.best = 3
-        content |= {"callbacks": {Callback: callback}, "hyper_parameters": AttributeDict(lr=1.0)}
+        callback.best = np.float64(3)
+        content["callbacks"] = {Callback: callback}
     torch.save(content, tmp_path / "vqgan.ckpt", _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     read = read_tokenizer(tmp_path / "vqgan.ckpt")["tokenizer"]
-    assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in weights)
+    close(read, weights, rtol=0, atol=0)
     model = PublishedVQGAN({key: value.shape for key, value in read.items()}, 16)
     model.load_state_dict(read)
     images = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).mul(37).remainder(256).to(torch.uint8)
@@ -310,21 +256,16 @@ def test_published_tokenizer(prefix, zipped, more, tmp_path, monkeypatch):
     decoded = model.decode_continuous(codes.permute(0, 3, 1, 2))
     expected = torch.tensor([0.2534359, 0.2012962, 0.2843292, 0.7612908, 0.49224, 0.0105155])
     close(decoded[1, 0, 0, :6], expected, rtol=0, atol=1e-5)  # of about 1, through some 40 float32 layers
-    expected = torch.tensor([0.4759835, 0.0624962, 0.1495462, 0.5250455])
-    close(decoded[1, 2, 15, :4], expected, rtol=0, atol=1e-5)
     assert torch.equal(model.decode(tokens), to_uint8(decoded))
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "layers"), ({"encoder" + ".a" * 5000: torch.ones(1)}, ""),
-    ({"quantize.embed.weight": torch.zeros(2)}, "Gumbel"), ({"encoder.training.weight": torch.ones(1)}, ""),
-    ({"quantize.embedding.weight": torch.zeros(70_000, 1)}, "70,000 codes"), (None, "no encoder"),
-    ({f"encoder.down.{i}.downsample.conv.weight": torch.zeros(1) for i in range(60)}, "2^60"),
-    ({"encoder.forward": torch.ones(1)}, "")], ids=range(8))
+    ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "layers"), ({"encoder.forward": torch.ones(1)}, ""),
+    ({"quantize.embed.weight": torch.zeros(2)}, "Gumbel"),
+    ({f"encoder.down.{i}.downsample.conv.weight": torch.zeros(1) for i in range(60)}, "2^60")], ids=range(4))
 def test_what_is_no_published_tokenizer(change, says, tmp_path):
     """Names that are no layers, layers that do not fit together, a codebook that is none: one line."""
-    weights = random_weights(SMALL_VQGAN) | change if change else {"a": torch.zeros(2)}
-    torch.save({"state_dict": weights}, tmp_path / "vqgan.ckpt")
+    torch.save({"state_dict": random_weights(SMALL_VQGAN) | change}, tmp_path / "vqgan.ckpt")
     with pytest.raises(UserError, match="vqgan.ckpt") as caught:
         read_tokenizer(tmp_path / "vqgan.ckpt")
     assert says in str(caught.value)
@@ -332,28 +273,26 @@ def test_what_is_no_published_tokenizer(change, says, tmp_path):
 
 def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     """--tokenizer takes a VQGAN's checkpoint: it decides f and K, encodes, and lies in ckpt.pt."""
-    weights = random_weights(SMALL_VQGAN)
-    torch.save({"state_dict": weights}, tmp_path / "vqgan.ckpt")
+    vqgan, checkpoint = tmp_path / "vqgan.ckpt", tmp_path / "a" / "ckpt.pt"
+    torch.save({"state_dict": random_weights(SMALL_VQGAN)}, vqgan)
     options = flags({name: value for name, value in TINY.items() if name not in ("f", "K", "code_dim")})
-    words = ["--data", folder, "--out", tmp_path / "a", "--tokenizer", tmp_path / "vqgan.ckpt", *options]
-    assert call("train.py", *words) == 0
-    text = capsys.readouterr().out
-    assert "16 tokens of 16 codes per image" in text and "tokenizer: psnr" in text
-    before = contents(tmp_path / "a")
-    assert call("train.py", *words) == 0 and contents(tmp_path / "a") == before
-    pipeline = load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu"))
+    words = ["train.py", "--data", folder, "--tokenizer", vqgan, *options, "--out"]
+    assert call(*words, tmp_path / "a") == 0
+    assert "16 tokens of 16 codes per image" in capsys.readouterr().out
+    pipeline = load_checkpoint(checkpoint, torch.device("cpu"))
     assert isinstance(pipeline.tokenizer, PublishedVQGAN) and pipeline.model.K == 16
     tokens = torch.from_numpy(np.load(tmp_path / "a" / "tokens.npy")["x"][:5].astype("i8"))
-    images, _ = find(str(folder)).load(8)
+    images, _ = find(folder).load(8)
     assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), tokens)
-    assert call("sample.py", tmp_path / "a" / "ckpt.pt", "--n", 2, "--out", tmp_path / "s.png") == 0
-    weights["quant_conv.bias"] += 1
-    torch.save({"state_dict": weights}, tmp_path / "vqgan.ckpt")
-    for more, says in ((words, "made with tokenizer"),
-                       ([*words, "--K", 9, "--out", tmp_path / "b"], "leave --K away"),
-                       ([*words[:4], *flags(TINY | {"f": 2, "K": 16, "code_dim": 3})], "tokenizer is own")):
-        assert call("train.py", *more) == 2 and says in capsys.readouterr().err
+    assert call("sample.py", checkpoint, "--n", 2, "--out", tmp_path / "s.png") == 0
+    torch.save({"state_dict": random_weights(layout(32, (1, 2), {1}, 4, 3, 16))}, vqgan)
+    for out, more, says in (("a", [], "made with tokenizer"), ("b", ["--K", 9], "leave --K away")):
+        assert call(*words, tmp_path / out, *more) == 2
+        assert says in capsys.readouterr().err
 
+
+# ----------------------------------------------------------------------------
+# How it is measured.
 
 def test_usage_and_perplexity():
     """K when all K codes are used equally, 1 for a single one, e^H in between."""
@@ -376,7 +315,6 @@ def test_ssim():
                           / ((mp ** 2 + mq ** 2 + 1e-4) * (variances + 9e-4)))
     # float32 sums of numbers below 1, differences of some 2^-23 beside 9e-4 in the denominator
     assert float(ssim(a, b)[1]) == pytest.approx(np.mean(values), abs=20 * 2 ** -23 / 9e-4)
-    close(ssim(a, a), torch.ones(2), rtol=0, atol=1e-6)
     grey = [torch.full((1, 3, 6, 6), v, dtype=torch.uint8) for v in (51, 102)]  # 0.2 and 0.4
     assert float(ssim(*grey)) == pytest.approx((0.16 + 1e-4) / (0.2 + 1e-4), abs=1e-3)
 
@@ -387,30 +325,27 @@ def test_evaluate():
     half = SimpleNamespace(K=4, size=4, eval=lambda: None, encode=lambda x: x[:, 0].flatten(1).long() // 128,
                            decode=lambda tokens: torch.full((len(tokens), 3, 4, 4), 100, dtype=torch.uint8))
     metrics = evaluate_tokenizer(half, data.ImageSet([0] * 10, [], 4, pixels=images), "cpu", batch=4)
-    assert metrics.pop("ssim") == pytest.approx(float(ssim(images, torch.full_like(images, 100)).mean()))
     mse = (images.double() - 100).square().mean()
     high = float((images[:, 0] >= 128).double().mean())
     entropy = -high * math.log(high) - (1 - high) * math.log(1 - high)
-    assert metrics == pytest.approx({"psnr": float(10 * (255 ** 2 / mse).log10()), "usage": 0.5,
-                                     "perplexity": math.exp(entropy)})
+    assert metrics == pytest.approx({
+        "psnr": float(10 * (255 ** 2 / mse).log10()), "usage": 0.5, "perplexity": math.exp(entropy),
+        "ssim": float(ssim(images, torch.full_like(images, 100)).mean())})
 
 
-def test_report(fast, small_lpips, run, folder, tmp_path, capsys, monkeypatch):
+def test_report(fast, small_lpips, run, folder, tmp_path, capsys):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
-    words = ["report", run / "tokenizer.pt", "--data", folder, "--out", tmp_path / "a" / "r.png"]
-    assert call("vqvae.py", *words) == 0
-    text = capsys.readouterr().out
-    metrics = torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
-    assert all(f"{name} {metrics[name]:.4g}" in text for name in ("psnr", "ssim", "usage", "perplexity"))
-    assert "2 held-out images" in text and re.search(r"rfid \d", text) and "no LPIPS: no vgg16" in text
-    with Image.open(tmp_path / "a" / "r.png") as picture:
-        assert picture.width > 2 * 8 and len(np.unique(np.asarray(picture))) > 10
+    page, metrics = tmp_path / "r.png", torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
     torch.save({"state_dict": random_weights(SMALL_VQGAN)}, tmp_path / "vqgan.ckpt")
-    monkeypatch.delenv("FID_WEIGHTS")
-    for more, says in ((["--lpips-weights", small_lpips], "lpips 0."), (["--batch", 1], "no rFID: no"),
-                       (["--size", 6, "report", tmp_path / "vqgan.ckpt"], "9 tokens of 6 x 6 pixels"),
-                       (["--size", 9], "made for images of 8 pixels"), (["--batch", 0], "--batch must be"),
-                       (["--root", tmp_path, "--data", "nowhere"], "no such folder")):
-        status = call("vqvae.py", *(words[2:] + more if "report" in more else words + more))
-        out, err = capsys.readouterr()
-        assert says in (err if status else out)
+    words = ["--data", folder, "--out", page]
+    figures = [f"{name} {metrics[name]:.4g}" for name in ("psnr", "ssim", "usage", "perplexity")]
+    for tokenizer, more, says in (
+            (run / "tokenizer.pt", [], [*figures, "2 held-out images", "rfid ", "no LPIPS: no vgg16"]),
+            (run / "tokenizer.pt", ["--lpips-weights", small_lpips], ["lpips 0."]),
+            (tmp_path / "vqgan.ckpt", ["--size", 6], ["9 tokens of 6 x 6 pixels"])):
+        assert call("vqvae.py", "report", tokenizer, *words, *more) == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in says)
+    assert len(np.unique(np.asarray(Image.open(page)))) > 10
+    assert call("vqvae.py", "report", run / "tokenizer.pt", *words, "--size", 9) == 2
+    assert "made for images of 8 pixels" in capsys.readouterr().err
