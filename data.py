@@ -21,6 +21,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from engine.distributed import rank_and_world
+from engine.process import look_ahead
+from engine.randomness import batch_indices, generator_for
 from engine.validate import UserError, printable, reason_of
 
 IN_MEMORY_BYTES = 2 << 30  # a smaller set is decoded once; a larger one image by image, each time
@@ -167,6 +170,24 @@ class ImageSet:
             with contextlib.suppress(Exception):  # whatever keeps this one from being read
                 return load_image(self.source.read(self.items[other]), self.size)
         raise UserError(f"{title} and its neighbours can no longer be read ({reason}): is the disk there?")
+
+
+def image_batches(images, config, seed, first_step, steps, device):
+    """This rank's uint8 images (B / world, 3, H, W) of an ImageSet for each step; a thread reads ahead.
+
+    For a GPU they lie in pinned memory, from which they are copied without waiting.
+    """
+    (rank, world), B = rank_and_world(), config["tokenizer_batch"]
+    mine = slice(rank * B // world, (rank + 1) * B // world)
+
+    def read(step):
+        batch = images.batch(batch_indices(len(images), B, seed, "tokenizer", step)[mine])
+        if config["flip"]:
+            flips = torch.rand(B, 1, 1, 1, generator=generator_for(seed, "flips", step))[mine] < 0.5
+            batch = torch.where(flips, batch.flip(3), batch)
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    return look_ahead(read, range(first_step, steps))
 
 
 class Source:

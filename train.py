@@ -27,12 +27,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 import losses
+from data import image_batches
 from embedding_diffusion import EmbeddingDiffusion
 from engine import budget, checkpoint, process, status
 from engine.build import load_tokenizer, make_pipeline, make_tokenizer, restore
 from engine.config import parse_arguments
 from engine.distributed import all_reduce_sum, bf16_works, data_parallel, init_distributed, rank_and_world
-from engine.randomness import STAGES, batch_indices, generator_for, image_batches, seed_for
+from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.tokens import random_tokens, read_tokens
 from extras import fid_sources, grids, run_page, setup
 from extras.datasets import DATASETS
