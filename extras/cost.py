@@ -1,14 +1,14 @@
 """The cost of a run before it starts: memory, operations, hours, disk; and how many images at a time fit.
 
     python train.py --data FOLDER --dry-run --for 4090      one run, in full
-    python -m extras.cost --for 4090                        a line for each preset
+    python -m extras.cost 4090                              a line for each preset
 
 It counts the training steps and the sampler of this repository (extras/meta_count.py). Hours are operations
-at UTILISATION of the chip's peak. Reading images is not counted.
+at UTILISATION of the chip's peak. Reading images and evaluations are not counted.
 """
 
-import argparse
 import math
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -16,10 +16,10 @@ import torch
 from embedding_diffusion import EmbeddingDiffusion
 from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
-from extras.meta_count import CHIPS, GiB, Stage, autocast, chip_of, fits
+from extras.meta_count import GiB, Stage, autocast, chip_of, fits
 from extras.vqgan_losses import LPIPS, discriminator_loss, make_discriminator, tokenizer_loss
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
-from sample import COLUMNS, sample_tokens
+from sample import sample_tokens
 from schedule import ShiftedCosine
 
 UTILISATION = 0.3  # share of a chip's peak which a run is assumed to reach
@@ -95,9 +95,8 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     models: of engine.config.describe_models; counts: (training, held-out) images. -> a namespace: micro_batch
     and eval_batch, as asked for or as fit; stages {name: Stage}; flops, hours {name: of the whole run}; ...
     """
-    (n_train, n_test), batch = counts, config["batch"] // world
-    rows = n_train * (1 + config["flip"])  # of training tokens
-    N = math.prod(models["denoiser"]["grid"])
+    batch, N = config["batch"] // world, math.prod(models["denoiser"]["grid"])
+    rows = counts[0] * (1 + config["flip"])  # of training tokens
     encoding, sampling = count_untrained(config, models, chip)
     stages, fitting = {}, {}
     if trains_tokenizer:
@@ -111,24 +110,19 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     untrained.peak["weights"] = max(stage.total - stage.peak["activations"] for stage in stages.values())
     stages["untrained"] = untrained.fit(chip, config["eval_batch"])
 
-    call = sampling.flops / sampling.images / 2  # of the denoiser for an image; guidance included
-    pictures = COLUMNS * min(models["denoiser"]["num_classes"] or COLUMNS, 16)
-    evaluation = call * (2 * max(1000, min(n_test, 2000)) + config["sample_steps"] * pictures)
-    tokenizer_step = stages["tokenizer"].flops if trains_tokenizer else 0
-    flops = {"tokenizer": config["tokenizer_steps"] * tokenizer_step * world,
-             "tokens": encoding.flops / encoding.images * (rows + n_test),
-             "diffusion": config["steps"] * diffusion.flops * world,
-             "evaluation": evaluation * (1 + config["steps"] // config["sample_every"])}
-    share = min(1, config["sample_every"] / config["steps"])
-    first = flops["tokenizer"] + flops["tokens"] + 2 * evaluation + share * flops["diffusion"]
+    flops = {"tokens": encoding.flops / encoding.images * (rows + counts[1]),
+             "diffusion": config["steps"] * diffusion.flops * world}
+    if trains_tokenizer:
+        flops["tokenizer"] = config["tokenizer_steps"] * stages["tokenizer"].flops * world
     rate = world * chip.flops * UTILISATION * 3600  # an hour's
+    hours = {name: value / rate for name, value in flops.items()}
     return SimpleNamespace(
-        chip=chip, world=world, stages=stages, fitting=fitting, flops=flops,
-        hours={name: value / rate for name, value in flops.items()}, first=first / rate,
+        chip=chip, world=world, stages=stages, fitting=fitting, flops=flops, hours=hours,
+        first=sum(hours.values()) - hours["diffusion"] * max(0, 1 - config["sample_every"] / config["steps"]),
         micro_batch=config["micro_batch"] or fitting["diffusion"] % batch,
         eval_batch=stages["untrained"].images,
         fits={name: fits(chip, stage.total) for name, stage in stages.items()},
-        disk=(rows + n_test) * (2 * N + 5) + 14 * (encoding.size + diffusion.size))
+        disk=(rows + counts[1]) * (2 * N + 5) + 14 * (encoding.size + diffusion.size))
 
 
 def in_words(hours):
@@ -170,14 +164,7 @@ def advice(cost):
             yield f"{name} does not fit the memory. What may: {flag} {cost.fitting[name]}, {otherwise}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The cost of every preset, by counting; needs no data.")
-    parser.add_argument("--for", dest="chip", choices=CHIPS, default="4090", help="default: 4090")
-    chip = chip_of(None, parser.parse_args().chip)
-    for preset, options in PRESETS.items():
-        config = DEFAULTS | options
-        print(f"{preset:<14}", summary(estimate(config, describe_models(config, 10), (100000, 2000), chip)))
-
-
 if __name__ == "__main__":
-    main()
+    for preset, options in PRESETS.items():
+        config, chip = DEFAULTS | options, chip_of(None, sys.argv[1])
+        print(f"{preset:<14}", summary(estimate(config, describe_models(config, 10), (100000, 2000), chip)))
