@@ -157,11 +157,11 @@ def advice(cost):
 
     The tokenizer's batch is never split: its codebook and its discriminator's weight depend on all of it.
     """
-    for name, flag, otherwise in (
-            ("tokenizer", "--tokenizer-batch", "which changes the result, or more GPUs (torchrun)"),
-            ("diffusion", "--micro-batch", "--activation-checkpointing, or a smaller --width")):
+    for name, what, flag, otherwise in (
+            ("tokenizer", "tokenizer's batch", "--tokenizer-batch", "which changes the result, or more GPUs"),
+            ("diffusion", "denoiser", "--micro-batch", "--activation-checkpointing, or a smaller --width")):
         if not cost.fits.get(name, True):
-            yield f"{name} does not fit the memory. What may: {flag} {cost.fitting[name]}, {otherwise}"
+            yield f"the {what} does not fit the memory. What may: {flag} {cost.fitting[name]}, {otherwise}"
 
 
 if __name__ == "__main__":
