@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 8 fid.py REAL FAKE     every process takes a share
 
 FID (Heusel et al. 2017) is the squared Frechet distance of two Gaussians. They have the means and covariances
-of a network's features of real and of generated images. The network, Inception-v3, is in extras/inception.py;
-KID, Inception Score, precision and recall, from the same features, in extras/metrics.py. sFID (Nash et al.
-2021) is FID of other features. Compare scores of as many images only: FID falls as N grows, by about 1/N.
+of a network's features of real and of generated images. The network, Inception-v3, is in extras/inception.py.
+KID, Inception Score, precision and recall come from the same features; sFID (Nash et al. 2021) is FID of
+other features. Compare scores of as many images only: FID falls as N grows, by about 1/N.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from engine.distributed import all_reduce_sum, gather, rank_and_world
 from engine.process import look_ahead, write_atomically
 from engine.validate import UserError
 from extras.inception import WEIGHTS_SHA256
-from extras.metrics import inception_score, kernel_distance, precision_recall
 
 MAX_KEPT = 50_000  # generated images whose features are kept for KID, precision and recall
 REAL_KEPT = 10_000  # real ones, as many as ADM's file for ImageNet has; their features take 82 MB in a file
@@ -60,6 +59,70 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     trace = np.sqrt(np.linalg.eigvalsh(g @ g.T).clip(0)).sum() if g.size else 0.0
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
     return max(float(distance), 0.0)  # equal Gaussians may come out at -1e-12
+
+
+# ----------------------------------------------------------------------------
+# Its relatives, in float64.
+
+def kernel_distance(real, fake, subsets=100, size=1000):
+    """(mean, standard deviation over subsets) of KID: unbiased MMD^2 with k(a, b) = (a.b / d + 1)^3.
+
+    Binkowski et al. 2018, eq. 4. Features (n, d). Subsets are drawn as in torch-fidelity, the generated set
+    first. The result may be negative.
+    """
+    size = min(size, len(real), len(fake))
+    if size < 2:
+        raise UserError("KID needs at least two images a side")
+    rng, values = np.random.RandomState(2020), []
+    for _ in range(subsets):
+        y, x = (f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)].double()
+                for f in (fake, real))
+        kxx, kyy, kxy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (size * (size - 1))
+        values.append(within - 2 * kxy.mean())
+    values = torch.stack(values)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def inception_score(logits, splits=10):
+    """(mean, standard deviation over splits) of exp E[KL(p(y|x) || p(y))].
+
+    Salimans et al. 2016. Logits without bias (n, 1008). Shuffled and split as torch-fidelity does.
+    """
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))
+    log_p = logits[order.to(logits.device)].double().log_softmax(1)
+    values, n, splits = [], len(logits), min(splits, len(logits))
+    for i in range(splits):
+        part = log_p[i * n // splits:(i + 1) * n // splits]
+        values.append((part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp())
+    values = torch.stack(values)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def squared_distances(a, b):
+    """(n, d), (m, d) float64 -> (n, m)."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+
+def precision_recall(real, fake, k=3, tile=1000):
+    """(share of generated points in the manifold of the real, share of real points in that of the generated).
+
+    Manifold: the balls around all points that reach to their k-th nearest neighbour. Features (n, d).
+    Kynkaanniemi et al. 2019, eq. 2.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall need at least {k + 1} images a side")
+    real, fake = real.double(), fake.double()
+
+    def radii(points):  # each point is its own nearest neighbour
+        return torch.cat([squared_distances(part, points).kthvalue(k + 1).values
+                          for part in points.split(tile)])
+
+    def covered(points, centres, squared_radii):
+        inside = [(squared_distances(part, centres) <= squared_radii).any(1) for part in points.split(tile)]
+        return float(torch.cat(inside).double().mean())
+
+    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
 
 # ----------------------------------------------------------------------------

@@ -37,10 +37,10 @@ from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.tokens import random_tokens, read_tokens
 from extras import fid_sources, grids, run_page, setup
 from extras.datasets import DATASETS
-from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import build_discriminator, discriminator_step, tokenizer_loss
 from sample import COLUMNS, default_labels, sample_together
 from schedule import ShiftedCosine
+from vqvae import evaluate_tokenizer
 
 RESTART_EVERY = 50  # steps of the tokenizer, after which codes that are no longer used restart
 DRAWS, FINAL_DRAWS = 1000, 10000  # pairs (z_0, z_t) of the held-out bound, during training and at its end

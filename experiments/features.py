@@ -19,8 +19,7 @@ from engine.process import write_atomically
 from extras.datasets import find
 from extras.downloads import DownloadError
 from extras.inception import find_inception, load_inception
-from extras.metrics import kernel_distance, precision_recall
-from fid import frechet_distance
+from fid import frechet_distance, kernel_distance, precision_recall
 from vqvae import to_float
 
 

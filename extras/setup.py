@@ -20,7 +20,7 @@ from engine.build import load_tokenizer, make_tokenizer, options_of, read_tokeni
 from engine.config import describe_models, flag, resolve
 from engine.distributed import all_reduce_max, broadcast, choose_device, precision, rank_and_world
 from engine.tokens import encode_sets, open_tokens
-from engine.validate import UserError
+from engine.validate import UserError, expect
 from extras import cost, run_directory
 from extras.data_arrays import TokenFile
 from extras.datasets import find
@@ -59,8 +59,7 @@ class Run:
 
 
 def prepare(args, stack):
-    """The Run of the command line; rank 0 looks first, then the others. After --dry-run the program ends
-    here.
+    """The Run of the command line; rank 0 looks first, then the others. After --dry-run the program ends.
 
     stack: a contextlib.ExitStack that keeps the run directory's lock and page.
     """
@@ -69,7 +68,7 @@ def prepare(args, stack):
         sys.stdout = open(os.devnull, "w")
     run = process.main_process_first(lambda: prepare_rank(args, stack))
     if broadcast(run is None):
-        sys.exit()
+        sys.exit(0)
     run = run or prepare_rank(args, stack)
     # All take as many images at a time as the one with the least memory.
     run.micro_batch = -all_reduce_max(-(run.micro_batch or run.config["batch"] // world))
@@ -80,10 +79,8 @@ def prepare(args, stack):
 
 def prepare_rank(args, stack):
     began = time.monotonic()
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
-    if args.eval_fid is not None and args.eval_fid < 2:
-        raise UserError(f"--eval-fid {args.eval_fid}: must be at least 2, and 2,048 to mean anything")
+    expect("--seed", args.seed, int, 0)
+    expect("--eval-fid", args.eval_fid or 2, int, 2)
     if args.chip and not args.dry_run:
         raise UserError("--for asks for the cost on another machine: give --dry-run with it")
     with process.user_error():
@@ -138,7 +135,8 @@ def prepare_rank(args, stack):
     if rank_and_world()[0] == 0:
         run_directory.make(out, source, load_images, run_config, not before, args.allow_bad, stack)
         if tokenizer and not (out / "tokenizer.pt").exists():
-            checkpoint.save(out / "tokenizer.pt", tokenizer | {"config": models["tokenizer"]})
+            content = tokenizer | {"config": models["tokenizer"]}
+            process.write_atomically(out / "tokenizer.pt", lambda partial: torch.save(content, partial))
     return Run(config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed,
                device=device, lpips=lpips, inception=inception, init=init, began=began,
                minutes=None if "minutes" in before else args.minutes,

@@ -14,9 +14,9 @@ from extras.datasets import find
 from extras.fid_sources import Decoded
 from extras.grids import save_pairs
 from extras.inception import find_inception, load_inception
-from extras.tokenizer_metrics import evaluate_tokenizer
 from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
 from fid import compute_scores, measure
+from vqvae import evaluate_tokenizer
 
 
 class Reconstructed(Decoded):
