@@ -9,6 +9,7 @@ import pickle
 import resource
 import struct
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,6 @@ def test_toy():
     assert len({image.numpy().tobytes() for image in (*images, *draw_toy(240, seed=1)[0])}) == 480
     assert labels.tolist() == [i % len(Toy.class_names) for i in range(240)]
 
-
-# ----------------------------------------------------------------------------
-# From a file to pixels.
 
 def encode(image, form="png", **options):
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
@@ -78,9 +76,6 @@ def test_large_jpegs_are_decoded_smaller():
     assert np.abs(data.load_image(encode(waves, "jpeg", quality=98), 32)[0] - exact).mean() < 4
     assert data.open_image(encode(waves, "jpeg"), 32).size == (64, 64)
 
-
-# ----------------------------------------------------------------------------
-# Forms and layouts.
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
@@ -188,9 +183,6 @@ def test_lsun_by_name(tmp_path):
     assert [path.name for path in train.iterdir()] == ["data.mdb"]  # read-only, without a lock
 
 
-# ----------------------------------------------------------------------------
-# Names and downloads.
-
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_name_without_its_data(name, tmp_path, capsys, monkeypatch):
     """What it is, its licence, where and how to get it, the layout; status 2, nothing written."""
@@ -222,6 +214,7 @@ def test_where_names_are_looked_for(tmp_path, monkeypatch):
 
 def test_download(server, tmp_path, monkeypatch, capsys):
     """There when it is right, from the first address that has it; else a line says what to do."""
+    monkeypatch.setattr(torch.hub, "urlopen", urllib.request.urlopen)  # which a fixture took away
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VQLCMD_DATA", raising=False)
     images = noise(24, 28, 28)[..., 0]
@@ -237,9 +230,6 @@ def test_download(server, tmp_path, monkeypatch, capsys):
     for server.files in (honest, {}):  # the second time it is there
         assert torch.equal(find("mnist").load(28)[0].pixels[:, 0], torch.from_numpy(images[:20]))
 
-
-# ----------------------------------------------------------------------------
-# Files that lie: each is refused in a line that names it, and takes no memory.
 
 IMAGES, ROWS = noise(6, 8, 8), noise(12, 32, 32)
 GREY, NAMES = IMAGES[..., 0], [f"{i}.png" for i in range(6)]

@@ -47,9 +47,6 @@ def test_every_flag_of_sample_does_something(run, tmp_path):
         assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
 
 
-# ----------------------------------------------------------------------------
-# Special pictures, tile by tile.
-
 SIDE = 66  # 8 pixels, 8 times, and 2
 
 
@@ -145,9 +142,6 @@ def test_wrong_use_of_sample(words, says, run, tmp_path, capsys, monkeypatch):
     assert call("sample.py", run / "ckpt.pt", *words) == 2
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
 
-
-# ----------------------------------------------------------------------------
-# Files, classes, checkpoints to share.
 
 @pytest.mark.parametrize("name", ["a", "a.zip", "a.npz"])
 def test_sample_files(name, run, tmp_path, capsys):

@@ -121,9 +121,6 @@ def test_one_codebook_in_two_processes(one_thread, tmp_path):
     close(first, one)
 
 
-# ----------------------------------------------------------------------------
-# The losses of VQGAN.
-
 def test_lpips():
     """The formula, in float64; 0 for equal images; a finite gradient even where every feature is 0."""
     torch.manual_seed(0)
@@ -203,9 +200,6 @@ def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
         assert says in error
     assert not (tmp_path / "a").exists()
 
-
-# ----------------------------------------------------------------------------
-# Published tokenizers.
 
 @pytest.mark.parametrize("arguments, digest", [  # of the original models' own state dicts, by SHA-256
     ((128, (1, 1, 2, 2, 4), {4}, 256, 256, 1024), "4a7b1dafb1593e7d"),  # taming f16
@@ -290,9 +284,6 @@ def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
         assert call(*words, tmp_path / out, *more) == 2
         assert says in capsys.readouterr().err
 
-
-# ----------------------------------------------------------------------------
-# How it is measured.
 
 def test_usage_and_perplexity():
     """K when all K codes are used equally, 1 for a single one, e^H in between."""
