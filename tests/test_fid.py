@@ -18,7 +18,7 @@ from engine.build import load_checkpoint
 from engine.validate import UserError
 from extras import fid_command, fid_sources, inception, sample_command
 from extras.datasets import find
-from extras.metrics import inception_score, kernel_distance, precision_recall
+from fid import inception_score, kernel_distance, precision_recall
 from sample import sample_images
 from tests import common
 from tests.common import TINY, call, close, flags, make_folder, noise, rows_of, scores_of, seeded

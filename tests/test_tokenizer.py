@@ -20,11 +20,10 @@ from engine.published_vqgan import PublishedVQGAN
 from engine.validate import UserError
 from extras import downloads, vqgan_losses
 from extras.datasets import find
-from extras.tokenizer_metrics import evaluate_tokenizer, ssim, usage_and_perplexity
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, hinge_loss, read_lpips
 from tests import common
 from tests.common import TINY, call, close, flags, seeded
-from vqvae import VQVAE, VectorQuantizer, to_uint8
+from vqvae import VQVAE, VectorQuantizer, evaluate_tokenizer, ssim, to_uint8, usage_and_perplexity
 
 
 def layout(channels, multiples, attended, z, code_dim, K):
