@@ -102,11 +102,8 @@ def read_idx_file(path, rank):
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-# ----------------------------------------------------------------------------
-# Rows: one structured array, one row per image.
-
 def read_npy(path):
-    """Images, or rows of data.py --save or of train.py; memory-mapped."""
+    """Images, or one row per image, of data.py --save or of train.py; memory-mapped."""
     array = read_array(path)
     names = array.dtype.names
     if names is None:

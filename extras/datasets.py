@@ -21,14 +21,14 @@ from extras.image_cache import save_for_runs
 from extras.toy import TOY_SIZE, Toy
 
 DATASETS = read_json(Path(__file__).with_suffix(".json"))
+EXAMPLES = """examples:
+  python data.py photos/ --size 64 --out page.png  your own folder
+  python data.py ffhq --root /datasets             a published set, or how to get it"""
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
 def find(name, root=None):
-    """The source behind --data: toy, a name in DATASETS, or a path.
-
-    root: where named sets lie, a folder of them or the set itself.
-    """
+    """The source behind --data: toy, a name in DATASETS, or a path, below root if that is given."""
     if name == "toy":
         return Toy()
     if name in DATASETS:
@@ -47,32 +47,31 @@ def find(name, root=None):
 
 def find_named(name, root):
     """A set of DATASETS: looked for below --root, or $VQLCMD_DATA, data/ and here; else downloaded."""
-    facts, source, problem = DATASETS[name], None, None
+    facts, source = DATASETS[name], None
     home = Path(os.environ.get("VQLCMD_DATA", "data")).expanduser()
     bases = dict.fromkeys([home, Path("data"), Path(".")]) if root is None else [Path(root).expanduser()]
     paths = [base / word for base in bases for word in facts["names"]]
     others = [word for other in DATASETS.keys() - {name} for word in DATASETS[other]["names"]]
     if root is not None and not any(Path(root, word).expanduser().exists() for word in others):
         paths += bases  # the set itself, and not a folder in which others lie
+    problem = f"not found in {', '.join(map(str, paths))}"
     for path in filter(Path.exists, paths):
         try:
             source = detect_format(path)
             break
         except UserError as error:  # an empty folder, or a download that is not complete
-            problem = problem or error
+            problem = error
     if source is None and "files" in facts and root is None:
         for file, sha256 in facts["files"].items():
             if not (home / name / file).exists():
                 urls = [url + file for url in facts["urls"]]
                 fetch(urls, home / name / file, sha256, "name their folder with --root")
         source = detect_format(home / name)
-    if source is None and problem:
-        raise problem
     if source is None:
         for word in ("what", "licence", "where", "command", "layout"):
             print(f"  {word:8} {facts[word]}", file=sys.stderr)
-        raise UserError(f"--data {name}: not found in {', '.join(map(str, paths))}: get it as above, "
-                        f"and give its folder as --root or VQLCMD_DATA, or data/{name}")
+        raise UserError(f"--data {name}: {problem}. Get it as above, and give its folder as --root or "
+                        f"VQLCMD_DATA, or data/{name}")
     source.name = source.dataset = name
     source.class_names = facts.get("classes", source.class_names)
     count = facts["count"]
@@ -108,7 +107,8 @@ def detect_format(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what --data would train on.")
+    parser = argparse.ArgumentParser(description="Show what --data would train on.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help=f"toy, {', '.join(DATASETS)}, or a path: folder, zip, LMDB, arrays")
     parser.add_argument("--root", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")

@@ -29,10 +29,7 @@ def save_pairs(above, below, path, columns=8):
 
 
 def grid_page(images, columns, row_labels=None, column_labels=None):
-    """uint8 images (n, 3, H, W) on a page, a Pillow image, row by row, 2 pixels apart, each about 64 wide.
-
-    row_labels, column_labels: one word a row or column.
-    """
+    """uint8 images (n, 3, H, W) row by row on a Pillow image, 2 pixels apart; labels: a word each."""
     n, _, height, width = images.shape
     scale = max(1, round(64 / width))  # a whole number, without smoothing
     rows, tile_h, tile_w = -(-n // columns), height * scale + 2, width * scale + 2

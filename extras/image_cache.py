@@ -19,10 +19,7 @@ CACHE = "images.npy"  # in a run's directory
 
 
 def save_images(source, size, path):
-    """Decodes all images of a source into rows of read_saved. -> {title: why not} of those left out.
-
-    What an earlier call decoded is kept; a file of other images is replaced.
-    """
+    """Decodes the images that an earlier call has not. -> {title: why not} of those left out."""
     items, partial = np.concatenate([source.train, source.test]), path.with_suffix(".part.npy")
     if path.exists():
         path.replace(partial)
