@@ -2,9 +2,8 @@
 
     z_t = alpha_t e(x) + sigma_t eps,   alpha_t^2 = sigmoid(lambda_t),   sigma_t^2 = sigmoid(-lambda_t)
 
-lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from t = 0 (clean) to t = 1 (noise). With train.py's
-settings it starts at 2.3 and ends at -10.7: [-10, 3], and the shift s = 0.7 adds 2 log s = -0.7. The signal
-is variance preserving: alpha_t^2 + sigma_t^2 = 1.
+lambda_t = log SNR(t) = log(alpha_t^2 / sigma_t^2) falls from t = 0 (clean) to t = 1 (noise), with train.py's
+settings from 2.3 to -10.7. The signal is variance preserving: alpha_t^2 + sigma_t^2 = 1.
 
 Why "clean" is no cleaner than 2.3 (ours; Plaid learns both ends): above log 5 = 1.6 the weight of L_diff is
 clipped, and a clipped weight rewards collapse (losses.py). So we start a little above that (measured), and
@@ -15,8 +14,7 @@ apart until the SNR is quite low. With the plain cosine schedule the network wou
 noise levels where every token is plainly visible. A shift s < 1 multiplies the SNR by s^2 at every t and
 moves the time to where there is something to decide.
 
-Run alone, this file prints the ends of the schedule for several shifts and draws the curves:  python
-schedule.py
+Run alone, this file prints a table for several shifts and draws the curves:  python schedule.py
 """
 
 import math
@@ -27,9 +25,8 @@ import torch
 class ShiftedCosine:
     """lambda(t) = -2 log tan(pi t'/2) + 2 log s, where t' = t0 + w t (paper: shifted cosine schedule).
 
-    The affine map t -> t' keeps lambda, before the shift, inside [log_snr_min, log_snr_max] (ours); the real
-    range is [log_snr_min + 2 log s, log_snr_max + 2 log s]. All methods work element by element in the dtype
-    of t.
+    The affine map t -> t' gives lambda(0) = log_snr_max and lambda(1) = log_snr_min (ours). All methods work
+    element by element in the dtype of t.
     """
 
     def __init__(self, shift, log_snr_min, log_snr_max):
@@ -38,16 +35,17 @@ class ShiftedCosine:
         if not log_snr_min < log_snr_max:
             raise ValueError(f"log_snr_min ({log_snr_min}) must lie below log_snr_max ({log_snr_max})")
         self.shift, self.log_snr_min, self.log_snr_max = shift, log_snr_min, log_snr_max
-        # Solve -2 log tan(pi t'/2) = lambda for the two ends: t' = (2/pi) atan(e^{-lambda/2}).
-        self.t0 = 2 / math.pi * math.atan(math.exp(-log_snr_max / 2))
-        self.w = 2 / math.pi * math.atan(math.exp(-log_snr_min / 2)) - self.t0
+        # Solve lambda = -2 log tan(pi t'/2) + 2 log s for the two ends: t' = (2/pi) atan(s e^{-lambda/2}).
+        first, last = (lam - 2 * math.log(shift) for lam in (log_snr_max, log_snr_min))
+        self.t0 = 2 / math.pi * math.atan(math.exp(-first / 2))
+        self.w = 2 / math.pi * math.atan(math.exp(-last / 2)) - self.t0
 
     def log_snr(self, t):
         """lambda(t) for t in [0, 1], any shape."""
         return -2 * torch.log(torch.tan(math.pi / 2 * (self.t0 + self.w * t))) + 2 * math.log(self.shift)
 
     def d_log_snr(self, t):
-        """lambda'(t) = -2 pi w / sin(pi t'): negative, and the same for every shift."""
+        """lambda'(t) = -2 pi w / sin(pi t'): negative."""
         return -2 * math.pi * self.w / torch.sin(math.pi * (self.t0 + self.w * t))
 
 

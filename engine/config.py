@@ -47,8 +47,8 @@ OPTIONS = {  # name: (type, default, range or choices, help); the flag is the na
     "posterior_input": (bool, True, None, "show the network E[e(x_i) | z_ti] beside z_ti (ours)"),
     # noise schedule and losses
     "shift": (float, 0.7, NOT_NEGATIVE, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
-    "log_snr_min": (float, -10.0, ANY, "log(alpha^2 / sigma^2) at t = 1, pure noise; before the shift"),
-    "log_snr_max": (float, 3.0, ANY, "the same at t = 0, where the tokens are read out"),
+    "log_snr_min": (float, -10 + 2 * math.log(0.7), ANY, "log(alpha^2 / sigma^2) at t = 1, pure noise"),
+    "log_snr_max": (float, 3 + 2 * math.log(0.7), ANY, "the same at t = 0, where the tokens are read out"),
     "w_rec": (float, 1.0, NOT_NEGATIVE, "weight of L_rec"),
     "w_diff": (float, 1.0, NOT_NEGATIVE, "weight of L_diff"),
     "w_cm": (float, 1.0, NOT_NEGATIVE, "weight of L_CM; 0 switches it off"),
@@ -218,7 +218,7 @@ def parse_arguments(names):
     for name, (kind, default, choices, text) in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
-        text = f"{text} (default: {default})"
+        text = f"{text} (default: {f'{default:.4g}' if kind is float else default})"
         if kind is bool:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         elif kind is str:
