@@ -11,7 +11,7 @@ what is cleaner is left to L_rec, whose weight needs no clip.
 
 Why a shift (paper, "shifted cosine noise schedule"): K well separated embeddings in D dimensions can be told
 apart until the SNR is quite low. With the plain cosine schedule the network would spend much of [0, 1] on
-noise levels where every token is plainly visible. A shift s < 1 multiplies the SNR by s^2 at every t and
+noise levels where every token is plainly visible. A shift s < 1 multiplies the SNR by s^2 at every t' and
 moves the time to where there is something to decide.
 
 Run alone, this file prints a table for several shifts and draws the curves:  python schedule.py

@@ -1,2 +1,1 @@
-"""What lets a run take days: options, run directory, checkpoints, processes, random numbers. See README.md.
-"""
+"""What lets a run take days: options, checkpoints, processes, random numbers. See README.md."""

@@ -189,36 +189,30 @@ def parse_arguments(names):
         "zip, an LMDB, an array (.npy, .npz), a tokens.npy (default: toy)")
     add("--root", metavar="DIR", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     add("--no-classes", action="store_true", help="sub-folders (albums, say) are not classes")
-    add("--no-cache", action="store_true", help="keep no decoded images in the run directory while the "
-        "tokenizer trains")
+    add("--no-cache", action="store_true", help="keep no decoded images while the tokenizer trains")
     add("--allow-bad", action="store_true", help="train even if more than 1%% of images are bad")
-    add("--preset", choices=list(PRESETS), help="default: by name, or by image size, device and number of "
-        "images. Those of 256 pixels are for one GPU of 24 GB or more")
+    add("--preset", choices=list(PRESETS), help="default: by the set's name, or by image size and device")
     add("--out", help="run directory (default: runs/NAME_OF_DATA)")
-    add("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all", help="run only this "
-        "stage (default: all)")
-    add("--tokenizer", metavar="FILE", help="train none, but take that of another run (its tokenizer.pt or "
-        "ckpt.pt), or the checkpoint of a VQGAN of taming-transformers or latent-diffusion; it decides f, K "
-        "and so on")
-    add("--init", metavar="RUN", help="start from the weights of another run (its directory, ckpt.pt or "
-        "tokenizer.pt); the sizes must be the same, all else may differ")
+    add("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all", help="run only this")
+    add("--tokenizer", metavar="FILE", help="train none, but take that of another run (tokenizer.pt, ckpt.pt) "
+        "or a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
+    add("--init", metavar="RUN", help="start from the weights of another run of the same sizes")
     add("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth and LPIPS' "
         "vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
     add("--minutes", type=float, metavar="X", help="choose --steps and --tokenizer-steps so that training "
-        "takes this long, from the speed that a few steps have here; --fid-every and --eval-fid come on top")
-    add("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training images; "
-        "fid.py says where its weights come from")
+        "takes this long here; --fid-every and --eval-fid come on top")
+    add("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training images")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dry-run", action="store_true", help="print the resolved configuration and what it will cost: "
-        "memory, operations, hours, disk; and stop")
+    add("--dry-run", action="store_true", help="print all settings and what they will cost: memory, hours, disk")
     add("--for", dest="chip", choices=["a100-80", "h100", "h200", "3090", "4090", "cpu"],
         help="with --dry-run: the cost on this, not on the machine at hand")
     group = parser
     for name, (kind, default, choices, text) in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
-        text = f"{text} (default: {f'{default:.4g}' if kind is float else default})"
+        shown = f"{default:.4g}" if kind is float else default
+        text = f"{text} (default: {shown})"
         if kind is bool:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         elif kind is str:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from engine.validate import UserError, reason_of
+
 TIMEOUT = datetime.timedelta(days=1)  # one process may look at millions of images while the others wait
 
 
@@ -30,13 +32,13 @@ def rank_and_world():
 
 
 def choose_device(name="auto"):
-    """torch.device for "auto" (cuda, then mps, then cpu) or a name; ValueError if it is not there."""
+    """torch.device for "auto" (cuda, then mps, then cpu) or a name; UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name!r} is not available here: {reason_of(error)}") from error
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # memory and bfloat16 are those of this GPU

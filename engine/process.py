@@ -162,9 +162,7 @@ def stop_requested():
 
 
 def exit_if_stopped():
-    """After the checkpoint is written: ends the program with the shell's status for the signal, 130 or
-    143.
-    """
+    """After a checkpoint: ends the program with the shell's status for the signal, 130 or 143."""
     number = stop_requested()
     if number:
         tqdm.write("stopped; the same command continues from here")
@@ -188,10 +186,9 @@ def main_process_first(work):
 
 
 def shared_work(items, work):
-    """All ranks work on a list that is the same in each; rank 0 gets (item, result) of all, in order.
+    """All ranks work on the same list; rank 0 gets (item, result) of all, in order. A signal ends it.
 
-    work: an iterator over some of the items -> an iterator over their results. Rank r gets items r, r +
-    world, ... After Ctrl-C or kill all end at the same item.
+    work: an iterator over some of the items -> an iterator over their results. Rank r gets every world-th.
     """
     rank, world = rank_and_world()
     results = work(items[rank::world])

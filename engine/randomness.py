@@ -1,5 +1,5 @@
-"""Random numbers by step: every draw comes from (seed, stage, step) or (seed, image). Resuming needs no random
-state, and neither the batch size nor the number of processes changes what is drawn.
+"""Random numbers by step: every draw comes from (seed, stage, step) or (seed, image). So resuming needs no
+random state, and neither the batch size nor the number of processes changes what is drawn.
 """
 
 import functools

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fid
 from engine.distributed import choose_device, init_distributed
-from engine.process import main_process_first, report_errors, user_error, write_json
+from engine.process import main_process_first, report_errors, write_json
 from engine.validate import UserError
 from extras.fid_sources import Samples, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
@@ -46,8 +46,7 @@ def run(args, rank):
     """The whole command, on each process."""
     draws = bool(args.fake) and args.fake.endswith(".pt")
     check_arguments(args, draws)
-    with user_error():
-        device = choose_device(args.device)
+    device = choose_device(args.device)
     sides = open_sides(args, device, draws)
     for word, statistics, _, what in sides:
         if statistics and statistics.resize is None:

@@ -10,7 +10,7 @@ import torch
 import sample
 from engine.checkpoint import CHECKPOINT_FORMAT, read_checkpoint
 from engine.distributed import choose_device, init_distributed, rank_and_world
-from engine.process import report_errors, user_error, write_atomically
+from engine.process import report_errors, write_atomically
 from engine.validate import UserError
 from extras.grids import save_grid
 from extras.pictures import SPECIAL, words
@@ -85,8 +85,7 @@ def draw(args):
     is_main = init_distributed()[0] == 0
     special = next((name for name in INSTEAD if getattr(args, name) is not None), None)
     check_arguments(args, special)
-    with user_error():
-        device = choose_device(args.device)
+    device = choose_device(args.device)
     if args.export:
         return export(args.checkpoint, args.export)
     pipeline, settings, chosen, args.batch = open_checkpoint(args.checkpoint, args, device)

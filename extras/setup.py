@@ -83,8 +83,7 @@ def prepare_rank(args, stack):
     expect("--eval-fid", args.eval_fid or 2, int, 2)
     if args.chip and not args.dry_run:
         raise UserError("--for asks for the cost on another machine: give --dry-run with it")
-    with process.user_error():
-        device = choose_device(args.device)
+    device = choose_device(args.device)
     if args.chip:  # its presets, too
         device = torch.device("cpu" if args.chip == "cpu" else "cuda")
     elif device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
