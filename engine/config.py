@@ -204,7 +204,7 @@ def parse_arguments(names):
     add("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training images")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dry-run", action="store_true", help="print all settings and what they will cost: memory, hours, disk")
+    add("--dry-run", action="store_true", help="print all settings and what they cost: memory, hours, disk")
     add("--for", dest="chip", choices=["a100-80", "h100", "h200", "3090", "4090", "cpu"],
         help="with --dry-run: the cost on this, not on the machine at hand")
     group = parser
