@@ -59,8 +59,7 @@ class Run:
 
 
 def prepare(args, stack):
-    """The Run of the command line; rank 0 looks first, then the others. After --dry-run the program ends
-    here.
+    """The Run of the command line, None after --dry-run. Rank 0 looks first, then the others.
 
     stack: a contextlib.ExitStack that keeps the run directory's lock and page.
     """
@@ -69,7 +68,7 @@ def prepare(args, stack):
         sys.stdout = open(os.devnull, "w")
     run = process.main_process_first(lambda: prepare_rank(args, stack))
     if broadcast(run is None):
-        sys.exit()
+        return None
     run = run or prepare_rank(args, stack)
     # All take as many images at a time as the one with the least memory.
     run.micro_batch = -all_reduce_max(-(run.micro_batch or run.config["batch"] // world))
@@ -125,7 +124,9 @@ def prepare_rank(args, stack):
         "seed": args.seed, "data": source.name, "train_images": source.counts()[0],
         "held_out_images": source.counts()[1], "classes": source.class_names, "lpips": lpips_digest,
         "tokenizer": checkpoint.digest(tokenizer["tokenizer"]) if tokenizer else "own",
-        "init": args.init or "none", "sides": source.sizes()} | config
+        "init": args.init or "none"} | config
+    if not isinstance(source, TokenFile):
+        run_config["sides"] = source.sizes()
     if "minutes" in before:
         run_config["minutes"] = before["minutes"]
     run_directory.require_same_run(out, before, run_config)
