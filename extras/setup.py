@@ -137,7 +137,8 @@ def prepare_rank(args, stack):
     if rank_and_world()[0] == 0:
         run_directory.make(out, source, load_images, run_config, not before, args.allow_bad, stack)
         if tokenizer and not (out / "tokenizer.pt").exists():
-            checkpoint.save(out / "tokenizer.pt", tokenizer | {"config": models["tokenizer"]})
+            content = tokenizer | {"config": models["tokenizer"]}  # not by checkpoint.save, for all ranks
+            process.write_atomically(out / "tokenizer.pt", lambda partial: torch.save(content, partial))
     return Run(config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed,
                device=device, lpips=lpips, inception=inception, init=init, began=began,
                minutes=None if "minutes" in before else args.minutes,
