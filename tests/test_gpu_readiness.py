@@ -10,6 +10,7 @@ import copy
 import functools
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,25 +21,36 @@ import sample
 import train
 import vqvae
 from embedding_diffusion import EmbeddingDiffusion
-from engine import status, tokens
+from engine import checkpoint, status, tokens
 from engine.config import DEFAULTS
-from engine.distributed import compute_gradient
 from engine.randomness import image_batches, image_generators
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
+from tests.exact import Steps, run_of
 
 GPU = torch.device("meta")
 NOISE = {name: DEFAULTS[name] for name in losses.NOISE_ARGS}
 LEVELS = ShiftedCosine(0.4, -10, 7)
 SIZES = dict(K=11, grid=(3, 3), D=6, width=16, depth=2, heads=2, num_classes=3)
+
+
+def build_tokenizer(*args, build=train.build_tokenizer):
+    parts = build(*args)
+    parts["tokenizer"].quantizer.has_codes = True
+    return parts
+
+
 MAY_WAIT = [  # what may read from the GPU, seldom or before the first step; and what stands in for it
-    (vqvae.VectorQuantizer, "start", lambda vq, *_: setattr(vq, "started", True)),
     (vqvae.VectorQuantizer, "restart_dead_codes", None), (status.StatusLog, "check", None),
-    (status.StatusLog, "line", None), (status.StatusLog, "save", None),
-    (train, "collapse_diagnostics", {"effective_rank": 1.0, "smallest_distance": 1.0}),
+    (status.StatusLog, "line", None), (checkpoint, "save", None),
+    (losses, "collapse_diagnostics", {"effective_rank": 1.0, "smallest_distance": 1.0}),
     (train, "evaluate", {}), (train, "draw_samples", None), (train, "draw_reconstructions", None),
-    (train, "evaluate_tokenizer", {"psnr": 1.0}), (tokens, "check_tokenizer_hash", None),
-    (EmbeddingDiffusion, "init_from_codebook", None)]
+    (tokens, "open_tokens", lambda path, *_: np.load(path)), (train, "build_tokenizer", build_tokenizer),
+    (train, "evaluate_tokenizer", {"psnr": 1.0}), (EmbeddingDiffusion, "init_from_codebook", None)]
+
+
+def make_adam(parameters, fused, adam=torch.optim.AdamW, **options):
+    return adam(parameters, **options)  # fused is not for meta
 
 
 def on_gpu(value):
@@ -73,7 +85,7 @@ class Strict(TorchDispatchMode):
 @pytest.fixture
 def on_the_gpu():
     """Programs on the stand-in for a GPU, by --device: Strict in the loops of train.py."""
-    adam, generator_for, steps_of = torch.optim.AdamW, train.generator_for, status.StatusLog.loop
+    generator_for, steps_of = train.generator_for, status.StatusLog.loop
 
     def watched(log):
         for step in steps_of(log):
@@ -87,7 +99,7 @@ def on_the_gpu():
     with contextlib.ExitStack() as stack:
         for owner, name, instead in [
                 (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
-                (torch.optim, "AdamW", lambda parameters, fused, **options: adam(parameters, **options)),
+                (train, "AdamW", make_adam), (torch.optim, "AdamW", make_adam),
                 (train, "generator_for", generator_of), (status.StatusLog, "loop", watched), *MAY_WAIT]:
             stand_in = instead if callable(instead) else lambda *_, instead=instead, **__: instead
             stack.enter_context(mock.patch.object(owner, name, stand_in))
@@ -139,7 +151,7 @@ def test_gpu_sampler_reads_nothing(on_the_gpu, sampler):
     assert drawn.device == GPU and on_the_gpu.in_loops > 300
 
 
-def test_gpu_loss_and_sampler_compile_to_one_graph(one_thread):
+def test_gpu_loss_and_sampler_compile_to_one_graph():
     """Whatever the data: no graph breaks. The gradient is that of the loss as it is written."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -151,9 +163,8 @@ def test_gpu_loss_and_sampler_compile_to_one_graph(one_thread):
         noisy = losses.sample_noise(model, x, x[:, 0] % 3, seeded(seed), **NOISE)
         gradients = []
         for loss in (loss_of, compiled):
-            model.zero_grad()
-            close(compute_gradient(model, loss, noisy, 4), compute_gradient(model, loss_of, noisy, 4))
-            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            value, _ = loss(*noisy)
+            gradients.append(torch.autograd.grad(value, list(model.parameters())))
         close(*gradients)
     draw = functools.partial(sample.sample_tokens, model, LEVELS, torch.arange(3), steps=3, guidance=2.0,
                              sampler="ancestral")
@@ -182,7 +193,7 @@ DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_
 
 
 @pytest.mark.parametrize("callers", [True, False])
-def test_gpu_precision(one_thread, callers):
+def test_gpu_precision(callers):
     """Transformer and convolutions are bfloat16; softmax, losses, draws, codes and norms are float32, also where
     the caller has its own autocast on."""
     model, x = EmbeddingDiffusion(**SIZES, bf16=True), torch.randint(11, (8, 9))
@@ -196,7 +207,7 @@ def test_gpu_precision(one_thread, callers):
         loss.backward()
         losses.vlb(model, LEVELS, x, x[:, 0] % 3, seeded(0))
         sample.sample_tokens(model, LEVELS, x[:, 0] % 3, image_generators(0, range(8)), 3, 2.0, "ancestral")
-        vqvae.tokenizer_step(DEFAULTS, parts, images, seeded(0), 0.9, 1e-3, 1e-3)
+        train.optimize_tokenizer(run_of(DEFAULTS | {"tokenizer_batch": 4}, images), parts, Steps(9000))
     assert DELICATE <= seen.of.keys()
     assert {name: seen.of[name] for name in DELICATE if seen.of[name] != {torch.float32}} == {}
     assert seen.of["addmm"] == {torch.bfloat16} and seen.of["convolution"] == {torch.bfloat16}

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-import train
+import losses
 from data import load_image
 from engine.build import load_checkpoint
 from engine.process import lock
@@ -110,7 +110,7 @@ def test_states(run, tmp_path, capsys):
 @pytest.mark.parametrize("how", ["kill", "crash", "error"])
 def test_page_while_a_run_lives(how, folder, undone, monkeypatch):
     """It says where the run is, at a status line too; at the end that it was stopped, or why it failed."""
-    seen, real = [], train.training_loss
+    seen, real = [], losses.training_loss
 
     def watched(*args, **options):
         data = run_data(undone)
@@ -124,7 +124,7 @@ def test_page_while_a_run_lives(how, folder, undone, monkeypatch):
     monkeypatch.setattr(run_page, "SHARE", 1e9)  # a page at every line
     for picture in undone.glob("samples_*.png"):
         picture.unlink()
-    monkeypatch.setattr(train, "training_loss", watched)
+    monkeypatch.setattr(losses, "training_loss", watched)
     with pytest.raises(ArithmeticError) if how == "crash" else contextlib.nullcontext():
         status = call("train.py", "--data", folder, "--out", undone, *flags(TINY))
         assert status == {"kill": 143, "error": 1}[how]
