@@ -3,12 +3,9 @@
 import copy
 import json
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import losses
@@ -79,25 +76,6 @@ def test_cost_counts_operations():
     stage = meta_count.Stage(build, 10)
     assert stage.flops == 2 * (2 * 10 * 8 * 4) and stage.size == 4 * 8 * 4
     assert stage.at(5).peak["activations"] == stage.peak["activations"] / 2 > 0
-
-
-def test_autocast_has_the_types_of_a_gpu():
-    """Each operation of the networks gives the type that PyTorch's autocast on CUDA gives."""
-    def operations(x, image, weight):
-        return [F.linear(x, weight), F.rms_norm(x, (8,)), F.layer_norm(x, (8,)), F.group_norm(image, 2),
-                F.silu(x), F.conv2d(image, image), F.gelu(x), torch.addcmul(x, x.float(), x), F.leaky_relu(x),
-                F.scaled_dot_product_attention(image, image, image)]
-
-    fake, types = FakeTensorMode(), (torch.bfloat16, torch.bfloat16, torch.float32)
-    given = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(
-        ((4, 8, 8), (4, 4, 8, 8), (8, 8)), types, strict=True)]
-    on_gpu = [FakeTensor(fake, x, torch.device("cuda:0")) for x in given]
-    with (mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-          mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True), torch.no_grad(), fake,
-          torch.autocast("cuda", dtype=torch.bfloat16)):
-        expected = [y.dtype for y in operations(*on_gpu)]
-    with meta_count.autocast("meta", torch.bfloat16):
-        assert [y.dtype for y in operations(*given)] == expected
 
 
 def test_a_run_is_made_to_fit(monkeypatch, capsys):

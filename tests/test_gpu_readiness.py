@@ -7,7 +7,6 @@ a mask as an index, .cpu()) has no answer there and is an error.
 
 import contextlib
 import copy
-import functools
 from unittest import mock
 
 import numpy as np
@@ -136,8 +135,7 @@ def test_gpu_images_wait_in_pinned_memory():
             assert len(pinned) == count
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_gpu_sampler_reads_nothing(on_the_gpu, sampler):
+def test_gpu_sampler_reads_nothing(on_the_gpu):
     """Guided, cooled, inpainted."""
     with GPU:
         model, labels = EmbeddingDiffusion(**SIZES), torch.zeros(4, dtype=torch.int64)
@@ -146,12 +144,12 @@ def test_gpu_sampler_reads_nothing(on_the_gpu, sampler):
     def strict_from_here(t, p):
         on_the_gpu.looping = True  # before the loop the grid of times is copied once
 
-    drawn = sample.sample_tokens(model, LEVELS, labels, image_generators(0, range(4)), 4, 2.0, sampler,
+    drawn = sample.sample_tokens(model, LEVELS, labels, image_generators(0, range(4)), 4, 2.0, "ancestral",
                                  temperature=0.9, inpaint=tokens_to_keep, callback=strict_from_here)
     assert drawn.device == GPU and on_the_gpu.in_loops > 300
 
 
-def test_gpu_loss_and_sampler_compile_to_one_graph():
+def test_gpu_loss_compiles_to_one_graph():
     """Whatever the data: no graph breaks. The gradient is that of the loss as it is written."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -166,11 +164,6 @@ def test_gpu_loss_and_sampler_compile_to_one_graph():
             value, _ = loss(*noisy)
             gradients.append(torch.autograd.grad(value, list(model.parameters())))
         close(*gradients)
-    draw = functools.partial(sample.sample_tokens, model, LEVELS, torch.arange(3), steps=3, guidance=2.0,
-                             sampler="ancestral")
-    expected = draw(image_generators(0, range(3)))
-    model.guided = torch.compile(model.guided, dynamic=False, backend="eager", fullgraph=True)
-    assert torch.equal(draw(image_generators(0, range(3))), expected)
     torch._dynamo.reset()
 
 
@@ -192,15 +185,14 @@ DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_
             "exp", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "lerp_", "linalg_vector_norm"}
 
 
-@pytest.mark.parametrize("callers", [True, False])
-def test_gpu_precision(callers):
+def test_gpu_precision():
     """Transformer and convolutions are bfloat16; softmax, losses, draws, codes and norms are float32, also where
     the caller has its own autocast on."""
     model, x = EmbeddingDiffusion(**SIZES, bf16=True), torch.randint(11, (8, 9))
     tokenizer = vqvae.VQVAE(8, f=4, K=11, code_dim=5, width=16, bf16=True)
     parts = {"tokenizer": tokenizer, "optimizer": torch.optim.AdamW(tokenizer.parameters())}
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=callers), Types() as seen:
+    with torch.autocast("cpu", dtype=torch.bfloat16), Types() as seen:
         noisy = losses.sample_noise(model, x, x[:, 0] % 3, seeded(0), **NOISE)
         loss, _ = losses.training_loss(model, model, LEVELS, *noisy, **{
             name: DEFAULTS[name] for name in losses.LOSS_ARGS})
