@@ -17,8 +17,7 @@ import sample
 import vqvae
 from engine import process
 from engine.distributed import choose_device
-from engine.process import on_out_of_memory, on_signal
-from engine.validate import UserError
+from engine.process import on_signal
 from extras import fid_command, setup
 from tests.common import TINY, call, contents, flags
 
@@ -36,20 +35,17 @@ def test_devices(folder, tmp_path, monkeypatch, capsys):
     assert call("train.py", *words, "--dry-run", "--for", "h100") == 0 and not (tmp_path / "a").exists()
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError(), MemoryError(), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")]
+OUT_OF_MEMORY = [torch.OutOfMemoryError(), MemoryError(),
+                 RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")]
 
 
 def test_out_of_memory(fast, folder, run, tmp_path, capsys):
     """One line that names the flags to give, in whichever of three ways it is said."""
     errors = itertools.cycle(OUT_OF_MEMORY)
-    for error in (*OUT_OF_MEMORY, RuntimeError("another"), ValueError("another")):
-        with pytest.raises(UserError if error in OUT_OF_MEMORY else type(error), match="try|another"):
-            with on_out_of_memory("try less"):
-                raise error
     words = ["train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY)]
     for owner, name, flag, given in (
-            (vqvae.VQVAE, "forward", "--tokenizer-batch", words), (losses, "training_loss", "--micro-batch", words),
+            (vqvae.VQVAE, "forward", "--tokenizer-batch", words),
+            (losses, "training_loss", "--micro-batch", words),
             (sample, "sample_tokens", "--batch", ["sample.py", run / "ckpt.pt", "--out", tmp_path / "a.png"]),
             (fid_command, "measure", "--batch", ["fid.py", folder, folder])):
         capsys.readouterr()
@@ -96,8 +92,7 @@ def test_closed_pipe(program, buffering, folder, run, tmp_path, capsys):
 
 def test_signals(monkeypatch):
     """A second Ctrl-C exits at once; a second kill, as schedulers send it, does not keep a run from saving.
-    Ctrl-C during the last evaluation ends the run before the long FID begins.
-    """
+    Ctrl-C during the last evaluation ends the run before the long FID begins."""
     monkeypatch.setattr(process, "SIGNALS", [signal.SIGTERM])
     on_signal(signal.SIGTERM, None)
     on_signal(signal.SIGINT, None)
@@ -118,8 +113,7 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, capsys):
 
 def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     """One line that says what to do, exit status 2, before any work, nothing written and nothing written
-    over.
-    """
+    over."""
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "texts", "foreign", "hurt"):
         (tmp_path / name).mkdir()
@@ -128,21 +122,19 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     for i in range(3):
         (tmp_path / "hurt" / f"{i}.png").write_bytes(b"\x89PNG, and then nothing")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save(Path("not weights only"), tmp_path / "pickle.pt")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png")
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     shutil.copytree(run, tmp_path / "run")
 
     def state():
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
 
     before, same, ckpt = state(), ["--data", str(folder), *flags(TINY), "--out"], "run/ckpt.pt"
     inpaint = ["sample.py", ckpt, "--inpaint"]
     for says, program, *words in [
         ("no such folder or file", "train.py", "--data", "nowhere"),
         ("Did you mean toy?", "train.py", "--data", "toyy"),
-        ("Did you mean empty?", "train.py", "--data", "emty"),
         ("it holds no files", "train.py", "--data", "empty"),
         ("only files like .txt", "train.py", "--data", "texts"),
         ("no form that is known", "train.py", "--data", "text.pt"),
@@ -157,22 +149,16 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("run --stage tokenizer", "train.py", *same, "new", "--stage", "tokens"),
         ("leave --K away", "train.py", *same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9),
         ("run", "sample.py", "run"),
-        ("cannot be read", "sample.py", "text.pt"),
         ("pickle.pt", "sample.py", "pickle.pt"),
-        ("give the ckpt.pt", "sample.py", "other.pt"),
         ("give the ckpt.pt", "sample.py", "run/tokenizer.pt"),
-        ("not available here", "sample.py", ckpt, "--device", "cuda:99"),
-        ("temperature must be positive", "sample.py", ckpt, "--temperature", 0),
         ("must be a finite number", "sample.py", ckpt, "--guidance", "nan"),
         ("NAME=V,V", "sample.py", ckpt, "--grid-of", "steps=1,2.5"),
-        ("steps must be at least 1", "sample.py", ckpt, "--grid-of", "steps=1,0"),
         ("belong together", *inpaint, "hurt/0.png"),
         ("no white pixel", *inpaint, "good.png", "--mask", "black.png"),
         ("--mask text.pt", *inpaint, "good.png", "--mask", "text.pt"),
         ("--inpaint none.png", *inpaint, "none.png", "--mask", "black.png"),
         ("--vary hurt/0.png", "sample.py", ckpt, "--vary", "hurt/0.png"),
         ("t = 1.1", "sample.py", ckpt, "--vary", "good.png", "--strength", 1.1),
-        ("only files like .txt", "data.py", "texts"),
     ]:
         capsys.readouterr()
         assert call(program, *words) == 2, words

@@ -19,8 +19,8 @@ from tests.common import ESTIMATE_COST, TINY, call, close, flags, seeded, weight
 from tests.exact import Steps, run_of
 
 CPU = SimpleNamespace(name="cpu", memory=float("inf"), flops=1e11, bf16=False)
-MEDIUM = DEFAULTS | dict(embedding_init="random", size=16, f=4, K=256, width=64, depth=3, heads=2, batch=32, tokenizer_batch=16,
-                         tokenizer_width=32, gan=0.5)
+MEDIUM = DEFAULTS | dict(size=16, f=4, K=256, width=64, depth=3, heads=2, batch=32, tokenizer_batch=16,
+                         tokenizer_width=32, gan=0.5, embedding_init="random")
 
 
 def allocated(work):
@@ -48,7 +48,8 @@ def test_cost_of_the_denoiser_is_what_a_cpu_takes(recompute):
     counted = cost.count_diffusion(config, models, CPU, 32)
     run = run_of(config, models=models)
     parts, tokens = train.build_denoiser(run, None, None), random_tokens(32, models["denoiser"], run.device)
-    taken, weights = allocated(lambda: train.optimize_denoiser(run, parts, tokens, Steps(0))), size(parts["model"])
+    taken = allocated(lambda: train.optimize_denoiser(run, parts, tokens, Steps(0)))
+    weights = size(parts["model"])
     assert counted.total == pytest.approx(taken + 4 * weights, rel=0.15)
     expected = {"weights": 1, "gradients": 1, "optimizer": 2, "EMA": 1}
     assert {kind: counted.peak[kind] / weights for kind in expected} == pytest.approx(expected, rel=0.01)
@@ -64,18 +65,8 @@ def test_cost_of_the_tokenizer_is_what_a_cpu_takes(update):
     parts = train.build_tokenizer(run, None)
     parts["tokenizer"].quantizer.initialised.fill_(True)
     taken = allocated(lambda: train.optimize_tokenizer(run, parts, Steps(config["tokenizer_steps"] - 1)))
-    assert counted.total == pytest.approx(taken + 4 * size(parts["tokenizer"], parts["discriminator"]), rel=0.15)
-
-
-def test_cost_counts_operations():
-    """Of a linear layer, forward and backward, by hand; half the images take half the activations."""
-    def build():
-        layer, x = torch.nn.Linear(8, 4, bias=False), torch.zeros(10, 8)
-        return [layer], lambda: layer(x).sum().backward()
-
-    stage = meta_count.Stage(build, 10)
-    assert stage.flops == 2 * (2 * 10 * 8 * 4) and stage.size == 4 * 8 * 4
-    assert stage.at(5).peak["activations"] == stage.peak["activations"] / 2 > 0
+    kept = 4 * size(parts["tokenizer"], parts["discriminator"])
+    assert counted.total == pytest.approx(taken + kept, rel=0.15)
 
 
 def test_a_run_is_made_to_fit(monkeypatch, capsys):

@@ -47,21 +47,21 @@ def test_batches_walk_through_epochs():
 
 def test_passes_and_recomputation(undone, run, folder, capsys):
     """--micro-batch changes nothing but rounding, --activation-checkpointing not even that; --compile
-    compiles.
-    """
+    compiles."""
     words = ["--data", folder, "--out", undone, *LATE]
     expected, compiled = weights_of(run), []
-    for flag, passes in ((["--micro-batch", 1], 4), (["--micro-batch", 4], 2), (["--activation-checkpointing"], 1),
-                         (["--compile"], 1)):
-        with mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f), mock.patch.object(
-                losses, "training_loss", wraps=losses.training_loss) as loss:
+    for flag, passes in ((["--micro-batch", 1], 4), (["--micro-batch", 4], 2),
+                         (["--activation-checkpointing"], 1), (["--compile"], 1)):
+        with (mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f),
+              mock.patch.object(losses, "training_loss", wraps=losses.training_loss) as loss):
             assert call("train.py", *words, *flag) == 0
         assert loss.call_count == 8 * passes
         # Rounding: at most a hundredth of a step of AdamW, whose rate is 1e-2.
         close(weights_of(undone), expected, rtol=0, atol=1e-4 if passes > 1 else 0)
         (undone / "ckpt.pt").unlink()
     assert len(compiled) == 1
-    with mock.patch.object(torch, "compile", side_effect=torch._dynamo.exc.TorchDynamoException("no compiler")):
+    error = torch._dynamo.exc.TorchDynamoException("no compiler")
+    with mock.patch.object(torch, "compile", side_effect=error):
         assert call("train.py", *words, "--compile") == 1
     assert "(no compiler): leave --compile away" in capsys.readouterr().err
 
@@ -74,9 +74,10 @@ def one_of_two(rank, jobs):
 
 
 def test_two_processes_train_as_one(run, folder, tmp_path):
-    """Weights, moments of the optimizer and the bound are those of one process in one pass, to 1e-5; so is the
-    tokenizer, with its discriminator and flips. Tokens and samples are the same bit for bit."""
-    settings = {k: v for k, v in TINY.items() if k not in TOKENIZER_OPTIONS.values()} | dict(batch=32, lr=2e-3)
+    """Weights, the optimizer's moments and the bound are those of one process in one pass, up to rounding; so
+    is the tokenizer, with its discriminator and flips. Tokens and samples are the same bit for bit."""
+    settings = {k: v for k, v in TINY.items() if k not in TOKENIZER_OPTIONS.values()}
+    settings |= dict(batch=32, lr=2e-3)
     jobs = {  # name of the output: (flags of two processes alone, program, its words)
         "a": (["--micro-batch", 4], "train.py", ["--data", run / "tokens.npy", *flags(settings)]),
         "b": ([], "train.py", ["--data", folder, "--stage", "tokenizer", *flags(
@@ -85,7 +86,8 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
         "d": ([], "train.py", ["--data", folder, *flags(TINY), "--flip", "--tokenizer", run / "tokenizer.pt",
                                "--stage", "tokens", "--eval-batch", 3])}
     one, two = tmp_path / "one", tmp_path / "two"
-    of_two = [(program, [*words, *more, "--out", two / name]) for name, (more, program, words) in jobs.items()]
+    of_two = [(program, [*words, *more, "--out", two / name])
+              for name, (more, program, words) in jobs.items()]
     start_processes(one_of_two, list(zip(free_ports(4), of_two, strict=True)), n=2, wait=300)
     for name, (_, program, words) in jobs.items():
         assert call(program, *words, "--out", one / name) == 0
@@ -155,8 +157,7 @@ def test_two_kills(folder, run, tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_the_checkpoint_before(damage, undone, run, folder, capsys):
     """A last checkpoint that is truncated, or was being renamed: the run continues from the one before, and
-    says so.
-    """
+    says so."""
     words, path = ["--data", folder, "--out", undone, *LATE, "--save-every", 2], undone / "ckpt.pt"
     real = checkpoint.write_atomically
 
@@ -179,13 +180,13 @@ def test_the_checkpoint_before(damage, undone, run, folder, capsys):
 def test_rows_after_the_checkpoint_go(tmp_path):
     """What a kill leaves of a table: rows after the checkpoint, half a row, half a header, an empty file."""
     path = tmp_path / "a.csv"
-    for text, left in (("step,loss\n2,5\n4,6\n6,7\n", ["2", "4"]), ("step,loss\n2,5\n4", ["2"]), ("step,lo", []),
-                       ("", [])):
+    for text, left in (("step,loss\n2,5\n4,6\n6,7\n", ["2", "4"]), ("step,loss\n2,5\n4", ["2"]),
+                       ("step,lo", []), ("", [])):
         path.write_text(text)
         status.trim_rows(path, 4)
         assert [row["step"] for row in status.read_rows(path)] == left
     bound = dict(prior=0.0, rec=1.0, diff=1.0, total=2.0, standard_error=0.1)
-    for step in (0, 4, 8, 8):  # killed after its last evaluation and before the checkpoint: it evaluates again
+    for step in (0, 4, 8, 8):  # killed between the last evaluation and the checkpoint, it evaluates again
         status.log_bound(path, step, bound, 8, {"effective_rank": 1.0})
     assert [row["step"] for row in status.read_rows(path)] == ["0", "4", "8"]
     status.append_row(path, {"step": 9, "GB": 1.5})  # on another device
@@ -209,8 +210,7 @@ def test_one_process_per_run(folder, run, tmp_path, capsys):
 def test_not_finite(what, due, way_on, undone, run, folder, capsys):
     """The step, its terms, and the checkpoint before it, unharmed, whatever is due first after that step;
     nothing is replaced by a zero in silence. The same command continues, and so does one with what the error
-    says.
-    """
+    says."""
     words, real, calls, kept = ["--data", folder, *LATE, *flags(due)], losses.training_loss, [], []
 
     def broken(*args, **options):
@@ -219,8 +219,9 @@ def test_not_finite(what, due, way_on, undone, run, folder, capsys):
         if len(calls) != 6:
             return loss, terms
         kept.append((undone / "ckpt.pt").read_bytes())
-        # A square root at 0: the value is finite, its slope is not.
-        return (loss * math.nan, terms * math.nan) if what == "loss" else (loss + (loss - loss).abs().sqrt(), terms)
+        if what == "loss":
+            return loss * math.nan, terms * math.nan
+        return loss + (loss - loss).abs().sqrt(), terms  # the value is finite, its slope at 0 is not
 
     with mock.patch.object(losses, "training_loss", broken):
         assert call("train.py", *words, "--out", undone) == 1
@@ -239,7 +240,7 @@ def test_not_finite(what, due, way_on, undone, run, folder, capsys):
 
 
 def test_not_finite_discriminator(folder, run, tmp_path, capsys):
-    """A finite loss with a gradient that is not: the checkpoint that is due after this step is not written."""
+    """A finite loss with a gradient that is not: the checkpoint that is due is not written."""
     out, calls, real = tmp_path / "pets", [], vqgan_losses.hinge_loss
     words = ["--data", folder, "--out", out, "--stage", "tokenizer",
              *flags(TINY | {"log_every": 8, "save_every": 2})]
@@ -262,8 +263,7 @@ def test_not_finite_discriminator(folder, run, tmp_path, capsys):
 
 def log_of_two(rank, port, out):
     """Two runs of seven steps by two processes, one of them asked to stop before the fourth; and one that
-    breaks.
-    """
+    breaks."""
     join_processes(rank, port)
     init_distributed()
 
@@ -272,7 +272,8 @@ def log_of_two(rank, port, out):
                                torch.device("cpu"), state, per_rank=True, K=16)
         for step in log.loop():
             loss = math.nan if broken and (rank, step) == (1, 2) else 1 / 3 + step ** 2 + 10 * rank
-            log.add({"loss": torch.tensor(loss), "norm": torch.tensor(step / 7)}, torch.tensor([[step, 15 - rank]]))
+            terms = {"loss": torch.tensor(loss), "norm": torch.tensor(step / 7)}
+            log.add(terms, torch.tensor([[step, 15 - rank]]))
             if log.due("log_every"):
                 log.line(lr=step)
             if log.due("save_every"):
@@ -297,8 +298,7 @@ def log_of_two(rank, port, out):
 
 def test_status_lines_of_two_processes(tmp_path):
     """A row is the mean of both processes' losses, and the codes are those that either used, over a stop as
-    well.
-    """
+    well."""
     for name in ("whole", "stopped", "broken"):
         (tmp_path / name).mkdir()
     start_processes(log_of_two, *free_ports(1), tmp_path, n=2, wait=60)
@@ -317,7 +317,8 @@ def test_best_checkpoint(tmp_path):
     path = tmp_path / "best.pt"
 
     def best(step, *bits):
-        checkpoint.save_best(path, {"step": step, "bits": torch.tensor(bits), "model": 1, "optimizer": 1}, batch=2)
+        content = {"step": step, "bits": torch.tensor(bits), "model": 1, "optimizer": 1}
+        checkpoint.save_best(path, content, batch=2)
         state = torch.load(path, weights_only=True)
         assert state.keys() == {"step", "bits"}
         return state["step"]
@@ -332,8 +333,7 @@ def test_best_checkpoint(tmp_path):
 @pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("full"), KeyboardInterrupt("full")])
 def test_atomic_writes(error, tmp_path):
     """A write that fails leaves the old file, and the one before; one that succeeds leaves nothing but the
-    new one.
-    """
+    new one."""
     path, before, synced = tmp_path / "deep" / "a.pt", tmp_path / "deep" / "a.previous.pt", []
 
     def fails(partial):
