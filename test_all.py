@@ -351,10 +351,10 @@ def test_nearest_and_ema():
     """Nearest is brute force; c = (d n c + (1-d) sum) / (d n + (1-d) count), in the limit the mean."""
     vq, z_e, z = quantizer("ema")
     distances = torch.cdist(z.double(), vq.codebook.double())
-    assert torch.equal(vqvae.nearest_codes(z, vq.codes), distances.argmin(1))
+    assert torch.equal(vqvae.nearest_codes(z, vq.codebook), distances.argmin(1))
     vq.running_count.copy_(torch.arange(1.0, 9))
     vq.running_sum.copy_(vq.codebook * vq.running_count[:, None])
-    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codes), 8).float()  # (M, K)
+    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codebook), 8).float()  # (M, K)
     count = 0.99 * vq.running_count + 0.01 * assigned.sum(0)
     expected = (0.99 * vq.running_sum + 0.01 * assigned.T @ z) / count[:, None]
     vq(z_e)
@@ -362,7 +362,7 @@ def test_nearest_and_ema():
     vq.decay = 0.5
     for _ in range(100):  # 2^-100 of the start is left
         vq(z_e)
-    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codes), 8).float()
+    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codebook), 8).float()
     close(vq.codebook, assigned.T @ z / assigned.sum(0)[:, None])
     before = vq.codebook.clone()
     vq.eval()(z_e + 1)

@@ -194,7 +194,7 @@ def parse_arguments(names):
     add("--preset", choices=list(PRESETS), help="default: by the set's name, or by image size and device")
     add("--out", help="run directory (default: runs/NAME_OF_DATA)")
     add("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all", help="run only this")
-    add("--tokenizer", metavar="FILE", help="train none, but take that of another run (tokenizer.pt, ckpt.pt) "
+    add("--tokenizer", metavar="FILE", help="train none, but that of another run (tokenizer.pt, ckpt.pt), "
         "or a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
     add("--init", metavar="RUN", help="start from the weights of another run of the same sizes")
     add("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth and LPIPS' "

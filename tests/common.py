@@ -146,32 +146,6 @@ def join_processes(rank, port):
         time.sleep(0.005)
 
 
-def write_to(connection, errors, buffered, function, *args):
-    """function(*args) in a process whose output goes into a pipe, and what it says elsewhere into a file."""
-    os.dup2(connection.fileno(), 1)
-    connection.close()
-    sys.stdout = open(1, "w", -1 if buffered else 1, closefd=False)
-    sys.stderr = open(errors, "w", 1)
-    status = function(*args)
-    sys.stdout.close()  # as Python does at its end
-    sys.exit(status)
-
-
-@contextlib.contextmanager
-def piped(errors, function, *args, buffered=False):
-    """(process, its output as an open file); at the end of the block the process is killed."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    process, = start_processes(write_to, writer, errors, buffered, function, *args)
-    writer.close()
-    with open(os.dup(reader.fileno()), encoding="utf-8") as output:
-        reader.close()
-        try:
-            yield process, output
-        finally:
-            process.kill()
-            process.join()
-
-
 def rows_of(path):
     """A CSV file as a list of dicts."""
     with path.open(newline="") as file:
@@ -294,17 +268,17 @@ def spoil(root, good):
     jpg, gif, webp, bmp = (png(noise(1, 40, 40)[0], form) for form in ("jpeg", "gif", "webp", "bmp"))
     checksum = bytearray(png(noise(1, 40, 40)[0]))
     checksum[900] ^= 255
-    files = {"truncated.jpg": (jpg[:900], "truncated"), "truncated.png": (png(good)[:200], "truncated"),
-             "truncated.gif": (gif[:1000], "truncated"), "half.webp": (webp[:300], ""),
-             "header.bmp": (bmp[:30], ""), "checksum.png": (checksum, ""),
-             "empty.png": (b"", "empty"), "empty.jpg": (b"", "empty"),
-             "text.jpg": (b"not an image\n", "no image of"), "page.png": (b"<html>404</html>", "no image of"),
-             "dot.png": (png(good[:1, :1]), "1 x 1 pixels, a side"),
-             "line.png": (png(noise(1, 300, 2)[0]), "2 x 300 pixels, a side of less than 4")}
-    for name, (content, _) in files.items():
+    files = {"truncated.jpg": jpg[:900], "truncated.png": png(good)[:200], "truncated.gif": gif[:1000],
+             "half.webp": webp[:300], "header.bmp": bmp[:30], "checksum.png": checksum, "empty.png": b"",
+             "empty.jpg": b"", "text.jpg": b"not an image\n", "page.png": b"<html>404</html>",
+             "dot.png": png(good[:1, :1]), "line.png": png(noise(1, 300, 2)[0])}
+    for name, content in files.items():
         (root / name).write_bytes(content)
     Image.new("1", (10000, 10000)).save(root / "bomb.png")
     (root / "link.png").symlink_to("nowhere.png")
     (root / "x.png").mkdir()
-    others = {"bomb.png": "10000 x 10000 pixels", "link.png": "a link to nothing", "x.png": "directory"}
-    return others | {name: reason for name, (_, reason) in files.items()}
+    reasons = {"empty": "empty", "truncated": "truncated", "text": "no image of", "page": "no image of",
+               "dot": "1 x 1 pixels", "line": "a side of less than 4", "bomb": "10000 x 10000 pixels",
+               "link": "a link to nothing", "x": "directory"}
+    return {path.name: reasons.get(path.stem, "") for path in root.iterdir()
+            if path.name in files or path.stem in reasons}

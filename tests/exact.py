@@ -3,6 +3,7 @@ under it has one right value, found by quadrature. And the small models that tes
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from data import ImageSet
 from embedding_diffusion import EmbeddingDiffusion
 from schedule import add_noise, alpha_sigma
 from tests.common import f64, seeded
@@ -137,3 +139,29 @@ def quantizer(update):
 def vectors(z):
     """(B, C, h, w) -> (M, C), row by row as the tokens go."""
     return z.detach().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class Steps:
+    """In a StatusLog's place: these steps, and what the last one reports."""
+
+    def __init__(self, *steps):
+        self.steps, self.step = steps, steps[0]
+
+    def loop(self):
+        yield from self.steps
+
+    def add(self, losses, tokens=None):
+        self.losses, self.tokens = losses, tokens
+
+    def check(self):
+        pass
+
+    def due(self, name):
+        return False
+
+
+def run_of(config, images=None, models=None, lpips=None):
+    """What the loops of train.py read of a run. images: uint8 (n, 3, size, size)."""
+    return SimpleNamespace(config=config, models=models, seed=5, lpips=lpips, init={}, device=torch.device("cpu"),
+                           out=None, micro_batch=0, tokenizer_is_published=False,
+                           load_images=lambda: [ImageSet(len(images) * [0], [], 8, images)])

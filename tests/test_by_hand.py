@@ -1,5 +1,5 @@
 """Steps of training computed a second way: three steps of the denoiser, a step of the tokenizer and its
-discriminator, the codebook's start and restarts, shares of two processes, seeds, splits.
+discriminator, the codebook's start and restarts, seeds, splits.
 
 Of the code only a network's forward pass is used; formulas, optimizer, averages, order, noise are here again.
 """
@@ -12,20 +12,17 @@ import pytest
 import torch
 
 import losses
-import sample
 import train
-import vqvae
 from data import ImageSet, Source
 from embedding_diffusion import EmbeddingDiffusion
+from engine.build import load_checkpoint
 from engine.config import DEFAULTS
-from engine.randomness import generator_for, image_batches, image_generators
+from engine.randomness import generator_for, image_generators
 from engine.tokens import TokenDataset
-from extras.datasets import find
-from extras.toy import Toy
 from extras.vqgan_losses import PatchDiscriminator
 from schedule import ShiftedCosine
-from tests.common import TINY, call, close, flags, rows_of, seeded
-from tests.exact import small_model
+from tests.common import call, close, flags, rows_of, seeded
+from tests.exact import Steps, run_of, small_model
 from vqvae import VQVAE, VectorQuantizer
 
 STAGE = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3, "flips": 4}
@@ -178,7 +175,7 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     for row, bits, step in zip(evaluations, (untrained, trained), "03", strict=True):
         figures = [float(row[name]) for name in ("prior", "rec", "diff", "total", "standard_error")]
         assert row["step"] == step and figures == pytest.approx(summary(bits), rel=5e-4, abs=1e-5)
-    drawing = sample.load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu")).model.state_dict()
+    drawing = load_checkpoint(tmp_path / "a" / "ckpt.pt", torch.device("cpu")).model.state_dict()
     assert all(torch.equal(value, found["ema"][name]) for name, value in drawing.items())
 
 
@@ -216,9 +213,6 @@ def test_noise_of_a_batch():
     assert counts.tolist() == [64000, int((~rows["mask"][1000:]).sum()), 192000]
     gap = (rows["t"] - rows["s"])[1000:] / rows["t"][1000:].clamp(max=0.2)
     assert 0 < gap.min() and gap.max() <= 1.0001 and float(gap.mean()) == pytest.approx(0.5, abs=0.03)
-    e, log_snrs = torch.ones(1, 2, 3, requires_grad=True), (-torch.ones(1), torch.ones(1))
-    for pairs in ("markov", "shared"):  # the target's way to the table is closed
-        assert not losses.sample_z_s(pairs, 2 * e, e, e.detach(), *log_snrs, e.detach()).requires_grad
     rows, n_rec, _ = losses.sample_noise(model, x[:2], x[:2, 0], seeded(0), rec_fraction=1.0,
                                          max_drop_rate=0.0, label_drop=0.0, max_gap=1.0)
     assert n_rec == 1 and not rows["mask"].any() and rows["t"][1] > 0  # a row for each kind of loss
@@ -237,6 +231,9 @@ def test_seeds():
 # ----------------------------------------------------------------------------
 # The tokenizer.
 
+SHORT = DEFAULTS | dict(tokenizer_steps=100, tokenizer_batch=4, warmup=40, flip=True)
+
+
 class Perceptual(torch.nn.Module):
     """A distance of images in LPIPS' place."""
 
@@ -253,22 +250,26 @@ def clipped(loss, network, clip):
 
 
 @pytest.mark.parametrize("update, pixels, lpips", [("ema", "l2", None), ("gradient", "l1", Perceptual())])
-def test_a_step_of_the_tokenizer(update, pixels, lpips):
+def test_steps_of_the_tokenizer(update, pixels, lpips):
     """Both networks after one step of plain descent, in the four parts of training: the discriminator absent,
-    alone, half ramped up, in full."""
-    config = DEFAULTS | dict(gan=0.5, gan_start=0.3, beta=0.4, perceptual=0.6, pixel_loss=pixels, clip=0.05,
-                             codebook_update=update)
-    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
-    x = images.double() / 127.5 - 1
-    for done, ramp in ((0.29, 0), (0.34, 0), (0.4, 0.5), (0.9, 1.0)):
+    alone, half ramped up, in full. The images are mirrored by chance."""
+    config = SHORT | dict(gan=0.5, gan_start=0.3, beta=0.4, perceptual=0.6, pixel_loss=pixels, clip=0.05,
+                          codebook_update=update, tokenizer_lr=0.7, gan_lr=0.3)
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
+    for step, ramp in ((29, 0), (34, 0), (40, 0.5), (90, 1.0)):
         torch.manual_seed(1)
-        model, critic = VQVAE(8, 4, 6, 3, 16, update=update).train(), PatchDiscriminator(8, 16)
+        model, critic = VQVAE(8, 4, 6, 3, 16, update=update), PatchDiscriminator(8, 16)
         model.quantizer.initialised.fill_(True)
         before, critic_before = copy.deepcopy(model).double(), copy.deepcopy(critic).double()
         parts = {"tokenizer": model, "optimizer": torch.optim.SGD(model.parameters()),
                  "discriminator": critic, "discriminator_optimizer": torch.optim.SGD(critic.parameters())}
-        outputs, found = vqvae.tokenizer_step(config, parts, images, seeded(2), done, 0.7, 0.3, lpips)
+        log = Steps(step)
+        train.optimize_tokenizer(run_of(config, images, lpips=lpips), parts, log)
 
+        rate = min(1, (step + 1) / 41) * (0.5 + 0.5 * math.cos(math.pi * step / 100))
+        turned = torch.rand(4, 1, 1, 1, generator=seeded(seed_of(5, STAGE["flips"], step))) < 0.5
+        x = images[walk(6, 4, 5, "tokenizer", step)].double() / 127.5 - 1
+        x = torch.where(turned, x.flip(3), x)
         codes = before.quantizer.codebook
         flat = before.encoder(x).permute(0, 2, 3, 1).reshape(-1, 3)
         tokens = torch.cdist(flat, codes).argmin(1)
@@ -276,8 +277,10 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
         through = (flat + (chosen - flat).detach()).view(4, 2, 2, 3).permute(0, 3, 1, 2)
         x_hat = before.decoder(through)
         loss = (x - x_hat).square().mean() if pixels == "l2" else (x - x_hat).abs().mean()
-        expected = {"reconstruction": loss, "commitment": (flat - chosen.detach()).square().mean(),
-                    "codebook": (flat.detach() - chosen).square().mean()}
+        absent = ("adversarial", "weight", "discriminator", "discriminator_norm")
+        expected = dict.fromkeys(absent, torch.tensor(0.0))
+        expected |= {"reconstruction": loss, "commitment": (flat - chosen.detach()).square().mean(),
+                     "codebook": (flat.detach() - chosen).square().mean()}
         if lpips:
             expected["lpips"] = lpips(x, x_hat).mean()
             loss = loss + 0.6 * expected["lpips"]
@@ -293,50 +296,30 @@ def test_a_step_of_the_tokenizer(update, pixels, lpips):
             loss = loss + expected["codebook"]
         gradient, expected["norm"] = clipped(loss, before, 0.05)
         for p, old, g in zip(model.parameters(), before.parameters(), gradient, strict=True):
-            close(p.double(), old - 0.7 * g, rtol=0, atol=1e-5)
+            close(p.double(), old - 0.7 * rate * g, rtol=0, atol=1e-5)
         critic_gradient = [0] * len(list(critic.parameters()))
-        if done > 0.3:
+        if step > 30:
             real, fake = critic_before(x), critic_before(x_hat.detach())
             hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
             critic_gradient, norm = clipped(hinge, critic_before, 0.05)
             expected |= {"discriminator": hinge, "discriminator_norm": norm}
         for p, old, g in zip(critic.parameters(), critic_before.parameters(), critic_gradient, strict=True):
-            close(p.double(), old - 0.3 * g, rtol=0, atol=1e-5)
-        assert {k: float(v.detach()) for k, v in found.items()} == pytest.approx(
+            close(p.double(), old - 0.3 * rate * g, rtol=0, atol=1e-5)
+        assert {k: float(v.detach()) for k, v in log.losses.items()} == pytest.approx(
             {k: float(v.detach()) for k, v in expected.items()}, rel=1e-4, abs=1e-6)
-        assert torch.equal(outputs["tokens"].flatten(), tokens)
-        close(outputs["x_hat"].double(), x_hat, rtol=0, atol=1e-5)
+        assert torch.equal(log.tokens.flatten(), tokens)
 
 
-def test_steps_of_the_tokenizers_training(folder, tmp_path, monkeypatch):
-    """What train.py gives each step: images, mirrored by chance, seed, rates. When codes restart."""
-    seen, restarts = [], []
-
-    def step(config, parts, images, generator, done, lr, gan_lr, lpips):
-        i = len(seen)
-        seen.append((images, generator.initial_seed(), done, lr, gan_lr))
-        outputs = {"tokens": torch.tensor([[i % 5, 7, 0, 0]]), "z_e": torch.full((1, 4, 2, 2), float(i))}
-        names = ("reconstruction", "norm", "commitment", "codebook")
-        return outputs, {name: torch.tensor(1.5 * i) for name in names}
-
-    monkeypatch.setattr(train, "tokenizer_step", step)
+def test_when_codes_restart(monkeypatch):
+    """Every so many steps, until three quarters of the training are over; with the step's own generator."""
+    restarts = []
     monkeypatch.setattr(train, "RESTART_EVERY", 3)
-    monkeypatch.setattr(VectorQuantizer, "restart_dead_codes", lambda vq, z_e, generator: restarts.append(
-        (float(z_e[0, 0, 0, 0]), generator.initial_seed())))
-    settings = TINY | dict(tokenizer_steps=12, flip=True, warmup=2, tokenizer_lr=0.01, gan_lr=0.02, seed=3,
-                           log_every=6, sample_every=100, save_every=100, stage="tokenizer")
-    assert call("train.py", "--data", folder, "--out", tmp_path / "a", *flags(settings)) == 0
-    pixels = find(str(folder)).load(8)[0].pixels
-    for i, (images, seed, done, lr, gan_lr) in enumerate(seen):
-        turned = torch.rand(4, 1, 1, 1, generator=seeded(seed_of(3, STAGE["flips"], i))) < 0.5
-        chosen = pixels[walk(38, 4, 3, "tokenizer", i)]
-        assert torch.equal(images, torch.where(turned, chosen.flip(3), chosen))
-        rate = min(1, (i + 1) / 3) * (1 + math.cos(math.pi * i / 12)) / 2
-        assert (seed, done) == (seed_of(3, STAGE["tokenizer"], i), pytest.approx(i / 12))
-        assert (lr, gan_lr) == pytest.approx((0.01 * rate, 0.02 * rate))
-    assert len(seen) == 12 and restarts == [(i, seed_of(3, STAGE["tokenizer"], i)) for i in (2, 5, 8)]
-    rows = rows_of(tmp_path / "a" / "tokenizer.csv")
-    assert [float(row["reconstruction"]) for row in rows] == [3.75, 12.75] and rows[0]["codes"] == "6"
+    monkeypatch.setattr(VectorQuantizer, "restart_dead_codes",
+                        lambda vq, z_e, generator: restarts.append(generator.initial_seed()))
+    model, images = VQVAE(8, 4, 6, 3, 16), torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    parts = {"tokenizer": model, "optimizer": torch.optim.SGD(model.parameters())}
+    train.optimize_tokenizer(run_of(SHORT, images), parts, Steps(*range(70, 80)))
+    assert restarts == [seed_of(5, STAGE["tokenizer"], i) for i in (71, 74)]
 
 
 def test_start_of_the_codebook():
@@ -381,32 +364,7 @@ def test_where_dead_codes_restart(update):
 
 
 # ----------------------------------------------------------------------------
-# Data: shares of two processes, tokens, replacements, splits.
-
-def test_shares_of_two_processes(monkeypatch):
-    """Images and draws of two processes are those of one, divided; their bounds add up to its bound."""
-    model, schedule = small_model(num_classes=2), ShiftedCosine(0.4, -5, 5)
-    x = torch.arange(40).view(10, 4) % 6
-    pixels = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
-    monkeypatch.setattr(sample, "sample_images", lambda _, labels, first, **options: torch.stack(
-        [labels, torch.arange(first, first + len(labels))], 1))
-    monkeypatch.setattr(sample, "all_gather_cat", lambda x: x)
-    monkeypatch.setattr(losses, "all_reduce_sum", lambda tensors: None)
-
-    def share(rank, world):
-        for module in ("losses", "sample", "engine.randomness"):
-            monkeypatch.setattr(f"{module}.rank_and_world", lambda: (rank, world))
-        bits = losses.held_out_bits(model, schedule, x, x[:, 0] % 2, seeded, 25, 4)
-        options = {"tokenizer_batch": 6, "flip": True}
-        batches = image_batches(ImageSet(20 * [0], [], 4, pixels), options, 0, 0, 3, torch.device("cpu"))
-        return bits, torch.stack(list(batches), 1), sample.sample_together(None, torch.arange(7) * 10)
-
-    (bits, images, drawn), *halves = share(0, 1), share(0, 2), share(1, 2)
-    close(halves[0][0] + halves[1][0], bits)
-    assert torch.equal(torch.cat([half[1] for half in halves]), images)
-    assert torch.equal(torch.cat([half[2] for half in halves])[:7], drawn)
-    assert torch.equal(drawn, torch.tensor([[10 * i, i] for i in range(7)]))
-
+# Data: tokens, replacements, splits.
 
 def test_sixteen_bits():
     """Tokens are stored without sign: those from 32,768 on come back as they were."""
@@ -431,18 +389,10 @@ def test_who_takes_the_place_of_an_image(broken, place, taken, capsys):
         assert (images.batch([place])[0] == 40 * taken).all() and "sound before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("n, every", [(2, 20), (19, 20), (20, 20), (100, 20), (40_000, 20), (90_000, 45)])
+@pytest.mark.parametrize("n, every", [(2, 20), (19, 20), (100, 20), (90_000, 45)])
 def test_splits(n, every, tmp_path):
     """Every 20th image is held out, of very many every (n / 2000)th."""
     source = Source(tmp_path, [], np.zeros(n), range(n))
     expected = [i for i in range(n) if i % every == min(every, n) // 2]
     assert source.test.tolist() == expected and len(expected) >= 1
     assert sorted([*source.train.tolist(), *expected]) == list(range(n))
-
-
-def test_splits_of_the_built_in_set(monkeypatch):
-    """Its held-out images are other drawings."""
-    monkeypatch.setattr(Toy, "n_train", 30)
-    monkeypatch.setattr(Toy, "n_test", 24)
-    seen, held_out = ({pixels.numpy().tobytes() for pixels in images.pixels} for images in Toy().load(20))
-    assert len(seen) == 30 and len(held_out) == 24 and not seen & held_out

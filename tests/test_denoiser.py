@@ -8,14 +8,12 @@ import torch
 
 import losses
 import sample
-from embedding_diffusion import Block, EmbeddingDiffusion
+from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS
-from engine.distributed import shard
 from engine.randomness import image_generators
 from extras import two_tokens
-from extras.pictures import slerp
 from schedule import ShiftedCosine, add_noise
-from tests.common import call, close, f64, parser_flags, seeded
+from tests.common import call, close, f64, seeded
 from tests.exact import BPSK, WEIGHTS, ExactPosterior, exact_rec_and_diff, small_model
 from vqvae import ResBlock
 
@@ -85,18 +83,6 @@ def test_a_new_denoiser():
     assert torch.equal(ResBlock(32)(x), x)
 
 
-@pytest.mark.parametrize("recompute, calls", [(False, 4), (True, 8)])
-def test_recomputation(recompute, calls):
-    """--activation-checkpointing runs each of four blocks twice, once of it in the backward pass."""
-    model = small_model(num_classes=2)
-    model.recompute = recompute
-    with mock.patch.object(Block, "forward", autospec=True, side_effect=Block.forward) as forward:
-        loss = model(torch.ones(2, 4, 4).double(), f64(0, 1), torch.tensor([0, 1])).square().sum()
-        assert forward.call_count == 4
-        loss.backward()
-    assert forward.call_count == calls
-
-
 def test_init_from_codebook():
     """Centred principal components with the square root of their spread: C C^T's square root is E E^T."""
     codes = torch.randn(9, 3, dtype=torch.float64, generator=seeded(0)) * f64(9, 4, 1) + 5
@@ -110,7 +96,7 @@ def test_init_from_codebook():
     assert not start[:, 3:].any()
 
 
-@pytest.mark.parametrize("parts", [2, 5, 12])
+@pytest.mark.parametrize("parts", [2, 5])
 def test_shares_add_up(parts):
     """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""
     model, schedule = small_model(num_classes=2, depth=1), ShiftedCosine(0.4, -5, 5)
@@ -124,7 +110,9 @@ def test_shares_add_up(parts):
         return [*torch.autograd.grad(sum(loss for loss, _ in found), list(model.parameters())),
                 sum(terms for _, terms in found)]
 
-    shares = [shard(*noisy, i, parts) for i in range(parts)]
+    rows, n_rec, counts = noisy
+    shares = [({name: value[i::parts] for name, value in rows.items()}, len(range(i, n_rec, parts)), counts)
+              for i in range(parts)]
     for one, other in zip(gradient_and_terms(shares), gradient_and_terms([noisy]), strict=True):
         close(one, other, rtol=1e-9, atol=1e-12)
 
@@ -155,21 +143,13 @@ def test_two_tokens():
     assert two_tokens.mean_target("shared") == pytest.approx((0.756761, 0.888983), abs=1e-6)
 
 
-def test_losses_alone(capsys, monkeypatch):
-    """python losses.py: its last column is that of our schedule; each flag changes what it prints."""
+def test_losses_alone(capsys):
+    """python losses.py: its last column is that of our schedule."""
     assert call("losses.py") == 0
     page = capsys.readouterr().out
     ours = ShiftedCosine(*(DEFAULTS[name] for name in ("shift", "log_snr_min", "log_snr_max")))
     assert f"{bounds((1.0,), ours, DEFAULTS['weight_clip'])[1][0]:17.4f}\n    2.00" in page
     assert page.count("over-confident") == 1 and "mean target 0.888983" in page
-    assert parser_flags("losses.py") == ["log_snr_max", "shift", "weight_clip"]
-    monkeypatch.setattr(two_tokens, "two_tokens", lambda distances, schedule, clip: torch.full(
-        (len(distances), 4), clip + float(schedule.log_snr(f64(0)))))  # a second each
-    pages = set()
-    for words in ([], ["--shift", 1], ["--weight-clip", 2], ["--log-snr-max", 5]):
-        assert call("losses.py", *words) == 0
-        pages.add(capsys.readouterr().out)
-    assert len(pages) == 4
     assert call("losses.py", "--shift", 0) == 2 and "must be positive" in capsys.readouterr().err
 
 
@@ -198,8 +178,7 @@ def model():
 
 @pytest.mark.parametrize("steps, guidance, options, end", [
     (1, 0.0, {}, 1), (2, 0.0, {}, 0.2), (4, 0.0, {}, 0.05), (16, 0.0, {}, 0),  # few steps end before 0
-    (1, 0.1, {}, 1), (2, 0.1, {}, 0.3), (15, 0.1, {}, 0.3), (16, 0.1, {}, 0),
-    (2, 0.0, {"init": 0.5}, 0.1), (2, -0.5, {"init": 0.5}, 0.1), (2, 1.0, {"init": 0.5}, 0.15),
+    (2, 0.1, {}, 0.3), (15, 0.1, {}, 0.3), (2, 0.0, {"init": 0.5}, 0.1), (2, 1.0, {"init": 0.5}, 0.15),
     (3, 0.0, {"end": 0.5}, 0.5), (5, 2.0, {"end": 0.0}, 0)])
 def test_grid_of_times(model, steps, guidance, options, end):
     """Uniform from where sampling starts to its end, which lies in proportion to the start."""
@@ -210,16 +189,6 @@ def test_grid_of_times(model, steps, guidance, options, end):
     times = torch.linspace(start, end, steps, dtype=torch.float64) if steps > 1 else f64(1)
     assert [t for t, _ in seen] == pytest.approx(times.tolist(), abs=1e-15)
     assert [float(log_snr[0]) for _, log_snr, _ in calls] == pytest.approx(SCHEDULE.log_snr(times).tolist())
-
-
-@pytest.mark.parametrize("interval, passes", [
-    ((0.0, 1.0), [6] * 5), ((0.3, 0.45), [3] * 5), ((0.25, 0.75), [3, 6, 6, 6, 3])])
-def test_guidance_counts_in_its_interval(model, interval, passes):
-    """At t = 1, 3/4, 1/2, 1/4, 0 there are two passes, for three images, or one."""
-    tokens, calls, _ = drawn(model, 5, 2.0, interval=interval, end=0.0)
-    assert [len(z) for z, *_ in calls] == passes
-    same = {3: 0.0, 6: 2.0}.get(max(passes) if len(set(passes)) == 1 else None)
-    assert same is None or torch.equal(tokens, drawn(model, 5, same, end=0.0)[0])
 
 
 def test_temperature(model):
@@ -266,10 +235,3 @@ def test_init_and_noise(model):
         drawn(model, 2)
     assert torch.equal(calls[0][0], there)
     assert torch.equal(*(call.args[4] for call in spy.call_args_list))  # the later noise is the same
-
-
-def test_slerp():
-    """The way from one noise to another, in equal angles."""
-    path = slerp(f64([3, 0]), f64([0, 3]), 4)  # in steps of 30 degrees
-    close(path, 3 * f64([[1, 0]], [[0.75 ** 0.5, 0.5]], [[0.5, 0.75 ** 0.5]], [[0, 1]]), rtol=0, atol=1e-12)
-    assert len(slerp(f64([3, 0]), f64([0, 3]), 1)) == 1
