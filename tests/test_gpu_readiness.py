@@ -170,8 +170,8 @@ class Types(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward",
-            "exp", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "linalg_vector_norm", "lerp_"}
+DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "exp",
+            "nll_loss_backward", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "linalg_vector_norm", "lerp_"}
 
 
 def test_gpu_precision():
