@@ -44,12 +44,17 @@ from tests.exact import (
 
 @pytest.mark.parametrize("shift", [0.1, 0.4, 1.0, 2.0])
 def test_schedule(shift):
-    """lambda's derivative, SNR(s) / SNR(1) = s^2, ends +-10 + 2 log s, alpha^2 + sigma^2 = 1."""
-    t, schedule = torch.linspace(0, 1, 1001).double().requires_grad_(), ShiftedCosine(shift, -10, 10)
+    """lambda's derivative, its ends; SNR(s) / SNR(1) = s^2 where both ends move by 2 log s; alpha^2 + sigma^2
+    = 1.
+    """
+    moved = 2 * math.log(shift)
+    t = torch.linspace(0, 1, 1001).double().requires_grad_()
+    schedule = ShiftedCosine(shift, moved - 10, moved + 10)
     log_snr, unshifted = schedule.log_snr(t), ShiftedCosine(1, -10, 10).log_snr(t)
     close(schedule.d_log_snr(t), torch.autograd.grad(log_snr.sum(), t)[0], rtol=1e-12, atol=0)
     close((log_snr - unshifted).exp(), torch.full_like(t, shift ** 2), rtol=1e-12, atol=0)
-    close(log_snr[[0, -1]], f64(10, -10) + 2 * math.log(shift), rtol=0, atol=1e-10)
+    close(log_snr[[0, -1]], f64(10, -10) + moved, rtol=0, atol=1e-10)
+    close(ShiftedCosine(shift, -3, 2).log_snr(f64(0, 1)), f64(2, -3), rtol=0, atol=1e-10)
     alpha, sigma = alpha_sigma(log_snr)
     close(alpha ** 2 + sigma ** 2, torch.ones_like(t), rtol=1e-14, atol=0)
     close(alpha ** 2 / sigma ** 2, log_snr.exp(), rtol=1e-12, atol=0)
@@ -103,7 +108,8 @@ def test_only_markov_pairs_keep_the_posterior():
 @pytest.mark.parametrize("shift, end, expected", [(1.0, 10, 0.552945), (0.1, 5, 0.568804)])
 def test_bound_is_tight(shift, end, expected):
     """The terms sum to H(x), plus the total correlation left at t = 0, seen at low SNR only."""
-    schedule = ShiftedCosine(shift, -end, end)
+    moved = 2 * math.log(shift)
+    schedule = ShiftedCosine(shift, moved - end, moved + end)
     prior = float(losses.prior_loss(PAIR.embedding[None], schedule.log_snr(f64(1)[0])).mean())
     assert prior + sum(exact_rec_and_diff(PAIR, schedule, 80)) == pytest.approx(expected, abs=1e-6)
 
@@ -154,7 +160,7 @@ def cm_z_scores(cm_pairs):
     tilt, table = f64(0, 0, 0).requires_grad_(), BPSK.embedding.clone().requires_grad_()
 
     def student(z, log_snr, labels, mask=None, table=None):
-        change = torch.cat([torch.ones_like(z), z, (2 * z).sin()], -1) @ tilt  # (B, N)
+        change = torch.cat([torch.ones_like(z), z, (2 * z).sin()], -1) @ tilt              # (B, N)
         return BPSK(z, log_snr, labels, table=table) + torch.stack([0 * change, change], -1)
 
     student.table, student.num_classes = lambda: table, 0
@@ -354,7 +360,7 @@ def test_nearest_and_ema():
     assert torch.equal(vqvae.nearest_codes(z, vq.codebook), distances.argmin(1))
     vq.running_count.copy_(torch.arange(1.0, 9))
     vq.running_sum.copy_(vq.codebook * vq.running_count[:, None])
-    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codebook), 8).float()  # (M, K)
+    assigned = F.one_hot(vqvae.nearest_codes(z, vq.codebook), 8).float()                   # (M, K)
     count = 0.99 * vq.running_count + 0.01 * assigned.sum(0)
     expected = (0.99 * vq.running_sum + 0.01 * assigned.T @ z) / count[:, None]
     vq(z_e)
