@@ -1,6 +1,4 @@
-"""The run directory: what an earlier start left in it, and what the first start puts there. Called by
-extras/setup.py.
-"""
+"""The run directory: what an earlier start left in it, and what the first start puts there."""
 
 from pathlib import Path
 

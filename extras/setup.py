@@ -41,7 +41,7 @@ class Run:
     config: dict             # every option of engine/config.py, resolved
     models: dict             # keyword arguments of the models: "tokenizer", "denoiser", "schedule"
     source: object           # the data.Source of the images, or a TokenFile
-    load_images: Callable                                           # () -> (training, held-out) data.ImageSet
+    load_images: Callable    # () -> (training, held-out) data.ImageSet
     out: Path                # the run directory
     seed: int
     device: torch.device
@@ -97,10 +97,7 @@ def prepare_rank(args, stack):
         source.sides = tuple(before["sides"])
     print(source.describe())
     run_directory.repeat_choices(args, before, out)
-    init = {}
-    if args.init and not (out / "ckpt.pt").exists():
-        init = read_init(args.init)
-        print(f"--init {args.init}: this run starts from its weights")
+    init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
     config, models, tokenizer = check_options(args, source, out, device, init)
 
     make_cache, cache_plan = plan_cache(source, config["size"], out)
@@ -171,7 +168,7 @@ def check_options(args, source, out, device, init):
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts.values()]
     kind = "bfloat16" if args.chip not in (None, "cpu") else precision(device)
     print(f"{out}: {parts['model'].N} tokens of {config['K']} codes per image, tokenizer {sizes[0]:.2f} M "
-          f"parameters, denoiser {sizes[1]:.2f} M, on {device} in {kind}")
+          f"parameters, denoiser {sizes[1]:.2f} M, on {args.chip or device} in {kind}")
     return config, models, tokenizer
 
 
@@ -202,9 +199,8 @@ def read_init(name):
     path, parts = Path(name), {}
     files = [path]
     if path.is_dir():
-        files = [path / file for file in ("tokenizer.pt", "ckpt.pt") if (path / file).exists()]
-        if not files:
-            raise UserError(f"--init {name}: no tokenizer.pt and no ckpt.pt in it")
+        files = [path / "tokenizer.pt", *[file for file in [path / "ckpt.pt"] if file.exists()]]
+    print(f"--init {name}: this run starts from its weights")
     for file in files:
         state = checkpoint.read_checkpoint(file, checkpoint.TOKENIZER_FORMAT, checkpoint.CHECKPOINT_FORMAT)
         parts |= {key: state[key] for key in ("tokenizer", "discriminator") if key in state}
