@@ -16,7 +16,7 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
 from extras.meta_count import GiB, Stage, autocast, chip_of, fits
-from extras.vqgan_losses import LPIPS, discriminator_loss, make_discriminator, tokenizer_loss
+from extras.vqgan_losses import LPIPS, hinge_loss, make_discriminator, tokenizer_loss
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
 from sample import sample_tokens
 from schedule import ShiftedCosine
@@ -39,7 +39,8 @@ def count_tokenizer(config, models, chip, images):
             loss.backward()
             if discriminator:
                 discriminator.requires_grad_(True)
-                discriminator_loss(discriminator, outputs).backward()
+                real, fake = discriminator(outputs["x"]), discriminator(outputs["x_hat"].detach())
+                hinge_loss(real, fake).backward()
 
         return [tokenizer, discriminator] if discriminator else [tokenizer], step
     return Stage(build, images)
