@@ -3,8 +3,7 @@
     python train.py --data FOLDER --dry-run --for 4090      one run, in full
     python -m extras.cost 4090                              a line for each preset
 
-It counts the training steps and the sampler of this repository (extras/meta_count.py). Hours are operations
-at UTILISATION of the chip's peak. Reading images and evaluations are not counted.
+Training steps and sampling are counted (extras/meta_count.py), reading images and evaluations are not.
 """
 
 import math
@@ -17,7 +16,7 @@ from embedding_diffusion import EmbeddingDiffusion
 from engine.build import make_tokenizer
 from engine.config import DEFAULTS, PRESETS, describe_models
 from extras.meta_count import GiB, Stage, autocast, chip_of, fits
-from extras.vqgan_losses import LPIPS, discriminator_loss, make_discriminator, tokenizer_loss
+from extras.vqgan_losses import LPIPS, hinge_loss, make_discriminator, tokenizer_loss
 from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
 from sample import sample_tokens
 from schedule import ShiftedCosine
@@ -40,7 +39,8 @@ def count_tokenizer(config, models, chip, images):
             loss.backward()
             if discriminator:
                 discriminator.requires_grad_(True)
-                discriminator_loss(discriminator, outputs).backward()
+                real, fake = discriminator(outputs["x"]), discriminator(outputs["x_hat"].detach())
+                hinge_loss(real, fake).backward()
 
         return [tokenizer, discriminator] if discriminator else [tokenizer], step
     return Stage(build, images)
@@ -92,41 +92,39 @@ def fitting_batch(pipeline, most):
 def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     """The cost of a run on `world` chips, and the images at a time for which it fits each of them.
 
-    models: of engine.config.describe_models; counts: (training, held-out) images. -> a namespace: micro_batch
-    and eval_batch, as asked for or as fit; stages {name: Stage}; flops, hours {name: of the whole run}; ...
+    models: of engine.config.describe_models; counts: (training, held-out) images. -> a namespace
     """
-    batch, N = config["batch"] // world, math.prod(models["denoiser"]["grid"])
-    rows = counts[0] * (1 + config["flip"])  # of training tokens
     encoding, sampling = count_untrained(config, models, chip)
-    stages, fitting = {}, {}
+    diffusion = count_diffusion(config, models, chip, config["batch"] // world)
+    rows = counts[0] * (1 + config["flip"])  # of training tokens
+    row_bytes = 2 * math.prod(models["denoiser"]["grid"]) + 8
+    diffusion.peak["weights"] += rows * row_bytes  # all tokens and labels lie on the device
+    stages, fitting, flops = {}, {}, {}
     if trains_tokenizer:
         stage = count_tokenizer(config, models, chip, config["tokenizer_batch"] // world)
-        stages["tokenizer"], fitting["tokenizer"] = stage, stage.fit(chip, stage.images).images * world
-    diffusion = count_diffusion(config, models, chip, batch)
-    diffusion.peak["weights"] += rows * (2 * N + 8)  # all tokens and labels lie on the device
-    fitting["diffusion"] = diffusion.fit(chip, batch, least=2).images
-    stages["diffusion"] = diffusion.at(min(config["micro_batch"] or fitting["diffusion"], batch))
+        stages["tokenizer"] = stage
+        fitting["tokenizer"] = stage.fit(chip, stage.images).images * world
+        flops["tokenizer"] = config["tokenizer_steps"] * stage.flops * world
+    fitting["diffusion"] = diffusion.fit(chip, diffusion.images, least=2).images
+    stages["diffusion"] = diffusion.at(min(config["micro_batch"] or fitting["diffusion"], diffusion.images))
     untrained = max(encoding, sampling, key=lambda stage: stage.peak["activations"])
     untrained.peak["weights"] = max(stage.total - stage.peak["activations"] for stage in stages.values())
     stages["untrained"] = untrained.fit(chip, config["eval_batch"])
 
-    flops = {"tokens": encoding.flops / encoding.images * (rows + counts[1]),
-             "diffusion": config["steps"] * diffusion.flops * world}
-    if trains_tokenizer:
-        flops["tokenizer"] = config["tokenizer_steps"] * stages["tokenizer"].flops * world
-    rate = world * chip.flops * UTILISATION * 3600  # an hour's
-    hours = {name: value / rate for name, value in flops.items()}
+    flops["tokens"] = encoding.flops / encoding.images * (rows + counts[1])
+    flops["diffusion"] = config["steps"] * diffusion.flops * world
+    hours = {name: value / (world * chip.flops * UTILISATION * 3600) for name, value in flops.items()}
     return SimpleNamespace(
         chip=chip, world=world, stages=stages, fitting=fitting, flops=flops, hours=hours,
         first=sum(hours.values()) - hours["diffusion"] * max(0, 1 - config["sample_every"] / config["steps"]),
-        micro_batch=config["micro_batch"] or fitting["diffusion"] % batch,
+        micro_batch=config["micro_batch"] or fitting["diffusion"] % diffusion.images,
         eval_batch=stages["untrained"].images,
         fits={name: fits(chip, stage.total) for name, stage in stages.items()},
-        disk=(rows + counts[1]) * (2 * N + 5) + 14 * (encoding.size + diffusion.size))
+        disk=(rows + counts[1]) * row_bytes + 14 * (encoding.size + diffusion.size))
 
 
 def in_words(hours):
-    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h" if hours >= 1 else f"{60 * hours:.2g} min"
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.2g} min"
 
 
 def summary(cost):
@@ -153,15 +151,13 @@ def report(cost):
 
 
 def advice(cost):
-    """What to do about a stage that does not fit.
-
-    The tokenizer's batch is never split: its codebook and its discriminator's weight depend on all of it.
-    """
-    for name, what, flag, otherwise in (
-            ("tokenizer", "tokenizer's batch", "--tokenizer-batch", "which changes the result, or more GPUs"),
-            ("diffusion", "denoiser", "--micro-batch", "--activation-checkpointing, or a smaller --width")):
-        if not cost.fits.get(name, True):
-            yield f"the {what} does not fit the memory. What may: {flag} {cost.fitting[name]}, {otherwise}"
+    """What to do about a stage that does not fit."""
+    if not cost.fits.get("tokenizer", True):  # its codebook and discriminator need the whole batch at once
+        yield ("the tokenizer's batch does not fit the memory. What may: more GPUs, or --tokenizer-batch "
+               f"{cost.fitting['tokenizer']}, which changes the result")
+    if not cost.fits["diffusion"]:
+        yield ("the denoiser does not fit the memory. What may: --activation-checkpointing, a smaller "
+               f"--width, or --micro-batch {cost.fitting['diffusion']}")
 
 
 if __name__ == "__main__":

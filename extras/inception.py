@@ -23,9 +23,8 @@ class ConvBN(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         if padding is None:
-            padding = tuple(k // 2 for k in kernel) if stride == 1 else 0
+            padding = "same" if stride == 1 else 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 

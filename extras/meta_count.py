@@ -6,6 +6,7 @@ import copy
 import os
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,7 @@ MARGIN, RESERVE = 1.1, GiB // 2  # for fragments and workspaces; for the driver
 
 
 def chip_of(device, name=None):
-    """The chip of --for, or else of the device: name, memory in bytes, flops per second at its peak, bf16.
-
-    The peak of a CPU, and of a GPU that is not in CHIPS, is measured by matrix products for 0.1 seconds.
-    """
+    """The chip of --for, or else of the device: name, memory in bytes, flops per second at its peak, bf16."""
     if name in CHIPS:
         memory, peak = CHIPS[name]
         return SimpleNamespace(name=name, memory=memory * GiB, flops=peak * 1e12, bf16=True)
@@ -39,7 +37,7 @@ def chip_of(device, name=None):
     elif hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peaks = [peak * 1e12 for key, (_, peak) in CHIPS.items() if key.split("-")[0] in name.lower()]
-    if not peaks:
+    if not peaks:  # measured for 0.1 seconds
         a = torch.ones(1024, 1024, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         peaks = [2 * 1024 ** 3 / timer.blocked_autorange(min_run_time=0.1).median]
@@ -51,30 +49,27 @@ def fits(chip, peak):
 
 
 class autocast(TorchFunctionMode):
-    """In place of torch.autocast, which the meta device lacks: the types that CUDA's autocast gives.
-
-    And flash attention, which stores no N x N matrix. As on a GPU, it takes only tensors with heads.
-    """
+    """In place of torch.autocast, which the meta device lacks: the types of CUDA's, and flash attention."""
 
     TYPES = {F.linear: torch.bfloat16, F.conv2d: torch.bfloat16, F.group_norm: torch.float32,
              F.layer_norm: torch.float32, F.rms_norm: torch.float32}
 
     def __init__(self, device_type, dtype=None, enabled=True):
         super().__init__()
-        self.enabled = enabled
+        self.types = self.TYPES if enabled else {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if self.enabled and function in self.TYPES:
-            args = [arg.to(self.TYPES[function]) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        if function is F.scaled_dot_product_attention and args[0].ndim == 4:
+        if function in self.types:
+            args = [arg.to(self.types[function]) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        if function is F.scaled_dot_product_attention and args[0].ndim == 4:  # as on a GPU, not without heads
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         return function(*args, **kwargs or {})
 
 
 class Counter(TorchDispatchMode):
-    """flops: by PyTorch's own formulas. now, peak: bytes of all storages, at this moment and at most.
+    """flops: by PyTorch's formulas. now, peak: bytes of all storages, at this moment and at most.
 
-    (Not FlopCounterMode, whose hooks on modules keep tensors alive that a backward pass has freed.)
+    FlopCounterMode will not do: its hooks on modules keep tensors alive that a backward pass has freed.
     """
 
     def __init__(self):
@@ -106,23 +101,19 @@ class Stage:
     """
 
     def __init__(self, build, images, trained=True, ema=False):
-        original, torch.autocast = torch.autocast, autocast
-        try:
-            with Counter() as counter:
-                with torch.device("meta"):
-                    modules, work = build()
-                weights = counter.now
-                parameters = [p for module in modules for p in module.parameters()]
-                for p in parameters if trained else ():
-                    p.grad = torch.zeros_like(p)  # of the step before
-                built = counter.peak = counter.now
-                work()
-        finally:
-            torch.autocast = original
-        size = sum(p.nbytes for p in parameters)
-        self.images, self.flops, self.size = images, counter.flops, size
-        self.peak = {"weights": weights - ema * size, "gradients": trained * size,
-                     "optimizer": 2 * trained * size, "EMA": ema * size, "activations": counter.peak - built}
+        with mock.patch.object(torch, "autocast", autocast), Counter() as counter:
+            with torch.device("meta"):
+                modules, work = build()
+            weights = counter.now
+            parameters = [p for module in modules for p in module.parameters()]
+            for p in parameters if trained else ():
+                p.grad = torch.zeros_like(p)  # of the step before
+            built = counter.peak = counter.now
+            work()
+        self.images, self.flops, self.size = images, counter.flops, sum(p.nbytes for p in parameters)
+        self.peak = {"weights": weights - ema * self.size, "gradients": trained * self.size,
+                     "optimizer": 2 * trained * self.size, "EMA": ema * self.size,
+                     "activations": counter.peak - built}
 
     @property
     def total(self):

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -57,9 +56,10 @@ def commands(out, config, start, state):
         title, words = "Train it longer", [*words, "--steps", str(2 * config["steps"])]
     pairs = [(title, shlex.join(words))]
     if (out / "ckpt.pt").exists():
+        words = ["python", "sample.py", str(out / "ckpt.pt"), "--out", "more.png"]
         names = [name for name in config["classes"] if name.isalnum()][:2]
-        classes = ["--class", ",".join(names)] if names else []
-        words = ["python", "sample.py", str(out / "ckpt.pt"), *classes, "--out", "more.png"]
+        if names:
+            words[3:3] = ["--class", ",".join(names)]
         pairs.append(("Draw samples", shlex.join(words)))
     return pairs
 
@@ -70,9 +70,9 @@ def read_run(out):
     start, metrics = (read_json(file) if file.exists() else {}
                       for file in (out / "state.json", out / "metrics.json"))
     columns = {name: read_columns(out / f"{name}.csv") for name in TABLES}
+    last_step = {name: max((points[-1][0] for points in curves.values()), default=0)
+                 for name, curves in columns.items()}
     with reading(out / "config.json"):
-        last_step = {name: max((points[-1][0] for points in curves.values()), default=0)
-                     for name, curves in columns.items()}
         stage, steps = "tokenizer", config["tokenizer_steps"]
         if (out / "tokens.npy").exists():
             stage, steps = "diffusion", config["steps"]
@@ -94,16 +94,18 @@ def read_run(out):
 def write_page(out, run):
     text = json.dumps(run).replace("<", r"\u003c")  # ASCII, and no tag in it
     write_atomically(out / "run.js", lambda partial: partial.write_text(f"RUN = {text};\n"))
-    page = Path(__file__).with_name("run.html")
-    write_atomically(out / "index.html", lambda partial: shutil.copyfile(page, partial))
+    page = Path(__file__).with_name("run.html").read_bytes()
+    write_atomically(out / "index.html", lambda partial: partial.write_bytes(page))
 
 
-def update_page(out, at_once=False):
-    """Writes the page, at once or as far as its SHARE of the time allows. Rank 0 does."""
+def update_page(out, start=None):
+    """Rank 0 writes the page: as far as its SHARE of the time allows, or with a new state.json at once."""
     begin = time.monotonic()
-    if rank_and_world()[0] or not at_once and begin < pace["next_page"]:
+    if rank_and_world()[0] or not start and begin < pace["next_page"]:
         return
     try:
+        if start:
+            write_json(out / "state.json", start)
         write_page(out, read_run(out))
     except Exception as error:  # no page is worth a run
         if not pace["failed"]:  # is said once
@@ -119,14 +121,12 @@ def page_of_a_run(out):
     if world > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         command = ["torchrun", "--nnodes", str(world // here), "--nproc-per-node", str(here), *sys.argv]
-
-    def record(state, message=""):
-        with contextlib.suppress(OSError):  # update_page says why
-            write_json(out / "state.json", {"state": state, "message": message, "command": command})
-        update_page(out, at_once=True)
-
     print(f"Follow it in a browser: {out / 'index.html'}")
     pace.update(next_page=0.0, failed=False)
+
+    def record(state, message=""):
+        update_page(out, {"state": state, "message": message, "command": command})
+
     record("running")
     try:
         yield
@@ -141,10 +141,10 @@ def page_of_a_run(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write the page of a run, index.html, into its directory.")
-    parser.add_argument("out", nargs="+", type=Path, metavar="DIR", help="run directory, e.g. runs/toy")
+    parser = argparse.ArgumentParser(description="Write index.html, the page of a run, for each.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run directory, e.g. runs/toy")
     with report_errors("extras.run_page"):
-        for out in parser.parse_args().out:
+        for out in parser.parse_args().runs:
             run = read_run(out)
             if run["state"] == "running":
                 with contextlib.suppress(UserError), lock(out):  # refused while the run lives

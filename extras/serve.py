@@ -31,14 +31,15 @@ LARGEST_BODY = 8 << 20  # bytes
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")
 
-def read_list(name, values, end):
-    return [expect(name, value, int, 0, end - 1) for value in expect(name, values, list)]
+
+def read_indices(request, name, count):
+    return [expect(name, index, int, 0, count - 1) for index in expect(name, request.get(name), list)]
 
 
-def read_image(text, size):
+def read_image(request, size):
     """An image file in base64 -> (1, 3, size, size) uint8, cropped and resized as in training."""
     with reading("the image", "give another file"):
-        return torch.from_numpy(load_image(base64.b64decode(text), size))[None]
+        return torch.from_numpy(load_image(base64.b64decode(request["image"]), size))[None]
 
 
 def read_request(pipeline, settings, request):
@@ -49,15 +50,15 @@ def read_request(pipeline, settings, request):
     numbers = {name: limits[0](expect(name, request.get(name), *limits)) for name, limits in LIMITS.items()}
     options = settings | numbers | {"sampler": expect("sampler", request.get("sampler"), tuple(SAMPLERS))}
     n = options.pop("n")
-    classes = read_list("classes", request.get("classes"), len(pipeline.class_names))
-    if pipeline.class_names and not pipeline.config["training"]["label_drop"]:
-        if not classes or options["guidance"]:
-            raise UserError("this model was trained with --label-drop 0: choose a class, and guidance 0")
+    classes = read_indices(request, "classes", len(pipeline.class_names))
+    only_classes = pipeline.class_names and not pipeline.config["training"]["label_drop"]
+    if only_classes and (not classes or options["guidance"]):
+        raise UserError("this model was trained with --label-drop 0: choose a class, and guidance 0")
     if not classes:
         classes, options["guidance"] = [pipeline.model.num_classes], 0.0
-    cells = read_list("cells", request.get("cells"), pipeline.model.N)
+    cells = read_indices(request, "cells", pipeline.model.N)
     if request.get("image") is not None:
-        image = read_image(request["image"], pipeline.tokenizer.size)
+        image = read_image(request, pipeline.tokenizer.size)
         options["inpaint"] = pipeline.tokenizer.encode(image.to(pipeline.device))                  # (1, N)
         options["inpaint"][:, cells] = -1
     labels = torch.tensor(classes)[torch.arange(n) * len(classes) // n]
@@ -80,15 +81,15 @@ def draw(pipeline, settings, request, send):
     frames = {round(step) for step in np.linspace(1, options["steps"], FRAMES)} if trajectory else set()
     steps = itertools.count(1)
 
-    def picture(images):
-        return {"labels": labels.tolist(), "images": png_texts(images)}
-
     def after_step(t, p):
-        step = next(steps)
-        images = picture(pipeline.tokenizer.decode(p.argmax(-1))) if step in frames else {}
-        send({"step": step, "t": t} | images)
+        line = {"step": next(steps), "t": t}
+        if line["step"] in frames:
+            line["images"] = png_texts(pipeline.tokenizer.decode(p.argmax(-1)))
+        send({"labels": labels.tolist()} | line)
 
-    send(picture(sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)))
+    images = sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)
+    send({"labels": labels.tolist(), "images": png_texts(images)})
+
 
 class Handler(BaseHTTPRequestHandler):
     """One connection with one request, in a thread of its own."""
@@ -97,14 +98,13 @@ class Handler(BaseHTTPRequestHandler):
     answered = False  # has an answer begun?
 
     def do_GET(self):
-        kind, content = self.server.pages.get(self.path, ("", b""))
         if self.headers["Host"] not in self.server.hosts:
-            self.send_error(403, "this server is for this machine alone")
-        elif not content:
-            self.send_error(404, "there is no such page")
-        else:
-            self.begin(200, kind)
-            self.wfile.write(content)
+            return self.send_error(403, "this server is for this machine alone")
+        if self.path not in self.server.pages:
+            return self.send_error(404)
+        kind, content = self.server.pages[self.path]
+        self.begin(200, kind)
+        self.wfile.write(content)
 
     def do_POST(self):
         length, host = self.headers.get("Content-Length", ""), self.headers["Host"]
@@ -114,9 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         if host not in self.server.hosts or self.headers["Origin"] != f"http://{host}":
             self.send_error(403, "only this server's own page may ask for this")
         elif self.headers["Content-Type"] != "application/json":
-            self.send_error(415, "a request must be application/json")
+            self.send_error(415)
         elif self.path not in self.server.actions:
-            self.send_error(404, "there is no such page")
+            self.send_error(404)
         elif not self.server.drawing.acquire(blocking=False):
             self.send_error(429, "another picture is being drawn: wait until it is done")
         else:
@@ -197,10 +197,9 @@ def make_server(args, pipeline, chosen, settings):
     pages = {"/": ("text/html; charset=utf-8", Path(__file__).with_name("serve.html").read_bytes()),
              "/model": ("application/json", json.dumps(model).encode())}
 
-    def crop(request, send):
-        send({"image": png_texts(read_image(request.get("image"), tokenizer.size))[0]})
-
-    actions = {"/draw": lambda request, send: draw(pipeline, settings, request, send), "/crop": crop}
+    actions = {
+        "/draw": lambda request, send: draw(pipeline, settings, request, send),
+        "/crop": lambda request, send: send({"image": png_texts(read_image(request, tokenizer.size))[0]})}
     try:
         return Server(args.serve, pages, actions)
     except OSError as error:

@@ -65,7 +65,7 @@ LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and
 
 
 def find_lpips(given=None, may_download=True):
-    """The files of the LPIPS weights: those given, or LPIPS_FILES from torch's cache or a download."""
+    """The files of the weights: those given, or LPIPS_FILES from torch's cache or a download."""
     if given:
         return [check_file(file) for file in given]
     return [find_weights(name, url, sha256, "give --lpips-weights", may_download=may_download)
@@ -82,8 +82,7 @@ def read_lpips(paths):
             if ours in wanted:
                 check_finite(f"{path}: {name}", value)
                 state[ours] = value.float().flatten() if ours.startswith("lin") else value.float()
-    where = f"{', '.join(map(str, paths))} (give {' and '.join(LPIPS_FILES)}, or a file that has both)"
-    check_weights(where, wanted, state)
+    check_weights(f"{', '.join(map(str, paths))} (give both of {', '.join(LPIPS_FILES)})", wanted, state)
     return state
 
 
@@ -100,10 +99,10 @@ class PatchDiscriminator(nn.Module):
         self.bf16, self.layers = bf16, nn.ModuleList([nn.Conv2d(3, width, 4, stride=2, padding=1)])
         levels = min(3, max(1, size.bit_length() - 4))  # down to an eighth, or less for small images
         for i in range(1, levels + 1):
-            before, after = width * 2 ** (i - 1), width * 2 ** i
-            conv = nn.Conv2d(before, after, 4, stride=2 if i < levels else 1, padding=1, bias=False)
-            self.layers.append(nn.Sequential(conv, nn.GroupNorm(16, after)))
-        self.layers.append(nn.Conv2d(width * 2 ** levels, 1, 4, padding=1))
+            conv = nn.Conv2d(width, 2 * width, 4, stride=2 if i < levels else 1, padding=1, bias=False)
+            width *= 2
+            self.layers.append(nn.Sequential(conv, nn.GroupNorm(16, width)))
+        self.layers.append(nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w) in float32, high for real."""
@@ -122,10 +121,6 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def discriminator_loss(judge, outputs):
-    return hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
-
-
 def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
     """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there.
 
@@ -134,8 +129,7 @@ def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
                  for loss in (reconstruction, adversarial)]
     all_reduce_sum(gradients)
-    a, b = (gradient.norm() for gradient in gradients)
-    return (a / (b + 1e-6)).clamp(max=largest).detach()
+    return (gradients[0].norm() / (gradients[1].norm() + 1e-6)).clamp(max=largest).detach()
 
 
 GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight rises
@@ -147,21 +141,20 @@ def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
         L = pixels + perceptual LPIPS + gan ramp adaptive_weight L_G + beta commitment (+ codebook)
     """
     x, x_hat = outputs["x"], outputs["x_hat"]
-    pixels = F.mse_loss(x_hat, x) if config["pixel_loss"] == "l2" else F.l1_loss(x_hat, x)
-    loss = pixels
-    terms = {"reconstruction": pixels, "commitment": outputs["commitment"], "codebook": outputs["codebook"]}
+    loss = F.mse_loss(x_hat, x) if config["pixel_loss"] == "l2" else F.l1_loss(x_hat, x)
+    terms = {"reconstruction": loss, "commitment": outputs["commitment"], "codebook": outputs["codebook"]}
     if lpips is not None:
         terms["lpips"] = lpips(x, x_hat).mean()
         loss = loss + config["perceptual"] * terms["lpips"]
     if discriminator is not None:
         names = ("adversarial", "weight", "discriminator", "discriminator_norm")
-        terms |= dict.fromkeys(names, torch.zeros_like(pixels))
-    if discriminator is not None and progress >= config["gan_start"] + GAN_WARMUP:
-        discriminator.requires_grad_(False)
-        terms["adversarial"] = -discriminator(x_hat).mean()
-        terms["weight"] = adaptive_weight(loss, terms["adversarial"], model.last_layer)
-        ramp = min(1.0, (progress - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
-        loss = loss + config["gan"] * ramp * terms["weight"] * terms["adversarial"]
+        terms |= dict.fromkeys(names, torch.zeros_like(loss))
+        if progress >= config["gan_start"] + GAN_WARMUP:
+            ramp = min(1.0, (progress - config["gan_start"] - GAN_WARMUP) / GAN_RAMP)
+            discriminator.requires_grad_(False)
+            terms["adversarial"] = -discriminator(x_hat).mean()
+            terms["weight"] = adaptive_weight(loss, terms["adversarial"], model.last_layer)
+            loss = loss + config["gan"] * ramp * terms["weight"] * terms["adversarial"]
     loss = loss + config["beta"] * outputs["commitment"]
     if config["codebook_update"] == "gradient":
         loss = loss + outputs["codebook"]
@@ -179,7 +172,7 @@ def discriminator_step(judge, parts, outputs, lr, clip):
     """One step of the discriminator -> {name: loss or norm}. judge: it, or its DistributedDataParallel."""
     discriminator, optimizer = parts["discriminator"].requires_grad_(True), parts["discriminator_optimizer"]
     optimizer.param_groups[0]["lr"] = lr
-    loss = discriminator_loss(judge, outputs)
+    loss = hinge_loss(judge(outputs["x"]), judge(outputs["x_hat"].detach()))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), clip)
