@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.process import write_atomically
+from engine.validate import UserError
 from extras.datasets import find
-from extras.downloads import DownloadError
 from extras.inception import find_inception, load_inception
 from extras.metrics import kernel_distance, precision_recall
 from fid import frechet_distance
@@ -96,7 +96,7 @@ class Evaluator:
         try:
             inception = load_inception(find_inception(may_download=False), self.device)
             self.name, self.network = "Inception-v3", lambda images: inception(images)["2048"]
-        except DownloadError:
+        except UserError:
             pass
         some = np.array_split(spread_out(len(shared.images), 10000), 10)
         self.real = torch.cat([self.features(shared.images.batch(part)) for part in some])
