@@ -3,35 +3,32 @@
     python experiments/collapse.py                      80 seconds on one CPU core
 
 Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain
-(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at as it is. All
-else is equal. The weight of L_diff is clipped at 1 and the table is not normalised: the naive choice, which
-rewards points that lie close together.
+(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at. The weight of
+L_diff is clipped at 1 and the table is not normalised: the naive choice, which rewards points that lie close
+together.
 
     naive         L_rec + L_diff
     L_CM          L_rec + L_diff + L_CM, the paper's cure
     4 L_CM        the same with four times the weight
     closed form   L_rec + L_diff, and the output prior in the logits (embedding_diffusion.py)
 
-    collapse.png   the distances over training, the tables at the end, the bigrams of samples beside the true
-    ones collapse.gif   the tables as they move results.csv    step, mean and smallest distance, held-out bits
-    per token, of each
+    collapse.png   distances over training, the tables at the end, bigrams of samples beside the true ones
+    collapse.gif   the tables as they move
+    results.csv    step, mean and smallest distance, held-out bits per token, of each
 
 What to look for: the naive points draw together until L_rec, at t = 0, stops them. L_CM pulls the other way.
-What the samples are worth is their total variation (TV) from the true bigrams; as many true samples have
-`floor`.
+What the samples are worth is their total variation (TV) from the true bigrams.
 """
 
 import argparse
-import io
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import append, held_out_bound, learning_rate, pyplot
+from common import append, held_out_bound, pyplot
 from markov_chain import Chain, K, N, bigrams
-from PIL import Image
 from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
@@ -39,6 +36,7 @@ from engine.randomness import generator_for, image_generators
 from losses import collapse_diagnostics, sample_noise, training_loss
 from sample import sample_tokens
 from schedule import ShiftedCosine
+from train import learning_rate
 
 ROWS = {"naive": dict(w_cm=0.0), "L_CM": dict(w_cm=1.0), "4 L_CM": dict(w_cm=4.0),
         "closed form": dict(w_cm=0.0, output_prior=True)}
@@ -59,12 +57,12 @@ class Row:
 
     def train_step(self, noise, schedule, lr):
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
         loss, _ = training_loss(self.model, self.model, schedule, *noise, w_rec=1.0, w_diff=1.0,
                                 w_cm=self.w_cm, weight_clip=1.0, cm_pairs="markov")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def measure(self, step, schedule, held_out):
         table = self.model.table().detach().clone()
@@ -120,19 +118,24 @@ def draw_figure(plt, rows, found, chain, extent):
     return figure
 
 
-def draw_frame(plt, rows, i, extent):
-    """The i-th tables, as one picture of the film."""
+def draw_film(plt, rows, extent, path):
+    """All tables of all rows, one after the other; the last ones stay for a second."""
+    from matplotlib.animation import FuncAnimation
     figure, axes = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3.2))
-    for panel, (name, row) in zip(axes, rows.items(), strict=True):
-        line = row.lines[i]
-        panel.scatter(*row.tables[i].T, c=plt.get_cmap("tab10").colors[:K], s=40)
-        panel.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal",
-                  title=f"{name}, step {line['step']}\nmean distance {line['mean_distance']:.2f}")
+
+    def draw_frame(i):
+        for panel, (name, row) in zip(axes, rows.items(), strict=True):
+            line = row.lines[i]
+            panel.clear()
+            panel.scatter(*row.tables[i].T, c=plt.get_cmap("tab10").colors[:K], s=40)
+            panel.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal",
+                      title=f"{name}, step {line['step']}\nmean distance {line['mean_distance']:.2f}")
+
+    draw_frame(0)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=70)
-    plt.close(figure)
-    return Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
+    last = len(rows["naive"].tables) - 1
+    frames = [*range(last), *[last] * 8]
+    FuncAnimation(figure, draw_frame, frames, init_func=lambda: None).save(path, "pillow", fps=8, dpi=70)
 
 
 def main():
@@ -157,9 +160,7 @@ def main():
             append(path, {"row": name} | line, COLUMNS)
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
     draw_figure(plt, rows, found, chain, extent).savefig(out / "collapse.png", dpi=80)
-    first, *rest = (draw_frame(plt, rows, i, extent) for i in range(len(rows["naive"].tables)))
-    first.save(out / "collapse.gif", save_all=True, append_images=rest, duration=[120] * len(rest) + [3000],
-               loop=0)
+    draw_film(plt, rows, extent, out / "collapse.gif")
     print(f"entropy {chain.entropy() / math.log(2):.2f} bits, TV of true samples {found['true'][1]:.2f}")
     for name, row in rows.items():
         line = row.lines[-1]

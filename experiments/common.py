@@ -1,5 +1,4 @@
-"""What the experiments share: CSV files, tables, the optimizer's step, the bound. It finds the repository,
-too."""
+"""What the experiments share: where the repository is, the optimizer's step, the bound, CSV files, tables."""
 
 import csv
 import platform
@@ -14,14 +13,14 @@ sys.path.insert(0, str(HERE.parent))
 
 from engine.randomness import generator_for  # noqa: E402
 from losses import held_out_bits, mean_bound  # noqa: E402
-from train import learning_rate  # noqa: E402, F401
 
 
-def update(model, ema, optimizer, clip, decay):
+def update(model, ema, optimizer, config, step):
     """train.py's: clips the gradient, then one step of the optimizer and of the averaged weights."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    decay = min(config["ema_decay"], (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
