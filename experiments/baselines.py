@@ -19,7 +19,6 @@ bounds -log p(x_0) from above. For T -> infinity the absorbing one is MDLM's int
 over masked positions. T = 1000 here, within 1 / T of it.
 """
 
-import copy
 import itertools
 import math
 
@@ -28,7 +27,6 @@ import torch.nn.functional as F
 from common import update
 from tqdm import tqdm
 
-from engine.config import DEFAULTS
 from losses import LOSS_ARGS, NOISE_ARGS, noise_like, sample_noise, stratified, training_loss
 from schedule import add_noise
 from train import learning_rate
@@ -175,20 +173,17 @@ def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
     return F.cross_entropy(logits.flatten(0, 1), x.flatten())
 
 
-def train(options, model, schedule, optimizer, steps, batch, watch=None):
-    """The averaged weights after `steps` steps of train.py's, with another objective perhaps.
+def train(options, model, ema, schedule, optimizer, steps, batch, watch=None):
+    """The steps of train.py, with the objective of a row.
 
-    options: as for objective. batch(step) -> tokens, labels, generator. watch(step): called after each step.
+    batch(step) -> tokens, labels, generator. watch(step): called after each step.
     """
-    options = DEFAULTS | options
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
     for step in tqdm(range(steps), leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options["warmup"], options["lr"])
         objective(options, model, ema, schedule, *batch(step)).backward()
         update(model, ema, optimizer, options, step)
         if watch is not None:
             watch(step)
-    return ema
 
 
 def objective(options, model, ema, schedule, x, labels, generator):

@@ -22,7 +22,6 @@ What the samples are worth is their total variation (TV) from the true bigrams.
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,8 @@ BATCH, FRAMES, SAMPLES = 128, 60, 2000
 class Row:
     """One denoiser, its tables (K, 2) over training, and a line of results.csv for each of them."""
 
-    def __init__(self, w_cm, seed, output_prior=False):
-        self.w_cm, self.tables, self.lines = w_cm, [], []
+    def __init__(self, name, seed, w_cm, output_prior=False):
+        self.name, self.w_cm, self.tables, self.lines = name, w_cm, [], []
         torch.manual_seed(seed)  # the same start for all
         self.model = EmbeddingDiffusion(K, (1, N), 2, width=48, depth=2, heads=3, norm="none",
                                         output_prior=output_prior, posterior_input=False)
@@ -68,7 +67,7 @@ class Row:
         table = self.model.table().detach().clone()
         bits = held_out_bound(self.model, schedule, held_out, 0 * held_out[:, 0], 0, len(held_out), 500)
         self.tables.append(table)
-        self.lines.append({"step": step, **collapse_diagnostics(table), "bits": bits})
+        self.lines.append({"row": self.name, "step": step, **collapse_diagnostics(table), "bits": bits})
 
 
 def train(rows, chain, steps, seed):
@@ -99,17 +98,14 @@ def draw_figure(plt, rows, found, chain, extent):
     for name, row in rows.items():
         for panel, column in zip(axes[0], ("mean_distance", "smallest_distance", "bits"), strict=False):
             panel.plot([line["step"] for line in row.lines], [line[column] for line in row.lines], label=name)
-            panel.set(title=f"{column.replace('_', ' ')} of two embeddings", xlabel="training step",
-                      ylim=(0, None))
+            panel.set(title=column.replace("_", " "), xlabel="training step", ylim=(0, None))
         for panel in tables:
             panel.scatter(*row.tables[-1].T, label=name, s=25)
     bits.axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
     bits.set(title="held-out bits per token ≤", ylim=(1, 4))
     bits.legend(fontsize=8)
-    tables[0].set(title="the tables at the end", xlim=(-extent, extent), ylim=(-extent, extent),
-                  aspect="equal")
-    tables[1].set(title="the same, closer", xlim=(-extent / 3, extent / 3), ylim=(-extent / 3, extent / 3),
-                  aspect="equal")
+    for panel, title, end in zip(tables, ("tables at the end", "closer"), (extent, extent / 3), strict=True):
+        panel.set(title=title, xlim=(-end, end), ylim=(-end, end), aspect="equal")
     for panel, (name, (matrix, tv)) in zip(axes[1], found.items(), strict=True):
         panel.imshow(np.sqrt(matrix), cmap="magma_r", vmin=0, vmax=math.sqrt(chain.bigrams.max()))
         panel.set(title=f"{name}: TV {tv:.3f}" if name != "true" else f"true bigrams: floor {tv:.3f}",
@@ -119,7 +115,7 @@ def draw_figure(plt, rows, found, chain, extent):
 
 
 def draw_film(plt, rows, extent, path):
-    """All tables of all rows, one after the other; the last ones stay for a second."""
+    """All tables of all rows, one after the other; the last ones stay for a while."""
     from matplotlib.animation import FuncAnimation
     figure, axes = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3.2))
 
@@ -134,7 +130,7 @@ def draw_film(plt, rows, extent, path):
     draw_frame(0)
     figure.tight_layout()
     last = len(rows["naive"].tables) - 1
-    frames = [*range(last), *[last] * 8]
+    frames = [*range(last), *[last] * 5]
     FuncAnimation(figure, draw_frame, frames, init_func=lambda: None).save(path, "pillow", fps=8, dpi=70)
 
 
@@ -144,9 +140,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and noise (default: 0)")
     parser.add_argument("--out", default="runs/collapse", help="run directory (default: runs/collapse)")
     args = parser.parse_args()
-    plt, out, chain, start = pyplot(), Path(args.out), Chain(), time.perf_counter()
+    plt, out, chain = pyplot(), Path(args.out), Chain()
     out.mkdir(parents=True, exist_ok=True)
-    rows = {name: Row(seed=args.seed, **options) for name, options in ROWS.items()}
+    rows = {name: Row(name, args.seed, **options) for name, options in ROWS.items()}
     schedule = train(rows, chain, args.steps, args.seed)
     found = {"true": (chain.bigrams, chain.score(chain.draw(SAMPLES, np.random.default_rng(10 ** 7)))[1])}
     for name, row in rows.items():
@@ -155,9 +151,8 @@ def main():
         found[name] = bigrams(x), chain.score(x)[1]
     path = out / "results.csv"
     path.unlink(missing_ok=True)
-    for name, row in rows.items():
-        for line in row.lines:
-            append(path, {"row": name} | line, COLUMNS)
+    for line in (line for row in rows.values() for line in row.lines):
+        append(path, line, COLUMNS)
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
     draw_figure(plt, rows, found, chain, extent).savefig(out / "collapse.png", dpi=80)
     draw_film(plt, rows, extent, out / "collapse.gif")
@@ -166,7 +161,7 @@ def main():
         line = row.lines[-1]
         print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, "
               f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits, TV {found[name][1]:.3f}")
-    print(f"{time.perf_counter() - start:.0f} seconds; look at {out}/collapse.png and collapse.gif")
+    print(f"look at {out}/collapse.png and collapse.gif")
 
 
 if __name__ == "__main__":

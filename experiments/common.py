@@ -26,10 +26,9 @@ def update(model, ema, optimizer, config, step):
 
 def held_out_bound(model, schedule, x, labels, seed, draws, batch):
     """Bits per token of tokens x (M, N) with labels (M,), an upper bound. seed: of the noise."""
-    def generator(i):
-        return generator_for(seed, "evaluation", i, x.device)
-
-    return mean_bound(held_out_bits(model, schedule, x, labels, generator, draws, batch))["total"]
+    bits = held_out_bits(model, schedule, x, labels, lambda i: generator_for(
+        seed, "evaluation", i, x.device), draws, batch)
+    return mean_bound(bits)["total"]
 
 
 def facts(device):

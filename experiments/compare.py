@@ -33,18 +33,18 @@ import torch
 from features import Evaluator, spread_out
 from tqdm import tqdm
 
-from embedding_diffusion import EmbeddingDiffusion
 from engine.build import load_tokenizer
 from engine.config import describe_models
-from engine.distributed import bf16_works, choose_device
+from engine.distributed import choose_device
 from engine.process import write_atomically
-from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for
+from engine.randomness import batch_indices, generator_for, image_generators
 from engine.tokens import TokenDataset
 from extras.datasets import find
 from extras.grids import save_grid
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics
 from sample import default_end, sample_tokens
 from schedule import ShiftedCosine
+from train import build_denoiser
 
 # What differs from train.py's settings. "loss": another objective. "frozen": the table is not trained.
 PLAIN = dict(output_prior=False, posterior_input=False)  # without what tells of Gaussian noise
@@ -111,13 +111,13 @@ def prepare(args, words):
     models = describe_models(config, len(config["classes"]))
     tokenizer, _ = load_tokenizer(models["tokenizer"], out / "tokens", device)
     rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
-    held_out = np.flatnonzero(rows["test"])
-    held_out = held_out[spread_out(len(held_out), HELD_OUT)]
+    test = rows[rows["test"]]
+    test = test[spread_out(len(test), HELD_OUT)]
     images, unseen = find(args.data, args.root).load(config["size"])
-    shared = SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer,
-                             classes=config["classes"], tokens=TokenDataset(rows[~rows["test"]], device),
-                             images=images, unseen=unseen,
-                             held_out=TokenDataset(rows[held_out], device).batch(np.arange(len(held_out))))
+    shared = SimpleNamespace(out=out, device=device, config=config, classes=config["classes"],
+                             tokenizer=tokenizer, tokens=TokenDataset(rows[~rows["test"]], device),
+                             held_out=TokenDataset(test, device).batch(np.arange(len(test))),
+                             images=images, unseen=unseen)
     shared.evaluator = Evaluator(args, shared)
     return shared
 
@@ -129,22 +129,17 @@ def weights_of(out, name, seed, budget):
 def train_row(name, seed, budget, shared):
     """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if there."""
     device, config = shared.device, shared.config | ROWS[name]
-    path = weights_of(shared.out, name, seed, budget)
-    models = describe_models(config, len(shared.classes))
-    torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
-    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device))
-    if config["embedding_init"] == "codebook":
-        model.init_from_codebook(shared.tokenizer.codebook)
-    model.to(device).embedding.requires_grad_(not config.get("frozen", False))
-    schedule, settings = ShiftedCosine(**models["schedule"]), {key: config[key] for key in SETTINGS}
+    models, settings = describe_models(config, len(shared.classes)), {key: config[key] for key in SETTINGS}
+    run = SimpleNamespace(config=config, models=models, seed=seed, device=device, init={})
+    model, ema, optimizer = build_denoiser(run, shared.tokenizer, None).values()
+    model.embedding.requires_grad_(not config.get("frozen", False))
+    path, schedule = weights_of(shared.out, name, seed, budget), ShiftedCosine(**models["schedule"])
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         if state["settings"] != settings:
             sys.exit(f"{path} was made with other settings: give another --out, or remove it")
-        model.load_state_dict(state["ema"])
-        return model.requires_grad_(False).eval(), schedule, state
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99),
-                                  weight_decay=config["weight_decay"], fused=True)
+        ema.load_state_dict(state["ema"])
+        return ema, schedule, state
     curve, start = [], time.perf_counter()
 
     def batch(step):
@@ -155,7 +150,7 @@ def train_row(name, seed, budget, shared):
         if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
 
-    ema = baselines.train(config, model, schedule, optimizer, budget, batch, watch)
+    baselines.train(config, model, ema, schedule, optimizer, budget, batch, watch)
     state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
              "seconds": time.perf_counter() - start}
     write_atomically(path, functools.partial(torch.save, state))
@@ -234,14 +229,13 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
 
 
 def references(shared, n):
-    """What n held-out images score, and their reconstructions: {name: distance}, and a line that says so."""
+    """A line that says what n held-out images score, and their reconstructions."""
     unseen, tokenizer = shared.unseen.batch(spread_out(len(shared.unseen), n)), shared.tokenizer
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part.to(shared.device))).cpu()
                          for part in unseen.split(250)])
-    found = {f"{len(unseen):,} held-out images": shared.evaluator(unseen, True)["distance"],
-             "their reconstructions": shared.evaluator(rebuilt, True)["distance"]}
-    said = "; ".join(f"{name}: {distance:.3f}" for name, distance in found.items())
-    return found, f"Features: {shared.evaluator.name}. {n:,} samples. Distance of {said}.\n"
+    real, best = (shared.evaluator(images, True)["distance"] for images in (unseen, rebuilt))
+    return (f"Features: {shared.evaluator.name}. {n:,} samples. Distance of {len(unseen):,} held-out images: "
+            f"{real:.3f}; of their reconstructions: {best:.3f}.\n")
 
 
 def settings_of(name, seed, steps, classes):
@@ -257,7 +251,7 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the last measures at the most steps up to 50."""
+    """Markdown: a line per row, sampler and guidance; the last measures at the most steps."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
 
     def cell(some, column, digits=2):
@@ -266,8 +260,7 @@ def table(lines):
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
         mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
         if mine:
-            last = max((int(line["steps"]) for line in mine if int(line["steps"]) <= 50), default=steps[-1])
-            final = common.select(mine, steps=last)
+            final = common.select(mine, steps=max(int(line["steps"]) for line in mine))
             rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
                          *(cell(final, column) for column in ("bound", "rank", "smallest")),
                          *(cell(common.select(mine, steps=n), "distance") for n in steps),
@@ -283,11 +276,11 @@ def plot(lines, out):
     for name in dict.fromkeys(line["row"] for line in lines):
         path = weights_of(out, name, 0, lines[0]["budget"])
         if path.exists() and not is_discrete(name):
-            curve = np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"])
-            panels[0].plot(curve[:, 0], curve[:, 1])
-            panels[1].plot(curve[:, 0], curve[:, 2], label=name)
-    panels[0].set(xlabel="training step", title="effective rank of the table", ylim=(0, None))
-    panels[1].set(xlabel="training step", title="smallest distance of two embeddings", ylim=(0, None))
+            steps, ranks, smallest, _ = zip(*torch.load(path, weights_only=True)["curve"], strict=True)
+            panels[0].plot(steps, ranks)
+            panels[1].plot(steps, smallest, label=name)
+    for panel, title in zip(panels, ("effective rank of the table", "smallest distance"), strict=True):
+        panel.set(xlabel="training step", title=title, ylim=(0, None))
     panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out / "collapse.png", dpi=110)
@@ -323,7 +316,7 @@ def main():
         for setting in settings_of(name, seed, args.sampling_steps, shared.classes):
             lines.append(measure(path, name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
                                  shared))
-    text = f"{references(shared, args.n)[1]}\n{table(lines)}"
+    text = f"{references(shared, args.n)}\n{table(lines)}"
     (shared.out / "results.md").write_text(text)
     print(text)
     plot(lines, shared.out)

@@ -14,6 +14,7 @@ same command again does what is missing.
 """
 
 import argparse
+import copy
 import itertools
 import math
 import time
@@ -25,7 +26,7 @@ import torch
 from common import append, facts, markdown, read, select, spread, values
 
 from embedding_diffusion import EmbeddingDiffusion
-from engine.config import DEFAULTS
+from engine.config import DEFAULTS, describe_models
 from losses import collapse_diagnostics, vlb
 from sample import sample_tokens
 from schedule import ShiftedCosine
@@ -88,10 +89,11 @@ def train(options, seed, steps, chain):
     """One row with one seed -> (averaged weights, schedule). options: all, as in DEFAULTS."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    model = EmbeddingDiffusion(K, (1, N), D, width=64, depth=3, heads=4,
-                               norm=options["norm"], output_prior=options["output_prior"],
-                               posterior_input=options["posterior_input"])
-    schedule = ShiftedCosine(*(options[name] for name in ("shift", "log_snr_min", "log_snr_max")))
+    sizes = dict(K=K, D=D, width=64, depth=3, heads=4)
+    models = describe_models(options | sizes, 0)
+    model = EmbeddingDiffusion(**models["denoiser"] | {"grid": (1, N)})
+    schedule = ShiftedCosine(**models["schedule"])
+    ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=options["weight_decay"])
 
     def batch(_):
@@ -99,7 +101,8 @@ def train(options, seed, steps, chain):
         return x, torch.zeros_like(x[:, 0]), generator
 
     options = options | dict(lr=2e-3, warmup=100, label_drop=0.0)
-    return baselines.train(options, model, schedule, optimizer, steps, batch), schedule
+    baselines.train(options, model, ema, schedule, optimizer, steps, batch)
+    return ema, schedule
 
 
 @torch.no_grad()
@@ -130,16 +133,6 @@ MEASURES = ["rank", "smallest", "bound", "NLL 8", "TV 8", "NLL 50", "TV 50",
 COLUMNS = ["row", "seed", "steps", "samples", *MEASURES, "seconds", "commit", "device", "command"]
 
 
-def run(name, seed, steps, samples):
-    """One line of results.csv."""
-    start, chain = time.perf_counter(), Chain()
-    options = DEFAULTS | ROWS[name]
-    found = measure(options, *train(options, seed, steps, chain), samples, chain)
-    seconds = f"{time.perf_counter() - start:.1f}"
-    line = dict(row=name, seed=seed, steps=steps, samples=samples, seconds=seconds)
-    return line | {key: f"{value:.5f}" for key, value in found.items()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every row (default: 3)")
@@ -156,7 +149,10 @@ def main():
     sizes = dict(steps=args.steps, samples=args.samples)
     for seed, name in itertools.product(range(args.seeds), args.only):
         if not select(read(path), row=name, seed=seed, **sizes):
-            line = run(name, seed, **sizes)
+            options, start = DEFAULTS | ROWS[name], time.perf_counter()
+            found = measure(options, *train(options, seed, args.steps, chain), args.samples, chain)
+            found["seconds"] = time.perf_counter() - start
+            line = dict(row=name, seed=seed, **sizes) | {key: f"{value:.5f}" for key, value in found.items()}
             append(path, line | facts(torch.device("cpu")), COLUMNS)
             print(line, flush=True)
     lines = {name: select(read(path), row=name, **sizes) for name in ROWS}

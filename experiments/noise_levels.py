@@ -73,23 +73,23 @@ def integrand(model, schedule, x, labels, generator):
 
 
 @torch.no_grad()
-def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip, batch=256):
+def noise_levels(pipeline, x, labels, steps, sampler, temperature, seed, clip, batch=256):
     """{t: {column: bits per token}} over x (M, N) with labels (M,), for t on the sampler's grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
     found, draws = {}, []
+    sampled_at = {}  # time: entropy of p_theta along the sampler's own way
+
+    def watch(t, p):
+        sampled_at[t] = entropy(p).mean().cpu().double()
+
     for start in range(0, len(x), batch):
         rows, classes = (value[start:start + batch].to(device) for value in (x, labels))
-        sampled_at = {}  # time: entropy of p_theta along the sampler's own way
-
-        def watch(t, p, sampled_at=sampled_at):
-            sampled_at[t] = entropy(p).mean().cpu().double()
-
         sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))),
                       steps, 0.0, sampler, temperature=temperature, callback=watch)
         for t, sampled in sampled_at.items():
-            own, ce, predicted, exact, clipped = known_at(model, schedule, rows, classes, t, clip,
-                                                          generator_for(seed, "evaluation", start, device))
-            line = torch.stack([own, ce, predicted, sampled, exact, clipped])
+            generator = generator_for(seed, "evaluation", start, device)
+            known = known_at(model, schedule, rows, classes, t, clip, generator)
+            line = torch.cat([known[:3], sampled[None], known[3:]])
             found[t] = found.get(t, 0) + line * len(rows) / len(x) / math.log(2)
         generator = generator_for(seed, "evaluation", len(x) + start, device)
         draws += [integrand(model, schedule, rows, classes, generator) for _ in range(DRAWS)]
@@ -122,9 +122,8 @@ def main():
     batches = (test.batch(part).to(pipeline.device) for part in chosen.split(250))
     x = torch.cat([pipeline.tokenizer.encode(batch) for batch in batches])
     labels = test.labels[chosen] if test.class_names else torch.zeros(n, dtype=torch.long)
-    found = noise_levels(pipeline, x, labels, steps=args.steps, temperature=args.temperature, seed=args.seed,
-                         sampler=args.sampler or pipeline.sampling["sampler"],
-                         clip=pipeline.config["training"]["weight_clip"])
+    found = noise_levels(pipeline, x, labels, args.steps, args.sampler or pipeline.sampling["sampler"],
+                         args.temperature, args.seed, pipeline.config["training"]["weight_clip"])
     print(f"bits per token, {n:,} held-out images, {args.steps} steps, seed {args.seed}\n")
     rows = [[f"{t:.3f}", f"{float(pipeline.schedule.log_snr(torch.tensor(t))):.1f}",
              *(f"{line[name]:.3f}" for name in COLUMNS)] for t, line in found.items()]

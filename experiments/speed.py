@@ -31,8 +31,6 @@ from sample import sample_tokens
 from schedule import ShiftedCosine
 from train import build_loss
 
-SIZES = ("size", "f", "K", "D", "width", "depth", "heads", "batch", "micro_batch")
-
 
 def measure(ways, device, repeat, inner):
     """{name: function} -> {name: (median of seconds per call, peak of GPU memory in bytes)}."""
@@ -178,9 +176,6 @@ def sampling(setup, args):
 def main():
     parser = argparse.ArgumentParser(description="Speed of training and sampling.")
     parser.add_argument("--preset", choices=PRESETS, help="of train.py (default: 32-cpu, on a GPU 256)")
-    for name in SIZES:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N",
-                            help="in place of the preset's")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
     parser.add_argument("--inner", type=int, default=2, help="steps per round (default: 2)")
     parser.add_argument("--sample-steps", type=int, default=50, help="network calls per image (default: 50)")
@@ -191,8 +186,7 @@ def main():
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")] | given, device)
+    setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")], device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
     print(f"{facts(device)['device']}, {millions:.1f} M parameters, batch {setup.config['batch']}, "
           f"N = {setup.model.N}, K = {setup.model.K}")

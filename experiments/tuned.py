@@ -6,7 +6,7 @@
 All other words go to train.py, as in compare.py, whose run directory (--out) this may share. Each row is
 trained once per seed. For each number of calls of the network every one of settings() is drawn from the first
 seed (purpose: tried), and the one with the least distance is measured on the other seeds (result), beside
-plain sampling (untuned): tuned.csv, tuned.md, tuned.png. The same command again goes on.
+plain sampling (untuned): tuned.csv, tuned.md. The same command again goes on.
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone
 (a limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are
@@ -122,7 +122,7 @@ def table(title, lines, calls, bits, digits):
 def curves(panel, lines, references):
     """Distance against calls: each row at its best and untuned, the range over the seeds.
 
-    references: {words: distance}, a line each where it is not far below everything else.
+    references: what real images score; drawn where it is not far below everything else.
     """
     from matplotlib import ticker
     for i, name in enumerate(dict.fromkeys(line["row"] for line in lines)):
@@ -136,22 +136,21 @@ def curves(panel, lines, references):
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=sorted({int(line["calls"]) for line in lines}))
     least = panel.get_ylim()[0]
-    for style, (kind, distance) in zip((":", "-"), references.items(), strict=True):
-        if distance > least / 4:
-            panel.axhline(distance, color="grey", lw=1, ls=style, label=kind)
+    for style, real in zip((":", "-"), references, strict=True):
+        if float(real["distance"]) > least / 4:
+            panel.axhline(float(real["distance"]), color="grey", lw=1, ls=style, label=real["kind"])
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_locator(ticker.NullLocator())
 
 
-def draw(path, sets):
-    """A panel of curves for each set. sets: {title: (lines, references)}."""
-    plt = pyplot()
-    picture, panels = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), squeeze=False)
-    legend = {}
-    for (title, (lines, references)), panel in zip(sets.items(), panels[0], strict=True):
-        curves(panel, lines, references)
+def draw(path):
+    """The picture of README.md: a panel for each set, after 4,800 steps."""
+    plt, legend = pyplot(), {}
+    picture, panels = plt.subplots(1, len(SETS), figsize=(4 * len(SETS), 4))
+    for (name, (title, _)), panel in zip(SETS.items(), panels, strict=True):
+        curves(panel, page_lines(name, 4800), select(read(HERE / "references.csv"), set=name))
         panel.set_title(title)
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     picture.legend(legend.values(), legend, fontsize=8, loc="lower center", ncols=4)
@@ -178,14 +177,6 @@ def page_tables():
                 yield name, budget, table(title, some, calls, bits, digits)
 
 
-def page_picture(path):
-    """The picture of README.md, after 4,800 steps."""
-    real = read(HERE / "references.csv")
-    draw(path, {title: (page_lines(name, 4800), {line["kind"]: float(line["distance"])
-                                                 for line in select(real, set=name)})
-                for name, (title, _) in SETS.items()})
-
-
 def main():
     parser = compare.make_parser(__doc__.split("\n")[0])
     parser.add_argument("--tables", action="store_true", help="print the tables of README.md; nothing else")
@@ -197,15 +188,15 @@ def main():
                         help="the first one tunes, the others are measured (default: 0 1 2 3)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="N",
                         help="of the network per image (default: 4 8 16 50)")
-    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no "
-                        "stronger one: some features like what looks bad (default: inf)")
+    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA",
+                        help="try no stronger one: some features like what looks bad (default: inf)")
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
     args, others = parser.parse_known_args()
     if args.tables:
         for name, budget, text in page_tables():
             print(f"{name}, {budget} training steps\n\n{text}")
-        return page_picture(HERE / "tuned.png")
+        return draw(HERE / "tuned.png")
     shared, lines = compare.prepare(args, others), []
     for name in args.rows:
         for calls in args.calls:
@@ -217,12 +208,11 @@ def main():
     bits = {line["row"]: [] for line in lines}
     for row, _, bound in dict.fromkeys((line["row"], line["seed"], line["bound"]) for line in lines):
         bits[row].append(float(bound))
-    real, text = compare.references(shared, args.n)
+    text = compare.references(shared, args.n)
     for purpose, title in ("result", "at its best"), ("untuned", "untuned"):
         text += "\n" + table(title, select(lines, purpose=purpose), args.calls, bits, 3)
     (shared.out / "tuned.md").write_text(text)
     print(text)
-    draw(shared.out / "tuned.png", {args.data: (lines, real)})
 
 
 if __name__ == "__main__":
