@@ -4,9 +4,9 @@ and continuous diffusion trained by plain cross-entropy (at the end).
 Every token is corrupted on its own. At time t it is still itself with probability a(t), a uniformly drawn
 code with b(t), a mask (state K) with c(t); a + b + c = 1, a(0) = 1, a(1) = 0:
 
-    absorbing          a = 1 - t, c = t                    D3PM (Austin et al. 2021), MDLM (Sahoo et al.
-    2024) uniform            a = 1 - t, b = t                     multinomial diffusion (Hoogeboom et al.
-    2021) mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10  VQ-Diffusion (Gu et al. 2022)
+    absorbing          a = 1 - t, c = t                    D3PM (Austin et al. 2021), MDLM (Sahoo et al. 2024)
+    uniform            a = 1 - t, b = t                    multinomial diffusion (Hoogeboom et al. 2021)
+    mask-and-replace   a = 1 - t, b = t / 10, c = 9 t / 10  VQ-Diffusion (Gu et al. 2022)
 
 The network p(k | x_t) predicts the clean token. With Q the step from s to t, by Bayes' rule,
 
@@ -22,13 +22,14 @@ over masked positions. T = 1000 here, within 1 / T of it.
 import itertools
 import math
 
-import common  # noqa: F401
 import torch
 import torch.nn.functional as F
+from common import update
+from tqdm import tqdm
 
-from engine.config import DEFAULTS
-from losses import LOSS_ARGS, noise_like, sample_noise, stratified, training_loss
+from losses import LOSS_ARGS, NOISE_ARGS, noise_like, sample_noise, stratified, training_loss
 from schedule import add_noise
+from train import learning_rate
 
 T = 1000
 KINDS = {"absorbing": (0.0, 1.0), "uniform": (1.0, 0.0), "mask-and-replace": (0.1, 0.9)}  # b(1), c(1)
@@ -71,9 +72,8 @@ def reverse(kind, p, x_t, t, s):
 def predict(model, schedule, x_t, t, labels=None, guidance=0.0, kind=None, temperature=1.0):
     """log p(. | x_t) (B, N, K) by the transformer of VQ-LCMD: clean embeddings, its mask embedding, its time.
 
-    labels (B,), or None for the null class. guidance: omega, of the raw logits. temperature divides the sum
-    of all that follows. kind: add the closed-form term log q(x_t | x_0 = k) = log(a [x_t = k] + b / K), as
-    the output prior does for VQ-LCMD; nothing where x_t is a mask.
+    labels (B,), or None for the null class. guidance: omega. kind: add the closed-form term log q(x_t | x_0 =
+    k) = log(a [x_t = k] + b / K), as VQ-LCMD's output prior does; nothing where x_t is a mask.
     """
     mask, table, log_snr = x_t == model.K, model.table(), schedule.log_snr(t)
     z = F.embedding(x_t.clamp(max=model.K - 1), table)
@@ -142,11 +142,9 @@ def sample(kind, model, schedule, n, steps, generator, labels=None, guidance=0.0
 @torch.no_grad()
 def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guidance=0.0, temperature=1.0,
                          gumbel=1.0, guided_below=1.0):
-    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept, by a
-    cosine.
+    """MaskGIT's decoding (Chang et al. 2022) of an absorbing model: the most confident tokens are kept.
 
-    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise, t the share of the steps that is
-    left.
+    Confidence: log p of the drawn token plus gumbel * t * Gumbel noise, t the share of steps that is left.
     """
     device, left = generator.device, model.N
     x = torch.full((n, model.N), model.K, device=device)
@@ -175,13 +173,22 @@ def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
     return F.cross_entropy(logits.flatten(0, 1), x.flatten())
 
 
-def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.0):
-    """The loss of one batch x (B, N), labels (B,) for a row of an experiment.
+def train(options, model, ema, schedule, optimizer, steps, batch, watch=None):
+    """The steps of train.py, with the objective of a row.
 
-    options["loss"]: one of KINDS, or cross-entropy, else VQ-LCMD. The others are train.py's, with its
-    defaults.
+    batch(step) -> tokens, labels, generator. watch(step): called after each step.
     """
-    options, kind = DEFAULTS | options, options.get("loss")
+    for step in tqdm(range(steps), leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options["warmup"], options["lr"])
+        objective(options, model, ema, schedule, *batch(step)).backward()
+        update(model, ema, optimizer, options, step)
+        if watch is not None:
+            watch(step)
+
+
+def objective(options, model, ema, schedule, x, labels, generator):
+    """The loss of one batch x (B, N), labels (B,). options: train.py's; "loss": one of KINDS."""
+    kind, label_drop = options.get("loss"), options["label_drop"]
     if kind and label_drop:
         drop = torch.rand(labels.shape, generator=generator, device=x.device) < label_drop
         labels = torch.where(drop, model.num_classes, labels)
@@ -190,7 +197,6 @@ def objective(options, model, ema, schedule, x, labels, generator, label_drop=0.
                     options.get("auxiliary", 0.0)).mean()
     if kind == "cross-entropy":
         return cross_entropy(model, schedule, x, labels, generator, options["rec_fraction"])
-    noisy = sample_noise(model, x, labels, generator, label_drop=label_drop, **{
-        name: options[name] for name in ("rec_fraction", "max_drop_rate", "max_gap")})
+    noisy = sample_noise(model, x, labels, generator, **{name: options[name] for name in NOISE_ARGS})
     return training_loss(model, ema if options["teacher"] == "ema" else model, schedule, *noisy, **{
         name: options[name] for name in LOSS_ARGS})[0]

@@ -3,35 +3,31 @@
     python experiments/collapse.py                      80 seconds on one CPU core
 
 Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain
-(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at as it is. All
-else is equal. The weight of L_diff is clipped at 1 and the table is not normalised: the naive choice, which
-rewards points that lie close together.
+(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at. The weight of
+L_diff is clipped at 1 and the table is not normalised: the naive choice, which rewards points that lie close
+together.
 
     naive         L_rec + L_diff
     L_CM          L_rec + L_diff + L_CM, the paper's cure
     4 L_CM        the same with four times the weight
     closed form   L_rec + L_diff, and the output prior in the logits (embedding_diffusion.py)
 
-    collapse.png   the distances over training, the tables at the end, the bigrams of samples beside the true
-    ones collapse.gif   the tables as they move results.csv    step, mean and smallest distance, held-out bits
-    per token, of each
+    collapse.png   distances over training, the tables at the end, bigrams of samples beside the true ones
+    collapse.gif   the tables as they move
+    results.csv    step, mean and smallest distance, held-out bits per token, of each
 
 What to look for: the naive points draw together until L_rec, at t = 0, stops them. L_CM pulls the other way.
-What the samples are worth is their total variation (TV) from the true bigrams; as many true samples have
-`floor`.
+What the samples are worth is their total variation (TV) from the true bigrams.
 """
 
 import argparse
-import io
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import append, held_out_bound, learning_rate, pyplot
+from common import append, held_out_bound, pyplot
 from markov_chain import Chain, K, N, bigrams
-from PIL import Image
 from tqdm import tqdm
 
 from embedding_diffusion import EmbeddingDiffusion
@@ -39,6 +35,7 @@ from engine.randomness import generator_for, image_generators
 from losses import collapse_diagnostics, sample_noise, training_loss
 from sample import sample_tokens
 from schedule import ShiftedCosine
+from train import learning_rate
 
 ROWS = {"naive": dict(w_cm=0.0), "L_CM": dict(w_cm=1.0), "4 L_CM": dict(w_cm=4.0),
         "closed form": dict(w_cm=0.0, output_prior=True)}
@@ -49,8 +46,8 @@ BATCH, FRAMES, SAMPLES = 128, 60, 2000
 class Row:
     """One denoiser, its tables (K, 2) over training, and a line of results.csv for each of them."""
 
-    def __init__(self, w_cm, seed, output_prior=False):
-        self.w_cm, self.tables, self.lines = w_cm, [], []
+    def __init__(self, name, seed, w_cm, output_prior=False):
+        self.name, self.w_cm, self.tables, self.lines = name, w_cm, [], []
         torch.manual_seed(seed)  # the same start for all
         self.model = EmbeddingDiffusion(K, (1, N), 2, width=48, depth=2, heads=3, norm="none",
                                         output_prior=output_prior, posterior_input=False)
@@ -59,18 +56,18 @@ class Row:
 
     def train_step(self, noise, schedule, lr):
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
         loss, _ = training_loss(self.model, self.model, schedule, *noise, w_rec=1.0, w_diff=1.0,
                                 w_cm=self.w_cm, weight_clip=1.0, cm_pairs="markov")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def measure(self, step, schedule, held_out):
         table = self.model.table().detach().clone()
         bits = held_out_bound(self.model, schedule, held_out, 0 * held_out[:, 0], 0, len(held_out), 500)
         self.tables.append(table)
-        self.lines.append({"step": step, **collapse_diagnostics(table), "bits": bits})
+        self.lines.append({"row": self.name, "step": step, **collapse_diagnostics(table), "bits": bits})
 
 
 def train(rows, chain, steps, seed):
@@ -101,17 +98,14 @@ def draw_figure(plt, rows, found, chain, extent):
     for name, row in rows.items():
         for panel, column in zip(axes[0], ("mean_distance", "smallest_distance", "bits"), strict=False):
             panel.plot([line["step"] for line in row.lines], [line[column] for line in row.lines], label=name)
-            panel.set(title=f"{column.replace('_', ' ')} of two embeddings", xlabel="training step",
-                      ylim=(0, None))
+            panel.set(title=column.replace("_", " "), xlabel="training step", ylim=(0, None))
         for panel in tables:
             panel.scatter(*row.tables[-1].T, label=name, s=25)
     bits.axhline(chain.entropy() / math.log(2), color="grey", ls=":", label="entropy of the chain")
     bits.set(title="held-out bits per token ≤", ylim=(1, 4))
     bits.legend(fontsize=8)
-    tables[0].set(title="the tables at the end", xlim=(-extent, extent), ylim=(-extent, extent),
-                  aspect="equal")
-    tables[1].set(title="the same, closer", xlim=(-extent / 3, extent / 3), ylim=(-extent / 3, extent / 3),
-                  aspect="equal")
+    for panel, title, end in zip(tables, ("tables at the end", "closer"), (extent, extent / 3), strict=True):
+        panel.set(title=title, xlim=(-end, end), ylim=(-end, end), aspect="equal")
     for panel, (name, (matrix, tv)) in zip(axes[1], found.items(), strict=True):
         panel.imshow(np.sqrt(matrix), cmap="magma_r", vmin=0, vmax=math.sqrt(chain.bigrams.max()))
         panel.set(title=f"{name}: TV {tv:.3f}" if name != "true" else f"true bigrams: floor {tv:.3f}",
@@ -120,19 +114,24 @@ def draw_figure(plt, rows, found, chain, extent):
     return figure
 
 
-def draw_frame(plt, rows, i, extent):
-    """The i-th tables, as one picture of the film."""
+def draw_film(plt, rows, extent, path):
+    """All tables of all rows, one after the other; the last ones stay for a while."""
+    from matplotlib.animation import FuncAnimation
     figure, axes = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3.2))
-    for panel, (name, row) in zip(axes, rows.items(), strict=True):
-        line = row.lines[i]
-        panel.scatter(*row.tables[i].T, c=plt.get_cmap("tab10").colors[:K], s=40)
-        panel.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal",
-                  title=f"{name}, step {line['step']}\nmean distance {line['mean_distance']:.2f}")
+
+    def draw_frame(i):
+        for panel, (name, row) in zip(axes, rows.items(), strict=True):
+            line = row.lines[i]
+            panel.clear()
+            panel.scatter(*row.tables[i].T, c=plt.get_cmap("tab10").colors[:K], s=40)
+            panel.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal",
+                      title=f"{name}, step {line['step']}\nmean distance {line['mean_distance']:.2f}")
+
+    draw_frame(0)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=70)
-    plt.close(figure)
-    return Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
+    last = len(rows["naive"].tables) - 1
+    frames = [*range(last), *[last] * 5]
+    FuncAnimation(figure, draw_frame, frames, init_func=lambda: None).save(path, "pillow", fps=8, dpi=70)
 
 
 def main():
@@ -141,9 +140,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and noise (default: 0)")
     parser.add_argument("--out", default="runs/collapse", help="run directory (default: runs/collapse)")
     args = parser.parse_args()
-    plt, out, chain, start = pyplot(), Path(args.out), Chain(), time.perf_counter()
+    plt, out, chain = pyplot(), Path(args.out), Chain()
     out.mkdir(parents=True, exist_ok=True)
-    rows = {name: Row(seed=args.seed, **options) for name, options in ROWS.items()}
+    rows = {name: Row(name, args.seed, **options) for name, options in ROWS.items()}
     schedule = train(rows, chain, args.steps, args.seed)
     found = {"true": (chain.bigrams, chain.score(chain.draw(SAMPLES, np.random.default_rng(10 ** 7)))[1])}
     for name, row in rows.items():
@@ -152,20 +151,17 @@ def main():
         found[name] = bigrams(x), chain.score(x)[1]
     path = out / "results.csv"
     path.unlink(missing_ok=True)
-    for name, row in rows.items():
-        for line in row.lines:
-            append(path, {"row": name} | line, COLUMNS)
+    for line in (line for row in rows.values() for line in row.lines):
+        append(path, line, COLUMNS)
     extent = 1.1 * max(float(table.abs().max()) for row in rows.values() for table in row.tables)
     draw_figure(plt, rows, found, chain, extent).savefig(out / "collapse.png", dpi=80)
-    first, *rest = (draw_frame(plt, rows, i, extent) for i in range(len(rows["naive"].tables)))
-    first.save(out / "collapse.gif", save_all=True, append_images=rest, duration=[120] * len(rest) + [3000],
-               loop=0)
+    draw_film(plt, rows, extent, out / "collapse.gif")
     print(f"entropy {chain.entropy() / math.log(2):.2f} bits, TV of true samples {found['true'][1]:.2f}")
     for name, row in rows.items():
         line = row.lines[-1]
         print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, "
               f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits, TV {found[name][1]:.3f}")
-    print(f"{time.perf_counter() - start:.0f} seconds; look at {out}/collapse.png and collapse.gif")
+    print(f"look at {out}/collapse.png and collapse.gif")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What the experiments share: CSV files, tables, the optimizer's step, the bound. It finds the repository,
-too."""
+"""What the experiments share: where the repository is, the optimizer's step, the bound, CSV files, tables."""
 
 import csv
 import platform
@@ -14,23 +13,22 @@ sys.path.insert(0, str(HERE.parent))
 
 from engine.randomness import generator_for  # noqa: E402
 from losses import held_out_bits, mean_bound  # noqa: E402
-from train import learning_rate  # noqa: E402, F401
 
 
-def update(model, ema, optimizer, clip, decay):
+def update(model, ema, optimizer, config, step):
     """train.py's: clips the gradient, then one step of the optimizer and of the averaged weights."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    decay = min(config["ema_decay"], (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
 
 def held_out_bound(model, schedule, x, labels, seed, draws, batch):
     """Bits per token of tokens x (M, N) with labels (M,), an upper bound. seed: of the noise."""
-    def generator(i):
-        return generator_for(seed, "evaluation", i, x.device)
-
-    return mean_bound(held_out_bits(model, schedule, x, labels, generator, draws, batch))["total"]
+    bits = held_out_bits(model, schedule, x, labels, lambda i: generator_for(
+        seed, "evaluation", i, x.device), draws, batch)
+    return mean_bound(bits)["total"]
 
 
 def facts(device):

@@ -1,22 +1,21 @@
 """VQ-LCMD beside discrete-state diffusion and beside itself with something changed, on real images.
 
-    python experiments/compare.py --data mnist --budget 1500                everything, one row after the
-    other python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
+    python experiments/compare.py --data mnist --budget 1500                  everything
+    python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
 
 Every row has the same tokens, transformer, optimizer, batches and number of steps (--budget); "VQ-LCMD" is
 train.py, bit for bit. All other words go to train.py, which makes the tokenizer and says the network's sizes.
 
-    tokens/, classifier.pt     in the run directory: tokenizer and tokens; whose features measure
-    (features.py) ROW-SEED-BUDGET.pt         weights, and what became of the embeddings in training
-    ROW-SAMPLER-STEPS.png      samples of a row, seed 0 results.csv                a line per row, seed,
-    sampler, steps and guidance results.md, collapse.png   the table; rank and smallest distance of the
-    embeddings in training
+    tokens/, classifier.pt     the tokenizer's run; whose features measure (features.py)
+    ROW-SEED-BUDGET.pt         weights, and the state of the table over training
+    ROW-SAMPLER-STEPS.png      samples of a row, seed 0
+    results.csv, results.md    a line per row, seed and setting of sampling; the table
+    collapse.png               effective rank and smallest distance of the tables over training
 
 The same command again goes on. Two of them with different rows or seeds may share one directory.
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -34,18 +33,18 @@ import torch
 from features import Evaluator, spread_out
 from tqdm import tqdm
 
-from embedding_diffusion import EmbeddingDiffusion
 from engine.build import load_tokenizer
 from engine.config import describe_models
-from engine.distributed import bf16_works, choose_device
+from engine.distributed import choose_device
 from engine.process import write_atomically
-from engine.randomness import STAGES, batch_indices, generator_for, image_generators, seed_for
+from engine.randomness import batch_indices, generator_for, image_generators
 from engine.tokens import TokenDataset
 from extras.datasets import find
 from extras.grids import save_grid
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics
 from sample import default_end, sample_tokens
 from schedule import ShiftedCosine
+from train import build_denoiser
 
 # What differs from train.py's settings. "loss": another objective. "frozen": the table is not trained.
 PLAIN = dict(output_prior=False, posterior_input=False)  # without what tells of Gaussian noise
@@ -85,13 +84,11 @@ ABLATIONS = {
     **{f"{option} {value:g}": {option: value} for option in SWEEPS for value in SWEEPS[option]},
 }
 ROWS = METHODS | ABLATIONS
-# of weights that have a file
 SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min",
-            "log_snr_max", "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")
+            "log_snr_max", "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights
 OMEGAS, GUIDED_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0), 16  # of the sweep of guidance
 POINTS = 20  # of the curves over training
-# images of the bound at most, draws in all: its standard error is 0.01 to 0.02 bit
-HELD_OUT, DRAWS = 2000, 20000
+HELD_OUT, DRAWS = 2000, 20000  # images of the bound at most, draws in all; standard error 0.01 to 0.02 bit
 MEASURES = ["distance", "kid", "precision", "recall", "agreement"]
 COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "guided_below",
            "temperature", "gumbel", "end", "n", *MEASURES, "bound", "rank", "smallest", "train_seconds",
@@ -114,13 +111,13 @@ def prepare(args, words):
     models = describe_models(config, len(config["classes"]))
     tokenizer, _ = load_tokenizer(models["tokenizer"], out / "tokens", device)
     rows = np.load(out / "tokens" / "tokens.npy", mmap_mode="r")
-    held_out = np.flatnonzero(rows["test"])
-    held_out = held_out[spread_out(len(held_out), HELD_OUT)]
+    test = rows[rows["test"]]
+    test = test[spread_out(len(test), HELD_OUT)]
     images, unseen = find(args.data, args.root).load(config["size"])
-    shared = SimpleNamespace(out=out, device=device, config=config, tokenizer=tokenizer,
-                             classes=config["classes"], tokens=TokenDataset(rows[~rows["test"]], device),
-                             images=images, unseen=unseen,
-                             held_out=TokenDataset(rows[held_out], device).batch(np.arange(len(held_out))))
+    shared = SimpleNamespace(out=out, device=device, config=config, classes=config["classes"],
+                             tokenizer=tokenizer, tokens=TokenDataset(rows[~rows["test"]], device),
+                             held_out=TokenDataset(test, device).batch(np.arange(len(test))),
+                             images=images, unseen=unseen)
     shared.evaluator = Evaluator(args, shared)
     return shared
 
@@ -130,38 +127,30 @@ def weights_of(out, name, seed, budget):
 
 
 def train_row(name, seed, budget, shared):
-    """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if it is
-    there."""
+    """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if there."""
     device, config = shared.device, shared.config | ROWS[name]
-    path = weights_of(shared.out, name, seed, budget)
-    models = describe_models(config, len(shared.classes))
-    torch.manual_seed(seed_for(seed, STAGES["weights"], 1))
-    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device))
-    if config["embedding_init"] == "codebook":
-        model.init_from_codebook(shared.tokenizer.codebook)
-    model.to(device).embedding.requires_grad_(not config.get("frozen", False))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    schedule, settings = ShiftedCosine(**models["schedule"]), {key: config[key] for key in SETTINGS}
+    models, settings = describe_models(config, len(shared.classes)), {key: config[key] for key in SETTINGS}
+    run = SimpleNamespace(config=config, models=models, seed=seed, device=device, init={})
+    model, ema, optimizer = build_denoiser(run, shared.tokenizer, None).values()
+    model.embedding.requires_grad_(not config.get("frozen", False))
+    path, schedule = weights_of(shared.out, name, seed, budget), ShiftedCosine(**models["schedule"])
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         if state["settings"] != settings:
             sys.exit(f"{path} was made with other settings: give another --out, or remove it")
         ema.load_state_dict(state["ema"])
         return ema, schedule, state
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.99),
-                                  weight_decay=config["weight_decay"], fused=True)
     curve, start = [], time.perf_counter()
-    for step in tqdm(range(budget), f"{name}, seed {seed}", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(step, budget, config["warmup"], config["lr"])
-        x, labels = shared.tokens.batch(batch_indices(len(shared.tokens), config["batch"], seed, "diffusion",
-                                                      step))
-        noise = generator_for(seed, "diffusion", step, device)
-        loss = baselines.objective(config, model, ema, schedule, x, labels, noise, config["label_drop"])
-        loss.backward()
-        common.update(model, ema, optimizer, config["clip"],
-                      min(config["ema_decay"], (1 + step) / (10 + step)))
+
+    def batch(step):
+        indices = batch_indices(len(shared.tokens), config["batch"], seed, "diffusion", step)
+        return *shared.tokens.batch(indices), generator_for(seed, "diffusion", step, device)
+
+    def watch(step):
         if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
             curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
+
+    baselines.train(config, model, ema, schedule, optimizer, budget, batch, watch)
     state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
              "seconds": time.perf_counter() - start}
     write_atomically(path, functools.partial(torch.save, state))
@@ -191,11 +180,10 @@ def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_b
          end, batch=250):
     """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
 
-    guided_below: guidance at t up to this alone. gumbel: of decoding by confidence alone; end: of the other
-    ways.
+    guided_below: guidance at t up to this alone. gumbel: of decoding by confidence; end: of the other ways.
     """
     images = []
-    for start in tqdm(range(0, n, batch), f"{name}, {sampler}, {steps} steps", leave=False, disable=None):
+    for start in tqdm(range(0, n, batch), name, leave=False, disable=None):
         indices = torch.arange(start, min(start + batch, n), device=shared.device)
         labels = indices % max(len(shared.classes), 1)
         noise = torch.Generator(shared.device).manual_seed(start)
@@ -234,20 +222,20 @@ def measure(path, name, seed, budget, purpose, calls, setting, n, shared):
     line |= common.facts(shared.device) | {"purpose": purpose}
     line |= {key: f"{value:.5f}" for key, value in found.items()}
     common.append(path, line, COLUMNS)
-    print(f"{name}, seed {seed}, {purpose}, {calls} calls, {setting}: distance {found['distance']:.3f}",
-          flush=True)
+    print(f"{name}, seed {seed}, {purpose}, {setting}: distance {found['distance']:.3f}", flush=True)
     if seed == 0 and purpose == "untuned":
         save_grid(images[:30], shared.out / f"{name.replace(' ', '_')}-{setting['sampler']}-{calls}.png", 10)
     return {key: str(value) for key, value in line.items()}
 
 
 def references(shared, n):
-    """What n held-out images score, and their reconstructions: {name: distance}."""
+    """A line that says what n held-out images score, and their reconstructions."""
     unseen, tokenizer = shared.unseen.batch(spread_out(len(shared.unseen), n)), shared.tokenizer
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part.to(shared.device))).cpu()
                          for part in unseen.split(250)])
-    return {f"{len(unseen):,} held-out images": shared.evaluator(unseen, True)["distance"],
-            "their reconstructions": shared.evaluator(rebuilt, True)["distance"]}
+    real, best = (shared.evaluator(images, True)["distance"] for images in (unseen, rebuilt))
+    return (f"Features: {shared.evaluator.name}. {n:,} samples. Distance of {len(unseen):,} held-out images: "
+            f"{real:.3f}; of their reconstructions: {best:.3f}.\n")
 
 
 def settings_of(name, seed, steps, classes):
@@ -263,7 +251,7 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the last measures at the most steps up to 50."""
+    """Markdown: a line per row, sampler and guidance; the last measures at the most steps."""
     rows, steps = [], sorted({int(line["steps"]) for line in lines})
 
     def cell(some, column, digits=2):
@@ -272,8 +260,7 @@ def table(lines):
     for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
         mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
         if mine:
-            last = max((int(line["steps"]) for line in mine if int(line["steps"]) <= 50), default=steps[-1])
-            final = common.select(mine, steps=last)
+            final = common.select(mine, steps=max(int(line["steps"]) for line in mine))
             rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
                          *(cell(final, column) for column in ("bound", "rank", "smallest")),
                          *(cell(common.select(mine, steps=n), "distance") for n in steps),
@@ -289,11 +276,11 @@ def plot(lines, out):
     for name in dict.fromkeys(line["row"] for line in lines):
         path = weights_of(out, name, 0, lines[0]["budget"])
         if path.exists() and not is_discrete(name):
-            curve = np.array(torch.load(path, map_location="cpu", weights_only=True)["curve"])
-            panels[0].plot(curve[:, 0], curve[:, 1])
-            panels[1].plot(curve[:, 0], curve[:, 2], label=name)
-    panels[0].set(xlabel="training step", title="effective rank of the table", ylim=(0, None))
-    panels[1].set(xlabel="training step", title="smallest distance of two embeddings", ylim=(0, None))
+            steps, ranks, smallest, _ = zip(*torch.load(path, weights_only=True)["curve"], strict=True)
+            panels[0].plot(steps, ranks)
+            panels[1].plot(steps, smallest, label=name)
+    for panel, title in zip(panels, ("effective rank of the table", "smallest distance"), strict=True):
+        panel.set(xlabel="training step", title=title, ylim=(0, None))
     panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out / "collapse.png", dpi=110)
@@ -301,15 +288,13 @@ def plot(lines, out):
 
 def make_parser(description):
     """Arguments that tuned.py has, too."""
-    description += " Other words go to train.py."
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description)
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description=f"{description} Other words go to train.py.")
     parser.add_argument("--data", default="toy", help="as for train.py (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    parser.add_argument("--budget", type=int, default=1500,
-                        help="training steps of every row (default: 1500)")
+    parser.add_argument("--budget", type=int, default=1500, help="steps of every row (default: 1500)")
     parser.add_argument("--classifier-steps", type=int, default=1500, help="of the features (default: 1500)")
-    parser.add_argument("--features-of", metavar="DATA",
-                        help="another set, from whose classes features are learned")
+    parser.add_argument("--features-of", metavar="DATA", help="learn the features on another set's classes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--out", help="run directory (default: runs/compare-NAME)")
     return parser
@@ -319,8 +304,7 @@ def main():
     parser = make_parser("Compare methods and ablations.")
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"],
                         default=ROWS, help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="of weights and batches (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
                         help="calls of the network per sample (default: 8 16 50 200)")
     parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
@@ -332,8 +316,7 @@ def main():
         for setting in settings_of(name, seed, args.sampling_steps, shared.classes):
             lines.append(measure(path, name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
                                  shared))
-    real = "; ".join(f"{name}: {distance:.2f}" for name, distance in references(shared, args.n).items())
-    text = f"Features: {shared.evaluator.name}. Distance of {real}.\n\n{table(lines)}"
+    text = f"{references(shared, args.n)}\n{table(lines)}"
     (shared.out / "results.md").write_text(text)
     print(text)
     plot(lines, shared.out)

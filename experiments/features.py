@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.process import write_atomically
+from engine.validate import UserError
 from extras.datasets import find
-from extras.downloads import DownloadError
 from extras.inception import find_inception, load_inception
 from fid import frechet_distance, kernel_distance, precision_recall
 from vqvae import to_float
@@ -32,10 +32,8 @@ def make_classifier(num_classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
 
 
-def train_classifier(images, device, steps, batch=128):
-    """A classifier of a data.ImageSet's classes, by a linear decay of AdamW over random batches."""
-    torch.manual_seed(0)
-    model = make_classifier(len(images.class_names)).to(device, memory_format=torch.channels_last)
+def train_classifier(model, images, device, steps, batch=128):
+    """Trains it on the classes of a data.ImageSet, by AdamW over random batches, with a linear decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in tqdm(range(steps), "classifier", leave=False, disable=None):
@@ -46,7 +44,7 @@ def train_classifier(images, device, steps, batch=128):
         loss.backward()
         optimizer.step()
         decay.step()
-    return model.eval()
+    model.eval()
 
 
 @torch.no_grad()
@@ -58,15 +56,18 @@ def agreement(classifier, images, labels, device):
 
 def load_or_train(path, train, test, device, steps):
     """(classifier, its accuracy on held-out images), from its file if it is there."""
-    if not path.exists():
-        classifier, some = train_classifier(train, device, steps), torch.arange(min(len(test), 10000))
-        state = {"weights": classifier.state_dict(),
-                 "accuracy": agreement(classifier, test.batch(some), test.labels[some], device)}
-        write_atomically(path, functools.partial(torch.save, state))
-    state = torch.load(path, map_location=device, weights_only=True)
+    torch.manual_seed(0)
     classifier = make_classifier(len(train.class_names)).to(device, memory_format=torch.channels_last)
-    classifier.load_state_dict(state["weights"])
-    return classifier.eval(), state["accuracy"]
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+        classifier.load_state_dict(state["weights"])
+        return classifier.eval(), state["accuracy"]
+    train_classifier(classifier, train, device, steps)
+    some = torch.arange(min(len(test), 10000))
+    accuracy = agreement(classifier, test.batch(some), test.labels[some], device)
+    state = {"weights": classifier.state_dict(), "accuracy": accuracy}
+    write_atomically(path, functools.partial(torch.save, state))
+    return classifier, accuracy
 
 
 def spread_out(n, most):
@@ -95,7 +96,7 @@ class Evaluator:
         try:
             inception = load_inception(find_inception(may_download=False), self.device)
             self.name, self.network = "Inception-v3", lambda images: inception(images)["2048"]
-        except DownloadError:
+        except UserError:
             pass
         some = np.array_split(spread_out(len(shared.images), 10000), 10)
         self.real = torch.cat([self.features(shared.images.batch(part)) for part in some])

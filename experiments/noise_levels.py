@@ -1,17 +1,16 @@
-"""What does the denoiser know at each noise level, is it right about how much, and what does the sampler show
-it?
+"""What does the denoiser know at each noise level, and is it right about how much?
 
     python experiments/noise_levels.py runs/toy/ckpt.pt
 
 For each time t of the sampler's own grid, in bits per token of held-out images:
 
-    own         cross-entropy of what a token's own noisy embedding says (the closed-form likelihood, uniform
-    prior) CE          cross-entropy of p_theta(x | z_t): what the denoiser does not know H           entropy
-    of p_theta(x | z_t): what it believes not to know; equal to CE where it is calibrated H, sampled  the same
-    on the sampler's own z_t: above H, it has gone where the denoiser knows less than on data L_diff      the
-    integrand of the bound with the exact weight, and with the clipped one of training bound       CE + the
-    integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are read out
-                at t, not at 0. Where it does not rise towards t = 0, nothing is lost at the smaller noise.
+    own         cross-entropy of what a token's own noisy embedding says: the closed-form likelihood
+    CE          cross-entropy of p_theta(x | z_t): what the denoiser does not know
+    H           entropy of p_theta(x | z_t): what it believes not to know; equal to CE where it is calibrated
+    H, sampled  the same on the sampler's own z_t: above H, it is where the denoiser knows less than on data
+    L_diff      the integrand of the bound with the exact weight, and with the clipped one of training
+    bound       CE + the integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are
+                read out at t. Where it does not rise towards t = 0, nothing is lost at the smaller noise.
 
 The sampler has the settings of the checkpoint, unless given, and no guidance.
 """
@@ -45,8 +44,7 @@ def known_at(model, schedule, x, labels, t, clip, generator):
     table = model.table()
     e = F.embedding(x, table)
     times = torch.full((len(x),), t, device=x.device)
-    # as the sampler's
-    log_snr = schedule.log_snr(torch.tensor(t, dtype=torch.float64)).to(times).expand(len(x))
+    log_snr = schedule.log_snr(torch.tensor(t, dtype=torch.float64)).to(times).expand(len(x))  # the sampler's
     z = add_noise(e, log_snr, torch.randn(e.shape, generator=generator, device=x.device))
     logits = model(z, log_snr, labels, table=table)
     own, ce = (F.cross_entropy(scores.flatten(0, 1), x.flatten()) for scores in
@@ -59,8 +57,7 @@ def known_at(model, schedule, x, labels, t, clip, generator):
 
 @torch.no_grad()
 def integrand(model, schedule, x, labels, generator):
-    """Times (B,) and L_diff / density of the times (B,), exact weight, one draw per image of x (B, N); nats,
-    float64.
+    """Times (B,) and L_diff / their density (B,), exact weight, one draw per image of x (B, N); in nats.
 
     t = u^2, of density 1 / (2 u): more draws where the weight is large. The mean over t_i >= t is the
     integral from t.
@@ -76,21 +73,23 @@ def integrand(model, schedule, x, labels, generator):
 
 
 @torch.no_grad()
-def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip, batch=256):
-    """{t: {column: bits per token}} over x (M, N) with labels (M,), t from 1 to the end of the sampler's
-    grid."""
+def noise_levels(pipeline, x, labels, steps, sampler, temperature, seed, clip, batch=256):
+    """{t: {column: bits per token}} over x (M, N) with labels (M,), for t on the sampler's grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
     found, draws = {}, []
+    sampled_at = {}  # time: entropy of p_theta along the sampler's own way
+
+    def watch(t, p):
+        sampled_at[t] = entropy(p).mean().cpu().double()
+
     for start in range(0, len(x), batch):
         rows, classes = (value[start:start + batch].to(device) for value in (x, labels))
-        seen = []  # (t, entropy of p_theta) along the sampler's own way
         sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))),
-                      steps, 0.0, sampler, temperature=temperature, callback=lambda t, p,
-                      seen=seen: seen.append((t, entropy(p).mean().cpu().double())))
-        for t, sampled in seen:
-            own, ce, predicted, exact, clipped = known_at(model, schedule, rows, classes, t, clip,
-                                                          generator_for(seed, "evaluation", start, device))
-            line = torch.stack([own, ce, predicted, sampled, exact, clipped])
+                      steps, 0.0, sampler, temperature=temperature, callback=watch)
+        for t, sampled in sampled_at.items():
+            generator = generator_for(seed, "evaluation", start, device)
+            known = known_at(model, schedule, rows, classes, t, clip, generator)
+            line = torch.cat([known[:3], sampled[None], known[3:]])
             found[t] = found.get(t, 0) + line * len(rows) / len(x) / math.log(2)
         generator = generator_for(seed, "evaluation", len(x) + start, device)
         draws += [integrand(model, schedule, rows, classes, generator) for _ in range(DRAWS)]
@@ -104,12 +103,10 @@ def noise_levels(pipeline, x, labels, *, steps, sampler, temperature, seed, clip
 def main():
     parser = argparse.ArgumentParser(description="What a denoiser knows at each noise level.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
-    parser.add_argument("--data", default="toy",
-                        help="the data that the checkpoint was trained on (default: toy)")
+    parser.add_argument("--data", default="toy", help="what the checkpoint was trained on (default: toy)")
     parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--n", type=int, default=1000, help="held-out images, and samples (default: 1000)")
-    parser.add_argument("--steps", type=int, default=16,
-                        help="of the sampler, the lines of the table (default: 16)")
+    parser.add_argument("--steps", type=int, default=16, help="of the sampler (default: 16)")
     parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: the checkpoint's")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -125,9 +122,8 @@ def main():
     batches = (test.batch(part).to(pipeline.device) for part in chosen.split(250))
     x = torch.cat([pipeline.tokenizer.encode(batch) for batch in batches])
     labels = test.labels[chosen] if test.class_names else torch.zeros(n, dtype=torch.long)
-    found = noise_levels(pipeline, x, labels, steps=args.steps, temperature=args.temperature, seed=args.seed,
-                         sampler=args.sampler or pipeline.sampling["sampler"],
-                         clip=pipeline.config["training"]["weight_clip"])
+    found = noise_levels(pipeline, x, labels, args.steps, args.sampler or pipeline.sampling["sampler"],
+                         args.temperature, args.seed, pipeline.config["training"]["weight_clip"])
     print(f"bits per token, {n:,} held-out images, {args.steps} steps, seed {args.seed}\n")
     rows = [[f"{t:.3f}", f"{float(pipeline.schedule.log_snr(torch.tensor(t))):.1f}",
              *(f"{line[name]:.3f}" for name in COLUMNS)] for t, line in found.items()]

@@ -3,10 +3,9 @@
     python experiments/speed.py                minutes on a CPU, one thread
     python experiments/speed.py --compile      torch.compile as well
 
-On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, A, B, C, A,
-B, C, so that a machine that slows down slows all of them; medians count, after a first round that does not.
-The matrix rate is that of one large product in the precision of the network. Model FLOPs are those of the
-matrix products: a backward pass counts as two forward passes, the teacher of L_CM as one over its share of
+On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, so that a
+machine that slows down slows all of them; medians count, without the first round. The matrix rate is that of
+one large product. A backward pass counts as two forward passes, the teacher of L_CM as one over its share of
 the batch; what is computed twice to save memory counts once.
 """
 
@@ -18,18 +17,19 @@ import time
 from types import SimpleNamespace
 
 import torch
-from common import markdown, update
+from common import facts, markdown, update
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from embedding_diffusion import EmbeddingDiffusion
-from engine.config import DEFAULTS, PRESETS
+from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import bf16_works, choose_device
 from engine.randomness import image_generators
-from losses import LOSS_ARGS, NOISE_ARGS, sample_noise, training_loss
+from losses import NOISE_ARGS, sample_noise
 from sample import sample_tokens
 from schedule import ShiftedCosine
-
-SIZES = ("size", "f", "K", "D", "width", "depth", "heads", "batch", "micro_batch")
+from train import build_loss
 
 
 def measure(ways, device, repeat, inner):
@@ -51,38 +51,34 @@ def measure(ways, device, repeat, inner):
     return {name: (statistics.median(seconds[name]), memory[name]) for name in ways}
 
 
-def forward_flops(model):
+@torch.no_grad()
+def forward_flops(setup):
     """Of the matrix products of one image's way through the denoiser."""
-    width, N = model.position.shape[1], model.N
-    block = N * (24 * width ** 2 + 4 * N * width) + 12 * width ** 2  # linear layers, attention, modulation
-    # likelihoods, their mean
-    products = (model.output_prior or model.posterior_input) + model.posterior_input
-    own = products * model.D * model.K + model.K
-    return len(model.blocks) * block + N * 2 * (model.input.in_features * width + width * model.K + own)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        z = torch.zeros(1, setup.model.N, setup.model.D, device=setup.device)
+        setup.model(z, torch.zeros(1, device=setup.device), setup.labels[:1])
+    return counter.get_total_flops()
 
 
-def make_encoder(model, heads):
-    """torch.nn.TransformerEncoder of the denoiser's width, depth, heads, with its linear first and last
-    layer."""
-    width = model.position.shape[1]
-    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True,
+def make_encoder(config, model):
+    """torch.nn.TransformerEncoder of the denoiser's sizes, with its linear first and last layer."""
+    width = config["width"]
+    layer = nn.TransformerEncoderLayer(width, config["heads"], 4 * width, dropout=0.0, batch_first=True,
                                        norm_first=True, activation=nn.GELU(approximate="tanh"))
     return nn.Sequential(nn.Linear(model.D, width),
-                         nn.TransformerEncoder(layer, len(model.blocks), enable_nested_tensor=False),
+                         nn.TransformerEncoder(layer, config["depth"], enable_nested_tensor=False),
                          nn.Linear(width, model.K))
 
 
 def prepare(config, device):
     """The denoiser, its EMA, one batch of random tokens: what the ways below share."""
-    B, grid = config["batch"], (config["size"] // config["f"],) * 2
+    B, models = config["batch"], describe_models(config, 10)
     torch.manual_seed(0)
-    model = EmbeddingDiffusion(config["K"], grid, config["D"], config["width"], config["depth"],
-                               config["heads"], num_classes=10, bf16=bf16_works(device)).to(device)
+    model = EmbeddingDiffusion(**models["denoiser"], bf16=bf16_works(device)).to(device)
     for layer in [block.modulation for block in model.blocks] + [model.head]:
         nn.init.normal_(layer.weight, std=0.02)  # as after some training: no gradient is zero
-    schedule = ShiftedCosine(config["shift"], config["log_snr_min"], config["log_snr_max"])
     return SimpleNamespace(model=model, ema=copy.deepcopy(model).requires_grad_(False), device=device,
-                           config=config, schedule=schedule,
+                           config=config, schedule=ShiftedCosine(**models["schedule"]),
                            x=torch.randint(config["K"], (B, model.N), device=device),
                            labels=torch.randint(10, (B,), device=device), generator=torch.Generator(device))
 
@@ -97,14 +93,10 @@ def forward_and_backward(network, *inputs, gradient, bf16):
     return way
 
 
-def training_step(setup, compiled=False, recompute=False, **changed):
-    """A function that does what train.py does in a step. recompute: activation checkpointing. changed:
-    settings."""
+def training_step(setup, recompute=False, **changed):
+    """A function that does what a step of train.py does. recompute: activation checkpointing."""
     model, config = setup.model, setup.config | changed
-    loss_of = functools.partial(training_loss, model, model, setup.schedule, **{
-        name: config[name] for name in LOSS_ARGS})
-    if compiled:
-        loss_of = torch.compile(loss_of)
+    loss_of = build_loss(config, model, model, setup.schedule)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
     options = {name: config[name] for name in NOISE_ARGS}
@@ -117,7 +109,7 @@ def training_step(setup, compiled=False, recompute=False, **changed):
             part = {name: value[i::passes] for name, value in rows.items()}
             loss, _ = loss_of(part, len(range(i, n_rec, passes)), counts)
             loss.backward()
-        update(model, setup.ema, optimizer, config["clip"], 0.999)
+        update(model, setup.ema, optimizer, config, 0)
         model.recompute = False
     return way
 
@@ -130,9 +122,9 @@ def matrix_rate(device, bf16):
     return 2 * n ** 3 / seconds
 
 
-def print_table(title, found, images, reference=None, used=None):
-    """found: of measure. reference: which is 1.00, or the first. used: {name: share of the matrix rate}."""
-    one, _ = found[reference or next(iter(found))]
+def print_table(title, found, images, reference, used=None):
+    """found: of measure. reference: which is 1.00. used: {name: share of the matrix rate}."""
+    one, _ = found[reference]
     rows = [[name, f"{seconds:.4g}", f"{seconds / one:.2f}", f"{images / seconds:.4g}",
              f"{used[name]:.0%}" if used else "", f"{memory / 1e9:.1f}" if memory else ""]
             for name, (seconds, memory) in found.items()]
@@ -141,8 +133,8 @@ def print_table(title, found, images, reference=None, used=None):
 
 def training(setup, args):
     """The step beside its parts."""
-    model, B, forward, device = setup.model, setup.config["batch"], forward_flops(setup.model), setup.device
-    encoder = make_encoder(model, setup.config["heads"]).to(device)
+    model, B, forward, device = setup.model, setup.config["batch"], forward_flops(setup), setup.device
+    encoder = make_encoder(setup.config, model).to(device)
     z = torch.randn(B, model.N, model.D, device=device, requires_grad=True)
     inputs = z, torch.randn(B, device=device), setup.labels
     alone = dict(gradient=torch.randn(B, model.N, model.K, device=device) / B, bf16=model.bf16)
@@ -153,12 +145,11 @@ def training(setup, args):
             "training step without L_CM": (3 * forward, training_step(setup, w_cm=0.0)),
             "training step, activation checkpointing": (step, training_step(setup, recompute=True))}
     if args.compile:
-        fast_encoder, fast_model = torch.compile(encoder), torch.compile(model)
-        encoder_way, model_way = (forward_and_backward(fast_encoder, z, **alone),
-                                  forward_and_backward(fast_model, *inputs, **alone))
-        ways |= {"nn.TransformerEncoder, compiled": (3 * forward, encoder_way),
-                 "denoiser, compiled": (3 * forward, model_way),
-                 "training step, compiled": (step, training_step(setup, compiled=True))}
+        fast_encoder = forward_and_backward(torch.compile(encoder), z, **alone)
+        fast_model = forward_and_backward(torch.compile(model), *inputs, **alone)
+        ways |= {"nn.TransformerEncoder, compiled": (3 * forward, fast_encoder),
+                 "denoiser, compiled": (3 * forward, fast_model),
+                 "training step, compiled": (step, training_step(setup, compile=True))}
     rate = matrix_rate(device, model.bf16)
     print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s in {'bf16' if model.bf16 else 'fp32'}")
     found = measure({name: way for name, (_, way) in ways.items()}, device, args.repeat, args.inner)
@@ -168,25 +159,23 @@ def training(setup, args):
 
 def sampling(setup, args):
     """Tokens alone; the tokenizer's decoder comes on top."""
-    model, B, ways = setup.model.eval(), setup.config["batch"], {}
+    model, B, steps, ways = setup.model.eval(), setup.config["batch"], args.sample_steps, {}
     models = {"": model}
     if args.compile:
         fast = models[", compiled"] = copy.copy(model)  # shares the weights
         fast.guided = torch.compile(fast.guided, mode="reduce-overhead", dynamic=False)
     for said, network in models.items():
         for omega in (0.0, 1.0):
-            ways[f"{args.sample_steps} steps, guidance {omega}{said}"] = functools.partial(
-                sample_tokens, network, setup.schedule, setup.labels, image_generators(0, range(B)),
-                args.sample_steps, omega, setup.config["sampler"])
-    print_table("sampling", measure(ways, setup.device, max(1, args.repeat // 3), 1), B)
+            ways[f"{steps} steps, guidance {omega}{said}"] = functools.partial(
+                sample_tokens, network, setup.schedule, setup.labels, image_generators(0, range(B)), steps,
+                omega, setup.config["sampler"])
+    found = measure(ways, setup.device, max(1, args.repeat // 3), 1)
+    print_table("sampling", found, B, f"{steps} steps, guidance 0.0")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Speed of training and sampling.")
     parser.add_argument("--preset", choices=PRESETS, help="of train.py (default: 32-cpu, on a GPU 256)")
-    for name in SIZES:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="N",
-                            help="in place of the preset's")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
     parser.add_argument("--inner", type=int, default=2, help="steps per round (default: 2)")
     parser.add_argument("--sample-steps", type=int, default=50, help="network calls per image (default: 50)")
@@ -197,11 +186,9 @@ def main():
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")] | given, device)
+    setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")], device)
     millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
-    name = torch.cuda.get_device_name(device) if cuda else device
-    print(f"{name}, torch {torch.__version__}, {millions:.1f} M parameters, batch {setup.config['batch']}, "
+    print(f"{facts(device)['device']}, {millions:.1f} M parameters, batch {setup.config['batch']}, "
           f"N = {setup.model.N}, K = {setup.model.K}")
     training(setup, args)
     sampling(setup, args)

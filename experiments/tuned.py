@@ -1,37 +1,31 @@
 """Every method at its best: the same care for each, on the tokens of experiments/compare.py.
 
     python experiments/tuned.py --data mnist --budget 4800 --rows VQ-LCMD --seeds 0 1 2 3 --lr 0.004
-    python experiments/tuned.py --tables     the tables of README.md and tuned.png, from the CSV files beside
-    it
+    python experiments/tuned.py --tables     prints the tables of README.md and draws tuned.png
 
-All other words go to train.py, as in compare.py, whose run directory (--out) this may share. For each row:
-
-    1. training, once per seed (the learning rate was chosen before, by short trainings: compare.py --lr)
-    2. sampling: for each number of calls of the network (--calls) every one of settings() is drawn from the
-       first seed, after --tuned-at steps of training, and the one with the least distance is taken
-    3. the other seeds are measured with the settings that were taken, with --n samples, and untuned
+All other words go to train.py, as in compare.py, whose run directory (--out) this may share. Each row is
+trained once per seed. For each number of calls of the network every one of settings() is drawn from the first
+seed (purpose: tried), and the one with the least distance is measured on the other seeds (result), beside
+plain sampling (untuned): tuned.csv, tuned.md. The same command again goes on.
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone
 (a limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are
-left are drawn: the method's own, or larger. While the strongest guidance or the largest end that was tried is
-the best, a larger one is tried (up to --most-guidance).
-
-tuned.csv has a line per row, seed and setting (purpose: tried, result, untuned), tuned.md and tuned.png the
-results. The same command again goes on.
+left are drawn: the method's own, or larger. While the strongest guidance or the largest end is the best, a
+larger one is tried (up to --most-guidance).
 """
 
 import itertools
 import math
 
 import compare
+import numpy as np
 from baselines import KINDS, time_grid
 from common import HERE, markdown, pyplot, read, select, spread, values
 
 from sample import default_end
 
 OMEGAS = (0.25, 0.5, 1.0, 2.0)  # beside none
-# beside the method's own: the first three in up to 8 calls, else the first
-ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)
+ENDS = (0.3, 0.45, 0.6, 0.75, 0.9)  # beside the method's own: first three in up to 8 calls, else one
 # The tables of README.md. {name in the files: in the tables}; {set: (title, digits of a distance)}.
 NAMES = {"VQ-LCMD": "VQ-LCMD", "absorbing": "absorbing",
          "mask-and-replace + likelihood, auxiliary 0.1": "mask-and-replace"}
@@ -45,28 +39,19 @@ CALLS = (4, 8, 16, 50)
 def most_steps(calls, guided_below, discrete, end=None):
     """(steps, guided ones among them): as many as calls allow, where a step at t <= guided_below is two."""
     for steps in range(calls, 0, -1):
-        own_end = default_end(steps) if end is None else end
-        times = time_grid(steps, end if discrete else own_end)
-        guided = sum(t <= guided_below for t in times)
+        last = default_end(steps) if end is None and not discrete else end
+        guided = sum(t <= guided_below for t in time_grid(steps, last))
         if steps + guided <= calls:
             return steps, guided
     return 0, 0
 
 
-def first_ends(calls):
-    """The larger times of the last call that are always tried."""
-    return ENDS[:3 if calls <= 8 else 1]
-
-
-def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
-    """What is tried with a number of calls: dicts of sampler, steps, guidance, ..., as compare.draw has
-    them."""
+def settings(kind, calls, classes, omegas, ends):
+    """What is tried with a number of calls: dicts of sampler, steps, ..., as compare.draw has them."""
     found, discrete = [], kind in KINDS
-    ends = first_ends(calls) if ends is None else ends
-    guided_ways = itertools.product(omegas if classes else (), (1.0, 0.5))
-    for sampler, (omega, below), end in itertools.product(
-            ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",),
-            [(0.0, 1.0), *guided_ways], (None, *ends)):
+    samplers = ("ancestral", "confidence") if kind == "absorbing" else ("ancestral",)
+    ways = [(0.0, 1.0), *itertools.product(omegas if classes else (), (1.0, 0.5))]
+    for sampler, (omega, below), end in itertools.product(samplers, ways, (None, *ends)):
         steps, guided = most_steps(calls, below, discrete, end) if omega else (calls, 0)
         if (omega and not guided) or (end and (steps == 1 or sampler == "confidence")):
             continue
@@ -82,16 +67,15 @@ def settings(kind, calls, classes, omegas=OMEGAS, ends=None):
 
 def best_setting(name, args, calls, shared):
     """Step 2: the setting with the least distance on the first seed."""
-    omegas, ends = [omega for omega in OMEGAS if omega <= args.most_guidance], first_ends(calls)
+    omegas, ends = [omega for omega in OMEGAS if omega <= args.most_guidance], ENDS[:3 if calls <= 8 else 1]
+    kind, budget = compare.ROWS[name].get("loss"), args.tuned_at or args.budget
 
     def distance(setting):
-        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], args.tuned_at
-                                     or args.budget, "tried", calls, setting, args.tune_n,
-                                     shared)["distance"])
+        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], budget, "tried", calls,
+                                     setting, args.tune_n, shared)["distance"])
 
     while True:
-        best = min(settings(compare.ROWS[name].get("loss"), calls, shared.classes, omegas, ends),
-                   key=distance)
+        best = min(settings(kind, calls, shared.classes, omegas, ends), key=distance)
         if best["guidance"] == max(omegas, default=1) and 2 * omegas[-1] <= args.most_guidance:
             omegas.append(2 * omegas[-1])
         elif best["end"] == ends[-1] < ENDS[-1]:
@@ -106,24 +90,22 @@ def best_setting(name, args, calls, shared):
 def words(line):
     """The settings of a line. An end is named where it is not the method's own."""
     guidance, steps = float(line["guidance"]), int(line["steps"])
-    limited = "" if float(line["guided_below"]) == 1 else f" at t ≤ {line['guided_below']}"
-    said = [f"{steps} steps"]
+    said = f"{steps} steps"
     if guidance:
-        said.append(f"ω {guidance:g}{limited}")
-    said.append(f"τ {float(line['temperature']):g}")
+        said += f", ω {guidance:g}"
+    if guidance and float(line["guided_below"]) < 1:
+        said += f" at t ≤ {line['guided_below']}"
+    said += f", τ {float(line['temperature']):g}"
     if line["sampler"] == "confidence":
-        said.append("by confidence")
-    own = "" if compare.is_discrete(line["row"]) else default_end(steps, guidance)
-    if line["end"] and (own == "" or not math.isclose(float(line["end"]), own, abs_tol=1e-9)):
-        said.append(f"end {float(line['end']):.2g}")
-    return ", ".join(said)
+        said += ", by confidence"
+    own = math.nan if compare.is_discrete(line["row"]) else default_end(steps, guidance)
+    if line["end"] and not math.isclose(float(line["end"]), own, abs_tol=1e-9):
+        said += f", end {float(line['end']):.2g}"
+    return said
 
 
 def table(title, lines, calls, bits, digits):
-    """Markdown: distance per row and number of calls, mean ± half the range over seeds, and the settings.
-
-    lines: of one purpose. bits: {row: [bits per token of each seed]}. "–" is what was not measured.
-    """
+    """Markdown: distance per row and calls, and the settings. bits: {row: of each seed}."""
     rows = []
     for name in dict.fromkeys(line["row"] for line in lines):
         cells = [NAMES.get(name, name), spread(bits[name])]
@@ -138,10 +120,9 @@ def table(title, lines, calls, bits, digits):
 
 
 def curves(panel, lines, references):
-    """Distance against calls into one panel of matplotlib: each row at its best and untuned, the range over
-    the seeds.
+    """Distance against calls: each row at its best and untuned, the range over the seeds.
 
-    references: {words: distance}, a line each where it is not far below everything else.
+    references: what real images score; drawn where it is not far below everything else.
     """
     from matplotlib import ticker
     for i, name in enumerate(dict.fromkeys(line["row"] for line in lines)):
@@ -149,30 +130,27 @@ def curves(panel, lines, references):
             mine = select(lines, row=name, purpose=purpose)
             calls = sorted({int(line["calls"]) for line in mine})
             found = [values(select(mine, calls=number), "distance") for number in calls]
-            means = [sum(v) / len(v) for v in found]
-            ranges = [[mean - min(v) for mean, v in zip(means, found, strict=True)],
-                      [max(v) - mean for mean, v in zip(means, found, strict=True)]]
-            panel.errorbar(calls, means, ranges, fmt=style, color=f"C{i}", capsize=3,
+            low, mean, high = (np.array([f(v) for v in found]) for f in (min, np.mean, max))
+            panel.errorbar(calls, mean, [mean - low, high - mean], fmt=style, color=f"C{i}", capsize=3,
                            label=f"{NAMES.get(name, name)}, {said}")
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=sorted({int(line["calls"]) for line in lines}))
     least = panel.get_ylim()[0]
-    for style, (kind, distance) in zip((":", "-"), references.items(), strict=True):
-        if distance > least / 4:
-            panel.axhline(distance, color="grey", lw=1, ls=style, label=kind)
+    for style, real in zip((":", "-"), references, strict=True):
+        if float(real["distance"]) > least / 4:
+            panel.axhline(float(real["distance"]), color="grey", lw=1, ls=style, label=real["kind"])
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_minor_locator(ticker.NullLocator())
 
 
-def draw(path, sets):
-    """A panel of curves for each set. sets: {title: (lines, references)}."""
-    plt = pyplot()
-    picture, panels = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), squeeze=False)
-    legend = {}
-    for (title, (lines, references)), panel in zip(sets.items(), panels[0], strict=True):
-        curves(panel, lines, references)
+def draw(path):
+    """The picture of README.md: a panel for each set, after 4,800 steps."""
+    plt, legend = pyplot(), {}
+    picture, panels = plt.subplots(1, len(SETS), figsize=(4 * len(SETS), 4))
+    for (name, (title, _)), panel in zip(SETS.items(), panels, strict=True):
+        curves(panel, page_lines(name, 4800), select(read(HERE / "references.csv"), set=name))
         panel.set_title(title)
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     picture.legend(legend.values(), legend, fontsize=8, loc="lower center", ncols=4)
@@ -182,58 +160,43 @@ def draw(path, sets):
 
 
 def page_lines(name, budget):
-    return [line for row in NAMES for line in select(read(HERE / f"tuned_{name}.csv"), row=row,
-                                                     budget=budget)]
+    lines = select(read(HERE / f"tuned_{name}.csv"), budget=budget)
+    return [line for row in NAMES for line in select(lines, row=row)]
 
 
 def page_tables():
-    """The tables of README.md: (set, training steps, Markdown). A purpose "..., smaller grid" is not in
-    them."""
-    for (name, (_, digits)), budget in itertools.product(SETS.items(), (4800, 19200)):
+    """The tables of README.md: (set, training steps, Markdown)."""
+    titles = {4800: {"untuned": "untuned", "result": "at its best"},
+              19200: {"untuned": "untuned", "tuned on itself": "tuned on itself"}}
+    for (name, (_, digits)), budget in itertools.product(SETS.items(), titles):
         lines, bounds = page_lines(name, budget), select(read(HERE / "bounds.csv"), set=name, budget=budget)
         bits = {row: values(select(bounds, row=row), "bound") for row in NAMES}
         calls = [number for number in CALLS if select(lines, calls=number)]
-        second = ("result", "at its best") if budget == 4800 else ("tuned on itself", "tuned on itself")
-        for purpose, title in ("untuned", "untuned"), second:
+        for purpose, title in titles[budget].items():
             if some := select(lines, purpose=purpose):
                 yield name, budget, table(title, some, calls, bits, digits)
 
 
-def page_picture(path):
-    """The picture of README.md, after 4,800 steps."""
-    real = read(HERE / "references.csv")
-    draw(path, {title: (page_lines(name, 4800), {line["kind"]: float(line["distance"])
-                                                 for line in select(real, set=name)})
-                for name, (title, _) in SETS.items()})
-
-
-def parse_arguments():
+def main():
     parser = compare.make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--tables", action="store_true",
-                        help="print the tables of experiments/README.md and draw its "
-                        "picture; nothing else")
-    parser.add_argument("--tuned-at", type=int, metavar="STEPS",
-                        help="choose the settings of sampling after as many "
-                        "training steps, for a long training (default: --budget)")
+    parser.add_argument("--tables", action="store_true", help="print the tables of README.md; nothing else")
+    parser.add_argument("--tuned-at", type=int, metavar="STEPS", help="choose the settings of sampling after "
+                        "as many training steps, for a long training (default: --budget)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", choices=compare.ROWS,
-                        default=["VQ-LCMD", "absorbing"], help="of compare.py (default: VQ-LCMD absorbing)")
+                        default=["VQ-LCMD", "absorbing"], help="default: VQ-LCMD absorbing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
                         help="the first one tunes, the others are measured (default: 0 1 2 3)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="N",
                         help="of the network per image (default: 4 8 16 50)")
-    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA", help="try no "
-                        "stronger one: some features like what looks bad (default: inf)")
+    parser.add_argument("--most-guidance", type=float, default=math.inf, metavar="OMEGA",
+                        help="try no stronger one: some features like what looks bad (default: inf)")
     parser.add_argument("--n", type=int, default=2000, help="samples of a result (default: 2000)")
     parser.add_argument("--tune-n", type=int, default=1000, help="samples of a try (default: 1000)")
-    return parser.parse_known_args()
-
-
-def main():
-    args, others = parse_arguments()
+    args, others = parser.parse_known_args()
     if args.tables:
         for name, budget, text in page_tables():
             print(f"{name}, {budget} training steps\n\n{text}")
-        return page_picture(HERE / "tuned.png")
+        return draw(HERE / "tuned.png")
     shared, lines = compare.prepare(args, others), []
     for name in args.rows:
         for calls in args.calls:
@@ -245,14 +208,11 @@ def main():
     bits = {line["row"]: [] for line in lines}
     for row, _, bound in dict.fromkeys((line["row"], line["seed"], line["bound"]) for line in lines):
         bits[row].append(float(bound))
-    real = compare.references(shared, args.n)
-    text = f"Features: {shared.evaluator.name}. {args.n:,} samples. Distance of " + "; ".join(
-        f"{kind}: {distance:.3f}" for kind, distance in real.items()) + ".\n"
+    text = compare.references(shared, args.n)
     for purpose, title in ("result", "at its best"), ("untuned", "untuned"):
         text += "\n" + table(title, select(lines, purpose=purpose), args.calls, bits, 3)
     (shared.out / "tuned.md").write_text(text)
     print(text)
-    draw(shared.out / "tuned.png", {args.data: (lines, real)})
 
 
 if __name__ == "__main__":
