@@ -2,7 +2,9 @@
 have shapes and no values. Called by extras/cost.py.
 """
 
+import contextlib
 import copy
+import functools
 import os
 import weakref
 from types import SimpleNamespace
@@ -10,7 +12,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
@@ -48,22 +49,28 @@ def fits(chip, peak):
     return MARGIN * peak + RESERVE <= chip.memory
 
 
-class autocast(TorchFunctionMode):
-    """In place of torch.autocast, which the meta device lacks: the types of CUDA's, and flash attention."""
+TYPES = {"linear": torch.bfloat16, "conv2d": torch.bfloat16, "group_norm": torch.float32,
+         "layer_norm": torch.float32, "rms_norm": torch.float32}  # of CUDA's autocast
 
-    TYPES = {F.linear: torch.bfloat16, F.conv2d: torch.bfloat16, F.group_norm: torch.float32,
-             F.layer_norm: torch.float32, F.rms_norm: torch.float32}
 
-    def __init__(self, device_type, dtype=None, enabled=True):
-        super().__init__()
-        self.types = self.TYPES if enabled else {}
+def call_with(function, dtype, *args, **options):
+    return function(*(arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args), **options)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.types:
-            args = [arg.to(self.types[function]) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        if function is F.scaled_dot_product_attention and args[0].ndim == 4:  # as on a GPU, not without heads
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        return function(*args, **kwargs or {})
+
+@contextlib.contextmanager
+def autocast(device_type, dtype=None, enabled=True):
+    """In place of torch.autocast, which the meta device lacks: the types of CUDA's, and flash attention.
+
+    It replaces functions of F: a mode would not reach the blocks that a backward pass computes again.
+    """
+    def attention(q, k, v, plain=F.scaled_dot_product_attention):
+        if q.ndim == 3:  # without heads, as on a GPU
+            return plain(q, k, v)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    functions = {name: functools.partial(call_with, getattr(F, name), dtype) for name, dtype in TYPES.items()}
+    with mock.patch.multiple(F, scaled_dot_product_attention=attention, **functions if enabled else {}):
+        yield
 
 
 class Counter(TorchDispatchMode):
