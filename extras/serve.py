@@ -202,8 +202,8 @@ def make_server(args, pipeline, chosen, settings):
         "/crop": lambda request, send: send({"image": png_texts(read_image(request, tokenizer.size))[0]})}
     try:
         return Server(args.serve, pages, actions)
-    except OSError as error:
-        raise UserError(f"--serve {args.serve}: {error.strerror}; give another port, or 0 for any") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--serve {args.serve}: {error}; give another port, or 0 for any") from error
 
 
 def serve(args, pipeline, chosen, labels, settings):
