@@ -14,8 +14,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, shifts = parser.add_argument, [2.0, 1.0, DEFAULTS["shift"], 0.4, 0.2, 0.1]
     add("--shifts", type=float, nargs="+", default=shifts, help="shift factors s")
-    add("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1) before the shift")
-    add("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0) before the shift")
+    add("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1)")
+    add("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0)")
     add("--out", default="schedule.png", help="the picture to write")
     args = parser.parse_args()
     from matplotlib.figure import Figure  # optional, and slow to import
