@@ -196,14 +196,13 @@ def make_server(args, pipeline, chosen, settings):
              "step": pipeline.step, "size": tokenizer.size, "grid": tokenizer.grid, "largest": LARGEST_BODY}
     pages = {"/": ("text/html; charset=utf-8", Path(__file__).with_name("serve.html").read_bytes()),
              "/model": ("application/json", json.dumps(model).encode())}
-
     actions = {
         "/draw": lambda request, send: draw(pipeline, settings, request, send),
         "/crop": lambda request, send: send({"image": png_texts(read_image(request, tokenizer.size))[0]})}
     try:
         return Server(args.serve, pages, actions)
-    except OSError as error:
-        raise UserError(f"--serve {args.serve}: {error.strerror}; give another port, or 0 for any") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--serve {args.serve}: {error}; give another port, or 0 for any") from error
 
 
 def serve(args, pipeline, chosen, labels, settings):
