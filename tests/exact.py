@@ -162,6 +162,7 @@ class Steps:
 
 def run_of(config, images=None, models=None, lpips=None):
     """What the loops of train.py read of a run. images: uint8 (n, 3, size, size)."""
-    return SimpleNamespace(config=config, models=models, seed=5, lpips=lpips, init={}, device=torch.device("cpu"),
-                           out=None, micro_batch=0, tokenizer_is_published=False,
-                           load_images=lambda: [ImageSet(len(images) * [0], [], 8, images)])
+    return SimpleNamespace(
+        config=config, models=models, seed=5, lpips=lpips, init={}, out=None, micro_batch=0,
+        device=torch.device("cpu"), tokenizer_is_published=False,
+        load_images=lambda: [ImageSet(len(images) * [0], [], 8, images)])

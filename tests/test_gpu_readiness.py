@@ -171,7 +171,8 @@ class Types(TorchDispatchMode):
 
 
 DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward",
-            "exp", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "linalg_vector_norm", "lerp_"}
+            "exp", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_", "lerp_",
+            "linalg_vector_norm"}
 
 
 def test_gpu_precision():
