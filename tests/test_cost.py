@@ -1,4 +1,4 @@
-"""The cost of a run, how it is made to fit, presets by the number of images, and the best checkpoint."""
+"""The cost of a run, how it is made to fit, and presets by the number of images."""
 
 import copy
 import json
@@ -94,8 +94,6 @@ def test_a_run_is_made_to_fit(monkeypatch, capsys):
     chip.memory = meta_count.RESERVE
     assert estimate().eval_batch == 1
     assert [line.split()[1] for line in cost.advice(estimate())] == ["tokenizer's", "denoiser"]
-
-
     monkeypatch.setattr(cost, "PRESETS", {"toy": config})
     monkeypatch.setattr("sys.argv", ["cost.py", "--for", "3090"])
     cost.main()

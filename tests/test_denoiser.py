@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-import losses
 import sample
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS
@@ -14,7 +13,7 @@ from engine.randomness import image_generators
 from extras import two_tokens
 from schedule import ShiftedCosine, add_noise
 from tests.common import call, close, f64, seeded
-from tests.exact import BPSK, WEIGHTS, ExactPosterior, exact_rec_and_diff, small_model
+from tests.exact import BPSK, ExactPosterior, exact_rec_and_diff, small_model
 from vqvae import ResBlock
 
 SCHEDULE = ShiftedCosine(0.4, -10, 10)
@@ -94,27 +93,6 @@ def test_init_from_codebook():
     close(start @ start.T / (start @ start.T).trace(), expected / expected.trace(), rtol=0, atol=1e-7)
     close(start[:, :3].std(), f64(1)[0])
     assert not start[:, 3:].any()
-
-
-@pytest.mark.parametrize("parts", [2, 5])
-def test_shares_add_up(parts):
-    """However the rows are divided, terms and gradient are those of the whole batch; all in float64."""
-    model, schedule = small_model(num_classes=2, depth=1), ShiftedCosine(0.4, -5, 5)
-    x = torch.randint(6, (12, 4), generator=seeded(1))
-    noisy = losses.sample_noise(model, x, x[:, 0] % 2, seeded(2), rec_fraction=0.4, max_drop_rate=0.9,
-                                label_drop=0.1, max_gap=1.0)
-    weights = WEIGHTS | dict(w_rec=0.7, w_diff=0.3, weight_clip=3.0)
-
-    def gradient_and_terms(shares):
-        found = [losses.training_loss(model, model, schedule, *share, **weights) for share in shares]
-        return [*torch.autograd.grad(sum(loss for loss, _ in found), list(model.parameters())),
-                sum(terms for _, terms in found)]
-
-    rows, n_rec, counts = noisy
-    shares = [({name: value[i::parts] for name, value in rows.items()}, len(range(i, n_rec, parts)), counts)
-              for i in range(parts)]
-    for one, other in zip(gradient_and_terms(shares), gradient_and_terms([noisy]), strict=True):
-        close(one, other, rtol=1e-9, atol=1e-12)
 
 
 # ----------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_tokens_of_another_run(run, tmp_path, capsys):
     other["tokenizer"]["decoder.0.bias"] += 1
     torch.save(other, tmp_path / "other.pt")
     alone[-1] = tmp_path / "c"
-    refused([*alone, "--tokenizer", tmp_path / "other.pt"], "was made by tokenizer [0-9a-f]{16}, this one is")
+    refused([*alone, "--tokenizer", tmp_path / "other.pt"], "was made by tokenizer [0-9a-f]{16}, this is")
     rows = np.load(run / "tokens.npy")
     rows["x"][0] = 8
     np.save(tmp_path / "tokens.npy", rows)
