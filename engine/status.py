@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from engine.distributed import all_reduce_max, all_reduce_sum, rank_and_world
-from engine.process import stop_requested, write_atomically
+from engine.process import stop_requested
 from engine.validate import UserError, reading
 
 # columns that differ from run to run; seconds count from the stage's begin, without pauses
@@ -34,15 +34,11 @@ def read_rows(path):
 
 
 def write_rows(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(partial):
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    with path.with_suffix(".part").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".part").replace(path)
 
 
 def append_row(path, row):
@@ -82,7 +78,7 @@ def log_bound(path, step, bound, K, collapse):
 class StatusLog:
     """Losses of the steps, as means per status line, on the terminal and in STAGE.csv.
 
-    They stay on the device until a line is due: to read them at each step would make the GPU wait for Python.
+    They stay on the device until a line is due: reading them at each step makes the GPU wait for Python.
     state: a checkpoint to continue from, or None. per_rank: losses are of this rank's share of the batch, and
     a line has the mean over ranks. K: of a tokenizer, whose lines also count the codes in use.
     """
