@@ -162,7 +162,6 @@ ELSEWHERE = {  # a flag of other programs: what it is here
     "--num-classes": "sub-folders are classes"}
 EXAMPLES = """examples:
   python train.py                                          the built-in set
-  python train.py --data photos --no-classes               your own images, of one kind
   python train.py --data photos --out runs/b --init runs/a       from another run's weights
   python train.py --data ffhq --root /datasets --dry-run   what would be done
   torchrun --nproc-per-node 8 train.py --data ffhq --root /datasets"""

@@ -1,6 +1,4 @@
-"""Status lines of a run: means of the losses on the terminal and in STAGE.csv. A loss that is not finite ends
-the run.
-"""
+"""Status lines and CSV files of a run. A loss that is not finite ends it."""
 
 import csv
 import math
@@ -61,9 +59,7 @@ def trim_rows(path, last_step):
 
 
 def log_bound(path, step, bound, K, collapse):
-    """A row of evaluation.csv and a line: the held-out bound in bits per token, and the state of the
-    table.
-    """
+    """A row of evaluation.csv and a line: the held-out bound in bits per token, the state of the table."""
     if rank_and_world()[0] == 0:
         trim_rows(path, step - 1)
         append_row(path, {"step": step} | bound | {"log2_K": math.log2(K)} | collapse)
