@@ -83,21 +83,20 @@ def test_a_run_is_made_to_fit(monkeypatch, capsys):
 
     whole = estimate()
     assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 2, {True})
-    assert list(cost.advice(whole)) == [] and "GiB at most" in cost.summary(whole)
+    assert list(cost.advice(whole)) == []
     stage = whole.stages["diffusion"]
     three_passes_fit = (stage.at(6).total + stage.at(4).total) / 2  # and two do not
     chip.memory = meta_count.MARGIN * three_passes_fit + meta_count.RESERVE
     assert estimate().micro_batch == 4 and estimate().fits["diffusion"]
     asked = estimate(micro_batch=6)
-    assert asked.micro_batch == 6 and "does not fit" in "\n".join(cost.report(asked))
-    assert "--micro-batch 4" in " ".join(cost.advice(asked))
+    assert asked.micro_batch == 6 and "--micro-batch 4" in " ".join(cost.advice(asked))
     chip.memory = meta_count.RESERVE
     assert estimate().eval_batch == 1
     assert [line.split()[1] for line in cost.advice(estimate())] == ["tokenizer's", "denoiser"]
     monkeypatch.setattr(cost, "PRESETS", {"toy": config})
     monkeypatch.setattr("sys.argv", ["cost.py", "--for", "3090"])
     cost.main()
-    assert "toy" in (said := capsys.readouterr().out) and "peak of 3090" in said
+    assert "peak of 3090" in capsys.readouterr().out
 
 
 def test_a_batch_that_is_split_gives_the_same(undone, run, folder, monkeypatch):
@@ -114,26 +113,23 @@ def test_dry_run(folder, tmp_path, monkeypatch, capsys):
     words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--for", "h100"]
     assert call("train.py", *words, "--dry-run") == 0
     said = capsys.readouterr().out
-    for word in ("preset 32:", "1 x h100 (", "bfloat16", "tokenizer", "diffusion", "untrained", "evaluation",
-                 "first generated picture", "disk", "passes over the data"):
+    for word in ("preset 32:", "1 x h100 (", "bfloat16", "first generated picture", "disk"):
         assert word in said
     assert call("train.py", *words) == 2 and "--dry-run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_bound_in_chunks():
-    """Rows at a time for the memory: the noise is that of all rows, the terms are the same."""
+    """The terms are those of all rows at once."""
     model = EmbeddingDiffusion(K=11, grid=(3, 3), D=6, width=16, depth=1, heads=2, num_classes=3)
     torch.nn.init.normal_(model.head.weight)
     x, labels = torch.randint(11, (7, 9)), torch.zeros(7, dtype=torch.int64)
     whole, parts = (losses.held_out_bits(model, ShiftedCosine(0.4, -10, 7), x, labels, seeded, 10, 4, chunk)
                     for chunk in (None, 3))
     close(whole, parts)
-    assert losses.mean_bound(whole)["total"] == pytest.approx(float(whole.sum(0).mean()))
 
 
-@pytest.mark.parametrize("n, width, steps", [(20000, 384, 104100), (2000, 256, 40000), (80000, 512, 400000),
-                                             (3000000, 768, 400000)])
+@pytest.mark.parametrize("n, width, steps", [(20000, 384, 104100), (2000, 256, 40000), (3000000, 768, 400000)])
 def test_presets_suit_the_number_of_images(n, width, steps):
     """At most 500 passes, not less than a tenth of the steps; what is given wins; --preset keeps its own."""
     source = SimpleNamespace(dataset=None, class_names=[], sizes=lambda: (256, 300, 400),

@@ -26,14 +26,12 @@ def load(path):
 
 def test_commands(folder, tmp_path, monkeypatch, capsys):
     """As typed: train; then train again (complete, nothing touched), sample; all from another directory."""
-    def command(program, *words):
-        assert call(program, *words) == 0
-        return capsys.readouterr().out
-
     monkeypatch.chdir(tmp_path)
+    words = ["train.py", "--data", folder, *flags(TINY)]
     as_typed = SimpleNamespace(main=lambda: runpy.run_path(str(HERE / "train.py"), run_name="__main__"))
     with mock.patch.dict(PROGRAMS, {"train.py": as_typed}):
-        text = command("train.py", "--data", folder, *flags(TINY))
+        assert call(*words) == 0
+    text = capsys.readouterr().out
     assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
     assert "python sample.py runs/pets/ckpt.pt" in text
     out = tmp_path / "runs" / "pets"
@@ -42,11 +40,11 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     assert {path.name for path in files} >= {
         "tokenizer.pt", "tokenizer.csv", "reconstructions_000008.png", "tokens.npy", "ckpt.pt", "best.pt",
         "diffusion.csv", "evaluation.csv", "metrics.json", "samples_000008.png", "data.png", "skipped.txt"}
-    assert (out / "index.html").exists()
-    again = command("train.py", "--data", folder, *flags(TINY))
-    assert again.count("complete") == 4 and files == {path: path.stat().st_mtime_ns for path in files}
-    text = command("sample.py", "runs/pets/ckpt.pt", "--class", "dog")
-    assert "step 8, 8 images" in text and Image.open(tmp_path / "samples.png").width > 8 * 8
+    assert call(*words) == 0 and capsys.readouterr().out.count("complete") == 4
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    assert call("sample.py", "runs/pets/ckpt.pt", "--class", "dog") == 0
+    assert "step 8, 8 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "samples.png").width > 8 * 8
     rows = np.load(out / "tokens.npy")
     assert len(rows) == 40 and rows["test"].sum() == 2 and rows["x"].max() < 8 and rows["x"].shape == (40, 4)
     bound = json.loads((out / "metrics.json").read_text())["vlb"]
@@ -78,39 +76,29 @@ def test_flip(folder, run, tmp_path):
 
 def test_tokens_of_another_run(run, tmp_path, capsys):
     """--data RUN/tokens.npy trains the same denoiser; the tokenizer lies beside it or is named."""
-    def refused(words, says):
-        assert call("train.py", *words) == 2 and re.search(says, capsys.readouterr().err)
-
     late, other = flags(LATE), load(run / "tokenizer.pt")
     assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "a", *late) == 0
     assert contents(tmp_path / "a")["ckpt.pt"] == contents(run)["ckpt.pt"]
     alone = ["--data", shutil.copy(run / "tokens.npy", tmp_path), *late, "--out", tmp_path / "b"]
-    refused(alone, "no such file")
+    assert call("train.py", *alone) == 2 and "no such file" in capsys.readouterr().err
     assert call("train.py", *alone, "--tokenizer", run / "tokenizer.pt", "--stage", "tokens") == 0
     assert (tmp_path / "b" / "tokens.npy").read_bytes() == (run / "tokens.npy").read_bytes()
     other["tokenizer"]["decoder.0.bias"] += 1
     torch.save(other, tmp_path / "other.pt")
     alone[-1] = tmp_path / "c"
-    refused([*alone, "--tokenizer", tmp_path / "other.pt"], "was made by tokenizer [0-9a-f]{16}, this is")
-    rows = np.load(run / "tokens.npy")
-    rows["x"][0] = 8
-    np.save(tmp_path / "tokens.npy", rows)
-    refused([*alone[:-1], tmp_path / "e", "--tokenizer", run / "tokenizer.pt"], "do not belong together")
+    assert call("train.py", *alone, "--tokenizer", tmp_path / "other.pt") == 2
+    assert "was made by tokenizer" in capsys.readouterr().err
 
 
 def test_tokenizer_of_a_checkpoint(folder, run, tmp_path, capsys):
-    """--tokenizer takes it out of a ckpt.pt, of a run that goes on: the same tokens, the same denoiser."""
-    checkpoint = load(run / "ckpt.pt")
-    torch.save(checkpoint | {"metrics": {}}, tmp_path / "ckpt.pt")
-    words = ["--data", folder, "--out", tmp_path / "a", "--tokenizer", tmp_path / "ckpt.pt", *flags(TINY)]
+    """--tokenizer takes it out of a ckpt.pt: the same tokens, the same denoiser."""
+    words = ["--data", folder, "--out", tmp_path / "a", "--tokenizer", run / "ckpt.pt", *flags(TINY)]
     assert call("train.py", *words) == 0
     found, expected = contents(tmp_path / "a"), contents(run)
     assert found["tokens.npy"] == expected["tokens.npy"] and "tokenizer.csv" not in found
     assert found["tokenizer.pt"]["tokenizer"] == expected["tokenizer.pt"]["tokenizer"]
     assert found["ckpt.pt"]["ema"] == expected["ckpt.pt"]["ema"]
     assert call("train.py", *words) == 0 and "tokenizer: complete (8 steps)" in capsys.readouterr().out
-    words[3] = tmp_path / "b"
-    assert call("train.py", *words, "--K", 9) == 2 and "leave --K away" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -153,11 +141,10 @@ def test_from_the_weights_of_another_run(classes, init, folder, run, tmp_path):
     other = {name for name, value in start.items()
              if found[name].shape != value.shape or (found[name] - value).abs().max() > 1e-6}
     assert other == ({"class_embedding.weight"} if classes == 3 else set())
-    assert call("train.py", *words) == 0  # the same command goes on, or says that it is complete
 
 
 def test_from_the_tokenizer_of_another_run(folder, run, tmp_path, capsys):
-    """--init: its discriminator, too. What is not there, or of other sizes, is one line."""
+    """--init: its discriminator, too. Other sizes are refused."""
     still = TINY | {"tokenizer_lr": 0.0, "gan_lr": 0.0, "codebook_update": "ema", "stage": "tokenizer"}
     words = ["--data", folder, "--out", tmp_path / "a", "--init"]
     assert call("train.py", *words, run / "tokenizer.pt", *flags(still)) == 0
@@ -166,50 +153,28 @@ def test_from_the_tokenizer_of_another_run(folder, run, tmp_path, capsys):
         assert all(torch.equal(value, found[part][name]) for name, value in start[part].items()
                    if "quantizer" not in name)
     words[3] = tmp_path / "b"
-    for init, more, says in ((tmp_path / "none", [], "no checkpoint at"), (tmp_path, [], "no tokenizer.pt"),
-                             (run, ["--width", 32], "take its --preset and sizes")):
-        assert call("train.py", *words, init, *flags(TINY), *more) == 2
-        assert says in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert call("train.py", *words, run, *flags(TINY), "--width", 32) == 2
+    assert "take its --preset and sizes" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
-def test_folders_that_are_no_classes(folder, run, tmp_path, capsys):
-    """--no-classes: albums, say. Pictures of other kinds that are left out are counted."""
-    shutil.copytree(folder, tmp_path / "albums")
-    for name in ("a.HEIC", "b.heic", "c.mov", "notes.txt"):
-        (tmp_path / "albums" / "cat" / name).write_bytes(b"?")
-    words = ["--data", tmp_path / "albums", "--out", tmp_path / "run", *flags(TINY)]
-    assert call("train.py", *words, "--no-classes") == 0
-    text = capsys.readouterr().out
-    assert "no classes" in text and "left out: 2 .heic, 1 .mov" in text
+def test_folders_that_are_no_classes(folder, tmp_path, capsys):
+    """--no-classes: albums, say."""
+    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY)]
+    assert call("train.py", *words, "--no-classes") == 0 and "no classes" in capsys.readouterr().out
     assert (np.load(tmp_path / "run" / "tokens.npy")["label"] == 0).all()
     assert load(tmp_path / "run" / "ckpt.pt")["class_names"] == []
     draw = [tmp_path / "run" / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png"]
     for more, status, says in (([], 0, "guidance 0.0"), (["--guidance", 2], 2, "nothing to guide to")):
         assert call("sample.py", *draw, *more) == status and says in "".join(capsys.readouterr())
     assert call("train.py", *words) == 2 and "made with classes" in capsys.readouterr().err
-    assert call("train.py", "--data", run / "tokens.npy", "--out", tmp_path / "t", "--no-classes") == 2
-    assert "there are 1 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ELSEWHERE)
 def test_names_of_other_programs(flag, capsys):
     """Flags that other programs have are answered by ours, each of which is there."""
-    for words in ([flag, "3"], [flag + "=3"]):
-        assert call("train.py", *words) == 2 and f"{flag}: {ELSEWHERE[flag]}" in capsys.readouterr().err
+    assert call("train.py", flag + "=3") == 2 and f"{flag}: {ELSEWHERE[flag]}" in capsys.readouterr().err
     known = {"--" + name.replace("_", "-") for name in parser_flags("train.py")} | {"--nproc-per-node"}
     assert set(re.findall(r"--[a-z-]+", ELSEWHERE[flag])) <= known
-
-
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "fid.py", "data.py"])
-def test_help_ends_in_examples(program, capsys, monkeypatch):
-    """Of flags that are there."""
-    monkeypatch.setenv("COLUMNS", "200")
-    assert call(program, "--help") == 0
-    text = capsys.readouterr().out
-    examples = [line for line in text.split("examples:\n")[1].splitlines() if program in line]
-    assert len(examples) >= 2
-    for flag in re.findall(r" (--[a-z-]+)", " ".join(line.split(program)[1] for line in examples)):
-        assert f"  {flag}" in text or f", {flag}" in text, flag
 
 
 # ----------------------------------------------------------------------------
