@@ -15,10 +15,8 @@ The checkpoint holds everything: configuration, tokenizer, denoiser (its EMA), c
 Every image has a random generator of its own, seeded by (seed, i) and drawing on the CPU, so image i is the
 same for any number of images, any batch size and any device, up to the rounding of the network itself.
 
-A third sampler, with one call of the network per step, is a function like ancestral_step or ddim_step, one
-branch in the loop of sample_tokens, and its name in SAMPLERS.
+A third sampler is a function like ancestral_step, one branch in sample_tokens, and its name in SAMPLERS.
 """
-
 
 import math
 
@@ -50,11 +48,10 @@ def ddim_step(z_t, e_hat, log_snr_t, log_snr_s):
 def default_end(steps, guidance=0.0, t=1.0):
     """The time at which 2 to 15 steps draw their tokens: 0.8 t / steps^2, guided 0.3 t; else 0 (ours).
 
-    t: where they start.
-
-    The e_hat of a large step is a mean of embeddings, and guidance leaves little of its variety. At t = 0 the
-    noise is too small to leave it again, so all images become alike; earlier p_theta(x | z_end) still has a
-    choice. --end 0.45 can help more with strong guidance, 0.3 with a lower temperature without.
+    t: where they start. The e_hat of a large step is a mean of embeddings, and guidance leaves little of its
+    variety. At t = 0 the noise is too small to leave it again, so all images become alike; earlier p_theta(x
+    | z_end) still has a choice. --end 0.45 can help more with strong guidance, 0.3 with a lower temperature
+    without.
     """
     return t * (0.3 if guidance > 0 else 0.8 / steps ** 2) if 1 < steps < 16 else 0.0
 

@@ -1,5 +1,4 @@
-"""The tokenizer: a VQ-VAE (van den Oord et al. 2017) that turns an image into a small grid of discrete
-tokens.
+"""The tokenizer: a VQ-VAE (van den Oord et al. 2017) that turns an image into a grid of discrete tokens.
 
     image (B, 3, H, W) in [-1, 1]  ->  encoder  ->  z_e (B, h, w, C)  ->  nearest code  ->  tokens (B, h * w)
     tokens  ->  their codes z_q (B, h, w, C)  ->  decoder  ->  image,            h = H / f, w = W / f
@@ -15,7 +14,7 @@ features (factorised codes, Yu et al. 2021): code_dim against up to 4 x width. T
 tokenizer, pre-trained; the network here is ours.
 
 From 64 pixels up |x - x_hat|^2 alone blurs; LPIPS and a patch discriminator can join it
-(extras/vqgan_losses.py). A published VQGAN can stand in the place of this one (extras/published_vqgan.py).
+(extras/vqgan_losses.py). A published VQGAN can stand in the place of this one (engine/published_vqgan.py).
 
     python vqvae.py report runs/toy/tokenizer.pt --data toy      how good is it? A published VQGAN, too.
 """
@@ -245,10 +244,7 @@ def to_uint8(images):
 # How good is it?
 
 def usage_and_perplexity(counts):
-    """counts (K,) of each code over a whole data set -> (share of codes that are used, exp of the entropy).
-
-    Perplexity K means that all codes are used equally, 1 that a single one is used.
-    """
+    """counts (K,) of each code over a data set -> (share of codes in use, perplexity, exp of the entropy)."""
     p = counts.double() / counts.sum()
     return float((counts > 0).double().mean()), float(torch.special.entr(p).sum().exp())
 
@@ -265,7 +261,7 @@ def ssim(a, b):
     def blur(x):
         return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
 
-    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))  # (3 B, 1, H, W)
+    x, y = (images.float().reshape(-1, 1, *images.shape[2:]) / 255 for images in (a, b))   # (3 B, 1, H, W)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y, cov = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
     c1, c2 = 0.01 ** 2, 0.03 ** 2

@@ -35,14 +35,10 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def add(self, losses, tokens=None):
-        pass
-
-    def check(self):
-        pass
-
-    def due(self, name):
+    def due(self, *_):
         return False
+
+    add = check = due  # nothing is logged
 
 
 def choose_steps(run, loops):

@@ -1,5 +1,6 @@
 """Checkpoints: written atomically with the one before kept, read without executing anything in them."""
 
+import contextlib
 import hashlib
 import zipfile
 from collections import OrderedDict
@@ -123,7 +124,9 @@ def save_best(path, content, batch):
     of draws have the same noise.
     """
     if rank_and_world()[0] == 0:
-        bits, best, is_best = content["bits"], read_torch(path) if path.exists() else None, True
+        bits, best, is_best = content["bits"], None, True
+        with contextlib.suppress(UserError):  # none yet, or a damaged one
+            best = read_torch(path)
         if best and best["step"] < content["step"]:  # a later one is of a course that was rolled back
             least = best["bits"]
             n = len(bits) if len(bits) == len(least) else min(len(bits), len(least)) // batch * batch

@@ -162,7 +162,6 @@ ELSEWHERE = {  # a flag of other programs: what it is here
     "--num-classes": "sub-folders are classes"}
 EXAMPLES = """examples:
   python train.py                                          the built-in set
-  python train.py --data photos --no-classes               your own images, of one kind
   python train.py --data photos --out runs/b --init runs/a       from another run's weights
   python train.py --data ffhq --root /datasets --dry-run   what would be done
   torchrun --nproc-per-node 8 train.py --data ffhq --root /datasets"""
@@ -194,25 +193,22 @@ def parse_arguments(names):
     add("--preset", choices=list(PRESETS), help="default: by the set's name, or by image size and device")
     add("--out", help="run directory (default: runs/NAME_OF_DATA)")
     add("--stage", choices=["all", "tokenizer", "tokens", "diffusion"], default="all", help="run only this")
-    add("--tokenizer", metavar="FILE", help="train none, but that of another run (tokenizer.pt, ckpt.pt), "
-        "or a VQGAN of taming-transformers or latent-diffusion; it decides f, K and so on")
+    add("--tokenizer", metavar="FILE", help="train none: that of another run, or a VQGAN's checkpoint")
     add("--init", metavar="RUN", help="start from the weights of another run of the same sizes")
-    add("--lpips-weights", nargs="+", metavar="FILE", help="of --perceptual: vgg16-397923af.pth and LPIPS' "
-        "vgg.pth, or a VQGAN's checkpoint, which has both (default: download)")
-    add("--minutes", type=float, metavar="X", help="choose --steps and --tokenizer-steps so that training "
-        "takes this long here; --fid-every and --eval-fid come on top")
+    add("--lpips-weights", nargs="+", metavar="FILE", help="VGG-16 and LPIPS, or a VQGAN's checkpoint, which "
+        "has both (default: download)")
+    add("--minutes", type=float, metavar="X", help="choose the steps so that training takes this long here")
     add("--eval-fid", type=int, metavar="N", help="at the end, FID of N samples against the training images")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dry-run", action="store_true", help="print all settings and what they cost: memory, hours, disk")
-    add("--for", dest="chip", choices=["a100-80", "h100", "h200", "3090", "4090", "cpu"],
-        help="with --dry-run: the cost on this, not on the machine at hand")
+    chips = ["a100-80", "h100", "h200", "3090", "4090", "cpu"]
+    add("--for", dest="chip", choices=chips, help="with --dry-run: the cost on this machine")
     group = parser
     for name, (kind, default, choices, text) in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
-        shown = f"{default:.4g}" if kind is float else default
-        text = f"{text} (default: {shown})"
+        text += f" (default: {f'{default:.4g}' if kind is float else default})"
         if kind is bool:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         elif kind is str:

@@ -1,6 +1,4 @@
-"""Status lines of a run: means of the losses on the terminal and in STAGE.csv. A loss that is not finite ends
-the run.
-"""
+"""Status lines and CSV files of a run. A loss that is not finite ends it."""
 
 import csv
 import math
@@ -10,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from engine.distributed import all_reduce_max, all_reduce_sum, rank_and_world
-from engine.process import stop_requested, write_atomically
+from engine.process import stop_requested
 from engine.validate import UserError, reading
 
 # columns that differ from run to run; seconds count from the stage's begin, without pauses
@@ -34,15 +32,11 @@ def read_rows(path):
 
 
 def write_rows(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(partial):
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+    with path.with_suffix(".part").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".part").replace(path)
 
 
 def append_row(path, row):
@@ -65,9 +59,7 @@ def trim_rows(path, last_step):
 
 
 def log_bound(path, step, bound, K, collapse):
-    """A row of evaluation.csv and a line: the held-out bound in bits per token, and the state of the
-    table.
-    """
+    """A row of evaluation.csv and a line: the held-out bound in bits per token, the state of the table."""
     if rank_and_world()[0] == 0:
         trim_rows(path, step - 1)
         append_row(path, {"step": step} | bound | {"log2_K": math.log2(K)} | collapse)
@@ -82,7 +74,7 @@ def log_bound(path, step, bound, K, collapse):
 class StatusLog:
     """Losses of the steps, as means per status line, on the terminal and in STAGE.csv.
 
-    They stay on the device until a line is due: to read them at each step would make the GPU wait for Python.
+    They stay on the device until a line is due: reading them at each step makes the GPU wait for Python.
     state: a checkpoint to continue from, or None. per_rank: losses are of this rank's share of the batch, and
     a line has the mean over ranks. K: of a tokenizer, whose lines also count the codes in use.
     """

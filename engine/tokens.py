@@ -93,13 +93,11 @@ def open_tokens(path, tokenizer, class_names):
     if maker and maker[0] != maker_here:
         raise UserError(f"{path} was made by {maker[0]}, this is {maker_here}: give the tokenizer.pt that "
                         "lies beside the tokens, or encode the images again")
-    classes = max(len(class_names), 1)
-    if rows["x"].shape[1:] != expected["x"].shape or rows["x"].max() >= tokenizer.K:
-        raise UserError(f"{path} has {rows['x'].shape[1:]} tokens per image up to {rows['x'].max()}, the "
-                        f"tokenizer {expected['x'].shape} below {tokenizer.K}: they do not belong together")
-    if not 0 <= rows["label"].min() <= rows["label"].max() < classes:
-        raise UserError(f"{path} has labels from {rows['label'].min()} to {rows['label'].max()}, there are "
-                        f"{classes} classes: they do not belong together")
+    for name, count in (("x", tokenizer.K), ("label", max(len(class_names), 1))):
+        values = rows[name]
+        if values.shape[1:] != expected[name].shape or values.min() < 0 or values.max() >= count:
+            raise UserError(f"{path} does not belong to this tokenizer and these classes: {name} is up to "
+                            f"{values.max()} of {count}, in the shape {values.shape[1:]}")
     return rows
 
 

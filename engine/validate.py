@@ -1,8 +1,5 @@
-"""Validation of files that anybody may have made.
-
-    executes nothing    torch.load(weights_only=True), numpy without pickles, json, csv, Pillow
-    one line            reading(path) turns whatever these raise into a UserError
-    little memory       a model is built on the meta device and compared with the weights before it takes any
+"""Validation of files that anybody may have made: torch, numpy, json and Pillow execute nothing in them, and
+whatever these raise is one line. Models are compared with weights on the meta device, before memory is taken.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import append, held_out_bound, pyplot
+from common import append, held_out_bound, pyplot, schedule_of
 from markov_chain import Chain, K, N, bigrams
 from tqdm import tqdm
 
@@ -72,7 +72,7 @@ class Row:
 
 def train(rows, chain, steps, seed):
     """Trains all rows on the same tokens and the same noise -> the schedule."""
-    rng, schedule = np.random.default_rng(seed), ShiftedCosine(0.7, -10, 7)
+    rng, schedule = np.random.default_rng(seed), ShiftedCosine(**schedule_of(0.7, 7.0))
     held_out = torch.from_numpy(chain.draw(500, np.random.default_rng(10 ** 6)))
     frames = set(np.linspace(0, steps, FRAMES + 1).astype(int).tolist())
     for step in tqdm(range(steps + 1), "collapse", unit="step", disable=None):

@@ -1,6 +1,7 @@
 """What the experiments share: where the repository is, the optimizer's step, the bound, CSV files, tables."""
 
 import csv
+import math
 import platform
 import subprocess
 import sys
@@ -13,6 +14,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from engine.randomness import generator_for  # noqa: E402
 from losses import held_out_bits, mean_bound  # noqa: E402
+
+
+def schedule_of(shift=0.7, log_snr_max=3.0):
+    """Options of a schedule that reaches from log_snr_max to -10 before the shift, as the rows are named."""
+    moved = 2 * math.log(shift)
+    return dict(shift=shift, log_snr_min=moved - 10, log_snr_max=moved + log_snr_max)
 
 
 def update(model, ema, optimizer, config, step):

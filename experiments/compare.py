@@ -48,7 +48,7 @@ from train import build_denoiser
 
 # What differs from train.py's settings. "loss": another objective. "frozen": the table is not trained.
 PLAIN = dict(output_prior=False, posterior_input=False)  # without what tells of Gaussian noise
-PAPER = PLAIN | dict(embedding_init="random", log_snr_max=7.0, shift=0.4)  # the paper's method, as we know it
+PAPER = PLAIN | dict(embedding_init="random") | common.schedule_of(0.4, 7.0)  # as we know it
 NAIVE = PAPER | dict(w_cm=0.0, max_drop_rate=0.0)
 AUXILIARY = {"": 0.0, ", auxiliary": 5e-4, ", auxiliary 0.01": 0.01, ", auxiliary 0.1": 0.1}
 METHODS = {
@@ -61,7 +61,6 @@ METHODS = {
     **{f"{kind} + likelihood{said}": PLAIN | dict(loss=kind, analytic=True, auxiliary=weight)
        for kind in ("uniform", "mask-and-replace") for said, weight in AUXILIARY.items()},
 }
-SWEEPS = {"log_snr_max": (7.0, 5.0, 4.0, 3.0, 1.5), "w_cm": (3.0, 10.0), "shift": (0.1, 0.2, 0.4, 0.7, 1.0)}
 ABLATIONS = {
     "paper": PAPER,
     "naive": NAIVE,
@@ -81,7 +80,9 @@ ABLATIONS = {
     "exact weight": dict(weight_clip=math.inf),
     "without output prior": dict(output_prior=False),
     "cross-entropy without output prior": dict(loss="cross-entropy", output_prior=False),
-    **{f"{option} {value:g}": {option: value} for option in SWEEPS for value in SWEEPS[option]},
+    **{f"log_snr_max {end:g}": common.schedule_of(log_snr_max=end) for end in (7.0, 5.0, 4.0, 3.0, 1.5)},
+    **{f"shift {shift:g}": common.schedule_of(shift) for shift in (0.1, 0.2, 0.4, 0.7, 1.0)},
+    **{f"w_cm {weight:g}": dict(w_cm=weight) for weight in (3.0, 10.0)},
 }
 ROWS = METHODS | ABLATIONS
 SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min",

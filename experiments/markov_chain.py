@@ -23,7 +23,7 @@ from pathlib import Path
 import baselines
 import numpy as np
 import torch
-from common import append, facts, markdown, read, select, spread, values
+from common import append, facts, markdown, read, schedule_of, select, spread, values
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS, describe_models
@@ -33,7 +33,8 @@ from schedule import ShiftedCosine
 
 K, N, D, BATCH = 10, 6, 8, 256
 # Without Plaid's output prior, and without ours: posterior input, RMS norm, the start of the schedule.
-PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0, log_snr_max=7.0)
+PLAIN = dict(output_prior=False, posterior_input=False, norm="layer", max_drop_rate=0.0)
+PLAIN |= schedule_of(log_snr_max=7.0)
 ROWS = {  # what differs from train.py's defaults; "loss": another objective
     "rec + diff": PLAIN | dict(w_cm=0.0),
     "rec + diff, table not normalised": PLAIN | dict(w_cm=0.0, norm="none"),

@@ -6,6 +6,7 @@ import torch
 
 from engine.config import DEFAULTS
 from engine.process import report_errors, user_error
+from engine.validate import UserError
 from schedule import ShiftedCosine, alpha_sigma
 
 
@@ -14,17 +15,20 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, shifts = parser.add_argument, [2.0, 1.0, DEFAULTS["shift"], 0.4, 0.2, 0.1]
     add("--shifts", type=float, nargs="+", default=shifts, help="shift factors s")
-    add("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1) before the shift")
-    add("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0) before the shift")
+    add("--log-snr-min", type=float, default=DEFAULTS["log_snr_min"], help="lambda(1)")
+    add("--log-snr-max", type=float, default=DEFAULTS["log_snr_max"], help="lambda(0)")
     add("--out", default="schedule.png", help="the picture to write")
     args = parser.parse_args()
-    from matplotlib.figure import Figure  # optional, and slow to import
     t = torch.linspace(0, 1, 10001, dtype=torch.float64)
-    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(title="log SNR:  lambda(t)", xlabel="t")
-    right.set(title="alpha(t) falls, sigma(t) rises", xlabel="t")
     with report_errors("schedule.py"), user_error():
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UserError("the picture needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.set(title="log SNR:  lambda(t)", xlabel="t")
+        right.set(title="alpha(t) falls, sigma(t) rises", xlabel="t")
         print("   s   lambda(0)  lambda(.5)  lambda(1)   share of [0, 1] with SNR > 1")
         for i, shift in enumerate(args.shifts):
             log_snr = ShiftedCosine(shift, args.log_snr_min, args.log_snr_max).log_snr(t)

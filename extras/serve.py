@@ -196,7 +196,6 @@ def make_server(args, pipeline, chosen, settings):
              "step": pipeline.step, "size": tokenizer.size, "grid": tokenizer.grid, "largest": LARGEST_BODY}
     pages = {"/": ("text/html; charset=utf-8", Path(__file__).with_name("serve.html").read_bytes()),
              "/model": ("application/json", json.dumps(model).encode())}
-
     actions = {
         "/draw": lambda request, send: draw(pipeline, settings, request, send),
         "/crop": lambda request, send: send({"image": png_texts(read_image(request, tokenizer.size))[0]})}

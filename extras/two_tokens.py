@@ -60,8 +60,8 @@ def main():
     parser.add_argument("--shift", type=float, default=DEFAULTS["shift"], help="s of the schedule")
     parser.add_argument("--weight-clip", "--max-snr", type=float, default=DEFAULTS["weight_clip"],
                         help="largest e^lambda in the weight of the trained L_diff")
-    parser.add_argument("--log-snr-max", type=float, default=7.0,
-                        help="lambda(0), before the shift, of all but the last column")
+    parser.add_argument("--log-snr-max", type=float, default=7 + 2 * math.log(0.7),
+                        help="lambda(0) of all but the last column")
     args = parser.parse_args()
     with report_errors("losses.py"), user_error():
         long, ours = (ShiftedCosine(args.shift, DEFAULTS["log_snr_min"], log_snr_max)

@@ -1,4 +1,4 @@
-"""The cost of a run, how it is made to fit, presets by the number of images, and the best checkpoint."""
+"""The cost of a run, how it is made to fit, and presets by the number of images."""
 
 import copy
 from types import SimpleNamespace
