@@ -109,7 +109,7 @@ def move_a_codebook(rank, world, port, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_one_codebook_in_two_processes(one_thread, tmp_path):
+def test_one_codebook_in_two_processes(tmp_path):
     """Two processes hold bit for bit the same codebook, and one the same up to rounding."""
     common.start_processes(move_a_codebook, 2, *common.free_ports(1), tmp_path, n=2, wait=60)
     move_a_codebook(0, 1, None, tmp_path)
