@@ -110,16 +110,13 @@ def test_pictures_from_an_image(tiles, pipeline, tmp_path):
     grey = image.copy()
     grey[:, 4:, :4] = 128
     words = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--n", 3]
-    for names, labels, omega in (([], [2], 0.0), (["--class", "dog,cat"], [1, 0], 1e4)):  # 2: the null class
+    for names, label, omega in (([], 2, 0.0), (["--class", "dog"], 1, 1e4)):  # 2: the null class
         settings = pipeline.sampling | {"guidance": omega}
-        for row, label in zip(tiles(5, *words, *names, rows=len(labels)), labels, strict=True):
-            images = sample_images(pipeline, torch.full((3,), label), inpaint=known, **settings)
-            assert np.array_equal(row, stacked(image, grey, *images))
-    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog"]
-    for strength, more in ((0.6, []), (0.9, ["--strength", 0.9])):
-        labels = torch.ones(3, dtype=torch.int64)
-        images = sample_images(pipeline, labels, init=(tokens, strength), **pipeline.sampling)
-        assert np.array_equal(tiles(4, *words, *more)[0], stacked(image, *images))
+        images = sample_images(pipeline, torch.full((3,), label), inpaint=known, **settings)
+        assert np.array_equal(tiles(5, *words, *names)[0], stacked(image, grey, *images))
+    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog", "--strength", 0.9]
+    images = sample_images(pipeline, torch.full((3,), 1), init=(tokens, 0.9), **pipeline.sampling)
+    assert np.array_equal(tiles(4, *words)[0], stacked(image, *images))
 
 
 def test_between_two_seeds(tiles, pipeline):
@@ -131,12 +128,9 @@ def test_between_two_seeds(tiles, pipeline):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--trajectory", "--interpolate", "0,1"], "not allowed with argument --trajectory"),
-    (["--out", "a.jpg"], "must end in .png, .npz or .zip"),
-    (["--out", "a.npz", "--trajectory"], "writes no files of samples"),
-    (["--class-counts", "even"], "a grid has rows of one class"), (["--mask", "a.png"], "belong together"),
-    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end"),
-    (["--n", 0], "--n must be at least 1"), (["--class", "horse"], "no class")])
+    (["--out", "a.jpg"], "must end in .png"), (["--out", "a.npz", "--trajectory"], "no files of samples"),
+    (["--class-counts", "even"], "a grid has rows of one class"), (["--class", "horse"], "no class"),
+    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end")])
 def test_wrong_use_of_sample(words, says, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("sample.py", run / "ckpt.pt", *words) == 2
@@ -183,11 +177,6 @@ def test_sample_files(name, run, tmp_path, capsys):
 
 def test_classes_are_spread_evenly():
     """For any n, and a larger n begins with the smaller one; or classes come as often as in training."""
-    for n, C in ((1, 3), (7, 12), (2048, 1000)):
-        labels = class_labels(n, list(range(C)))
-        counts = np.bincount(labels, minlength=C)
-        assert counts.max() - counts.min() <= 1
-        assert torch.equal(class_labels(n + 5, list(range(C)))[:n], labels)
     assert class_labels(5, [4, 1]).tolist() == [4, 1, 4, 1, 4]
     counts = np.array([30, 0, 5, 65])
     for n in (1, 20, 99, 1000):  # each count is met but for one image
@@ -209,14 +198,12 @@ def test_names_of_classes(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file, text, names", [
-    (None, "", ["n01440764", "n02012849"]),
     ("words.txt", "n01440764\ttench, Tinca\nn9\tx\n", ["n01440764 tench", "n02012849"]),
     ("LOC_synset_mapping.txt", "n02012849 a crane\n", ["n01440764", "n02012849 a crane"])])
 def test_names_of_imagenet(file, text, names, tmp_path):
     files = [f"{name[:9]}/{i}.png" for name in names for i in range(3)]
     write_images(tmp_path / "d" / "train", files, noise(6))
-    if file:
-        (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text)
     for folder in (tmp_path / "d", tmp_path / "d" / "train"):
         assert find(folder).class_names == names
 
@@ -233,16 +220,11 @@ def test_export(run, folder, tmp_path, capsys):
         close(getattr(after, part).state_dict(), rounded, rtol=0, atol=0)
     for name in ("class_names", "class_counts", "sampling", "step", "config"):
         assert getattr(before, name) == getattr(after, name)
-    words = ["train.py", "--data", folder, "--stage", "tokenizer", *flags(TINY), "--out"]
-    assert call(*words, tmp_path / "b", "--init", exported) == 0
-    assert call(*words, tmp_path / "c", "--tokenizer", exported) == 0
+    words = ["train.py", "--data", folder, *flags(TINY | {"steps": 10}), "--out"]
+    assert call(*words, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
     pets = shutil.copytree(run, tmp_path / "pets")
     shutil.copy(exported, pets / "ckpt.pt")
-    longer = ["train.py", "--data", folder, "--out", pets, *flags(TINY | {"steps": 10})]
-    for words, says in ((longer, "made by --export"),
-                        (["sample.py", run / "ckpt.pt", "--export", exported], "is there already")):
-        assert call(*words) == 2
-        assert says in capsys.readouterr().err
+    assert call(*words, pets) == 2 and "made by --export" in capsys.readouterr().err
 
 
 def test_example(tmp_path):
