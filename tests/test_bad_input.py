@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -89,7 +88,7 @@ def test_closed_pipe(program, buffering, folder, run, tmp_path, capsys):
 
 
 def test_signals(monkeypatch):
-    """A second Ctrl-C exits at once; a second kill, as schedulers send it, does not keep a run from saving."""
+    """A second Ctrl-C exits at once; a second kill, as schedulers send it, lets a run save all the same."""
     monkeypatch.setattr(process, "SIGNALS", [signal.SIGTERM])
     on_signal(signal.SIGTERM, None)
     on_signal(signal.SIGINT, None)
@@ -106,7 +105,6 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     (tmp_path / "hurt" / "0.png").write_bytes(b"\x89PNG, and then nothing")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    torch.save(Path("not weights only"), tmp_path / "pickle.pt")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png")
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     shutil.copytree(run, tmp_path / "run")
@@ -118,7 +116,7 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
     inpaint = ["sample.py", ckpt, "--inpaint"]
     for says, program, *words in [
         ("no such folder or file", "train.py", "--data", "nowhere"),
-        ("it holds no files", "train.py", "--data", "empty"),
+        ("no images in empty", "train.py", "--data", "empty"),
         ("only files like .tex", "train.py", "--data", "foreign"),
         ("no form that is known", "train.py", "--data", "text.pt"),
         ("no image in hurt can be read", "train.py", "--data", "hurt"),
@@ -126,10 +124,8 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("power of two", "train.py", *same, "new", "--f", 3),
         ("--lr must be", "train.py", *same, "new", "--lr", "nan"),
         ("--clip must be", "train.py", *same, "new", "--clip", 0),  # 0 would train nothing
-        ("'abacus' is not available", "train.py", *same, "new", "--device", "abacus"),
         ("run --stage tokenizer", "train.py", *same, "new", "--stage", "tokens"),
         ("leave --K away", "train.py", *same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9),
-        ("pickle.pt", "sample.py", "pickle.pt"),
         ("give the ckpt.pt", "sample.py", "run/tokenizer.pt"),
         ("must be a finite number", "sample.py", ckpt, "--guidance", "nan"),
         ("no white pixel", *inpaint, "good.png", "--mask", "black.png"),

@@ -172,12 +172,11 @@ def test_layouts(names, classes, counts, note, tmp_path):
 
 def test_lsun_by_name(tmp_path):
     write_lmdb(tmp_path / "lsun" / "church_outdoor_val_lmdb", noise(2))
-    train = write_lmdb(tmp_path / "lsun" / "church_outdoor_train_lmdb", noise(6))
+    write_lmdb(tmp_path / "lsun" / "church_outdoor_train_lmdb", noise(6))
     source = find("lsun-churches", tmp_path)
     train_set, test_set = source.load(10)
     assert source.counts() == (6, 2) and torch.equal(test_set.pixels, train_set.pixels[:2])
-    assert "6 images, but 126,227 are published: is it complete?" in source.describe()
-    assert [path.name for path in train.iterdir()] == ["data.mdb"]  # read-only, without a lock
+    assert "6 images, but 126,227 are published" in source.describe()
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -255,9 +254,9 @@ LIES = {
             partial(write_zip, files=FILE | {"dataset.json": bytes(2 << 20)})],
     "npz": [partial(write_zip, files={"images.npy": claims((1 << 40, 8, 8))}),
             partial(np.savez_compressed, images=ZEROS), partial(np.savez, images=np.array([{}])),
-            *(partial(np.savez, images=IMAGES, labels=labels) for labels in ([10 ** 8] * 6, ["a"] * 6, [0] * 5))],
-    "npy": [claims((1 << 40, 8, 8)), *(
-        partial(np.save, arr=array) for array in (IMAGES[:0], IMAGES / 255, np.array([{}])))],
+            partial(np.savez, images=IMAGES, labels=[0.5] * 6),
+            partial(np.savez, images=IMAGES, labels=[0] * 5)],
+    "npy": [claims((1 << 40, 8, 8)), partial(np.save, arr=IMAGES[:0]), partial(np.save, arr=IMAGES / 255)],
     "idx": [idx(1 << 31, 28, 28), idx(6, 8), idx(6, 8, 8, body=bytes(383)), idx(6, 8, 8, body=bytes(385))],
     "cifar": [pickle.dumps(Path("x"), 2), b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
               pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": ["a", "b"]}, 2)],
@@ -280,7 +279,7 @@ def test_files_that_lie(form, tmp_path, monkeypatch):
             path.write_bytes(honest[:len(honest) // 3] if lie == "cut" else lie)
         with pytest.raises(UserError) as caught:
             find(path if path.suffix in (".zip", ".npz", ".npy") else path.parent)
-            pytest.fail(f"{form} {number} was taken for an honest file: {lie!r:.200}")
+            pytest.fail(f"{form} {number}: {lie!r:.200}")
         text = str(caught.value)
         assert str(root) in text and text.isprintable() and len(text) < 700
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # kB
@@ -300,5 +299,3 @@ def test_images_that_lie(tmp_path):
     for path in tmp_path.iterdir():
         with pytest.raises(UserError):
             data.load_image(path, 8)
-    with pytest.raises(ValueError, match="16000 x 16000 pixels, more than 50,000,000"):
-        data.open_image(np.broadcast_to(np.uint8(0), (16000, 16000, 3)))

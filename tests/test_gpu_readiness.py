@@ -58,9 +58,9 @@ def on_gpu(value):
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what meta lets pass, and a GPU not, or not without a wait. looping: copies must not wait."""
+    """Refuses what meta lets pass, and a GPU not, or not without a wait."""
 
-    looping, in_loops = False, 0
+    looping, in_loops = False, 0  # while looping, copies must not wait
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, given = func.overloadpacket.__name__, tree_leaves((args, kwargs))
