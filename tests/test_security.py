@@ -25,7 +25,7 @@ SIZES = dict(tokenizer=dict(size=8, f=4, K=8, code_dim=4, width=16),
              denoiser=dict(K=8, grid=(2, 2), D=4, width=16, depth=1, heads=2, num_classes=2),
              schedule=dict(shift=1.0, log_snr_min=-10.0, log_snr_max=7.0))
 NASTY = "a\x1b[31m\u202eb\n\t<i>"  # what a name may try
-GONE = object()  # in place of a value: the entry is not there
+GONE = "(gone)"  # in place of a value: the entry is not there
 
 
 def refused(read, path):
