@@ -241,8 +241,8 @@ def test_fid_of_a_checkpoint(score, run, capsys):
     drawn = sample_images(pipeline, torch.tensor([1, 0, 1, 1, 0, 1]), seed=5, **settings)
     np.savez("fake.npz", drawn.permute(0, 2, 3, 1).numpy())
     np.savez("real.npz", find(images).load(8)[0].pixels.permute(0, 2, 3, 1).numpy())
-    words = ["--n", 6, "--batch", 4, "--seed", 5, "--steps", 2, "--guidance", 2,
-             "--guidance-interval", 0.1, 0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"]
+    words = ["--n", 6, "--batch", 4, "--seed", 5, "--steps", 2, "--guidance", 2, "--guidance-interval", 0.1,
+             0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"]
     drawn = score("pets", run / "ckpt.pt", *words)
     assert "38 training images, cropped and resized to 8" in capsys.readouterr().out
     assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
