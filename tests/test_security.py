@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedding_diffusion import EmbeddingDiffusion
-from engine.build import load_checkpoint, load_tokenizer, read_tokenizer, restore
+from engine.build import load_checkpoint, read_tokenizer, restore
 from engine.checkpoint import CHECKPOINT_FORMAT, TOKENIZER_FORMAT, read_newest
 from engine.validate import UserError
 from extras.vqgan_losses import read_lpips
@@ -80,8 +80,6 @@ READERS = {  # name: (function of a path, file, the weight that is spoiled)
     "sample": (lambda path: load_checkpoint(path, CPU), "ckpt.pt", "ema/embedding"),
     "resume": (resume, "ckpt.pt", "model/head.weight"),
     "optimizer": (resume, "ckpt.pt", "optimizer/state/0/exp_avg"),
-    "run": (lambda path: load_tokenizer(SIZES["tokenizer"], path.parent, CPU), "tokenizer.pt",
-            "tokenizer/quantizer.codebook"),
     "--tokenizer": (read_tokenizer, "tokenizer.pt", "tokenizer/encoder.0.weight"),
     "published": (read_tokenizer, "vqgan.ckpt", "state_dict/quantize.embedding.weight"),
     "--lpips-weights": (lambda path: read_lpips([path]), "lpips.ckpt",
@@ -119,8 +117,7 @@ def save_cut(state, path):
 WRITERS = {  # kind of file: function of an honest state and a path
     "runs a program": save_with(os.system, "touch ran"),
     "old format": save_with(os.system, "touch ran", zipped=False),
-    "text": lambda state, path: path.write_text("hello"), "pipe": lambda state, path: os.mkfifo(path),
-    "too large when unpacked": save_packed, "cut": save_cut}
+    "pipe": lambda state, path: os.mkfifo(path), "too large when unpacked": save_packed, "cut": save_cut}
 WEIGHTS = {  # kind of weight: function of an honest one
     "gone": GONE, "text": lambda w: "text", "other shape": lambda w: w[..., :-1].clone(),
     "larger than the file": lambda w: torch.zeros(1).expand(1 << 40), "sparse": lambda w: w.to_sparse(),
@@ -141,7 +138,6 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
     read(path)
     monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1000)
     monkeypatch.chdir(tmp_path)
-    before = {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()}
     for kind, write in WRITERS.items():
         path.unlink()
         write(state, path)
@@ -154,7 +150,6 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
         torch.save(edited(state, entry, value), path)
         assert refused(read, path), kind
     assert not (tmp_path / "ran").exists()
-    assert {file: file.read_bytes() for file in hostile_files["write"].parent.iterdir()} == before
 
 
 @pytest.mark.parametrize("entry, value", [
