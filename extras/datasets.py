@@ -12,18 +12,14 @@ from pathlib import Path
 
 from engine.process import report_errors
 from engine.validate import UserError, check_file, read_json
-from extras.data_arrays import read_idx, read_npy, read_npz
-from extras.data_cifar import read_cifar
+from extras.data_arrays import read_cifar, read_idx, read_npy, read_npz
 from extras.data_forms import Folder, Lmdb, Zip
 from extras.downloads import fetch
-from extras.grids import contact_sheet
 from extras.image_cache import save_for_runs
+from extras.pictures import contact_sheet
 from extras.toy import TOY_SIZE, Toy
 
 DATASETS = read_json(Path(__file__).with_suffix(".json"))
-EXAMPLES = """examples:
-  python data.py photos/ --size 64 --out page.png  your own folder
-  python data.py ffhq --root /datasets             a published set, or how to get it"""
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
@@ -107,14 +103,12 @@ def detect_format(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what --data would train on.", epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("data.py", description="Show what --data would train on.")
     parser.add_argument("data", help=f"toy, {', '.join(DATASETS)}, or a path: folder, zip, LMDB, arrays")
     parser.add_argument("--root", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")
     parser.add_argument("--out", default="data.png", help="the page of images to write")
-    parser.add_argument("--save", type=Path, metavar="FILE.npy", help="decode all images once, at "
-                        "--size, into this file, for train.py --data FILE.npy; given again, it continues")
+    parser.add_argument("--save", type=Path, metavar="FILE.npy", help="decode all once, for train.py")
     args = parser.parse_args()
     with report_errors("data.py", memory_advice="choose a smaller --size"):
         source = find(args.data, args.root)

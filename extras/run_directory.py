@@ -6,8 +6,8 @@ from engine import process
 from engine.config import CHANGEABLE, flag
 from engine.validate import UserError, printable, read_json
 from extras.data_arrays import TokenFile
-from extras.grids import contact_sheet
 from extras.image_cache import CACHE
+from extras.pictures import contact_sheet
 from extras.run_page import page_of_a_run
 
 

@@ -175,7 +175,7 @@ def test_which_score_is_which(capsys):
 def test_measure(monkeypatch):
     """Mean and covariance are NumPy's; kept features are spread evenly. Sums of two processes add up."""
     images = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
-    source = fid_sources.Decoded(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
+    source = fid_sources.from_dataset(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
     taps = Pixels()(images)
     found = fid.measure(source, Pixels(), 7, keep=4)
     for tap in ("2048", "spatial"):
@@ -267,7 +267,7 @@ def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatc
         seen.append((labels.tolist(), seed, batch, settings))
         raise UserError("that is enough")
 
-    monkeypatch.setattr(fid_command, "Samples", record)
+    monkeypatch.setattr(fid_command, "from_pipeline", record)
     monkeypatch.setattr(sample_command, "sample_files", lambda pipeline, labels, out, batch, seed, **settings:
                         record(pipeline, labels, seed, batch, **settings))
     assert call("fid.py", folder, run / "ckpt.pt", *words) == 2
