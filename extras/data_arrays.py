@@ -56,8 +56,8 @@ def as_images(array, where):
     channels = array.shape[3] if array.ndim == 4 else 1
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or channels not in (1, 3, 4) or (
             not len(array) or min(array.shape[1:3]) < MIN_SIDE):
-        raise UserError(f"{where} has shape {array.shape} of {array.dtype}: expected uint8 (n, H, W), "
-                        f"(n, H, W, C) or (n, C, H, W), C of 1, 3 or 4, sides of {MIN_SIDE} or more")
+        raise UserError(f"{where} is {array.dtype} {array.shape}: give uint8 (n, H, W[, C]) or (n, C, H, W), "
+                        f"C of 1, 3 or 4, H and W of {MIN_SIDE} or more")
     return array
 
 
@@ -173,9 +173,8 @@ def find_splits(rows, types, column, values):
 
 def classes_beside(path, labels, file):
     """Class names of labels: `classes` in the JSON file, if it is there, or else their numbers."""
-    names = read_json(file).get("classes") if file.exists() else None
-    if names is not None:
-        names = [printable(name) for name in names]
+    classes = read_json(file).get("classes") if file.exists() else None
+    names = None if classes is None else [printable(name) for name in classes]
     _, class_names = check_labels(f"{path} and {file.name}", labels, len(labels), names)
     return class_names if names is not None or len(class_names) > 1 else []
 

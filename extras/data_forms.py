@@ -69,10 +69,10 @@ class Files(Source):
     """Image files by their names; `names` may hold others. index: StyleGAN's dataset.json, if it is there."""
 
     def __init__(self, path, names, index):
-        others = Counter(ending_of(name) for name in names if ending_of(name) not in EXTENSIONS)
+        others = Counter(ending_of(name) for name in names if ending_of(name) not in (*EXTENSIONS, ".json"))
         self.names = [name for name in names if ending_of(name) in EXTENSIONS]
         if not self.names:
-            kinds = f"only files like {', '.join(sorted(others)[:9])}" if names else "no files"
+            kinds = f"only files like {ending_of(names[0]) or names[0][-99:]}" if names else "no files"
             raise UserError(f"no images in {path}: it holds {kinds}; give {', '.join(sorted(EXTENSIONS))}")
         left_out = ", ".join(f"{n:,} {ending or 'of no ending'}" for ending, n in others.most_common(9))
         if left_out:

@@ -1,8 +1,4 @@
-"""From the word after --data to a source of images: toy, a published set by its name, or a path of any form.
-
-datasets.json has the facts about published sets: what they are, their licence, how to get them. Its SHA-256
-are those of Keras (CIFAR-10) and TensorFlow Datasets. `python data.py` ends here.
-"""
+"""From the word after --data to a source of images: toy, a published set (datasets.json), or a path."""
 
 import argparse
 import difflib
@@ -19,7 +15,7 @@ from extras.image_cache import save_for_runs
 from extras.pictures import contact_sheet
 from extras.toy import TOY_SIZE, Toy
 
-DATASETS = read_json(Path(__file__).with_suffix(".json"))
+DATASETS = read_json(Path(__file__).with_suffix(".json"))  # SHA-256 of Keras (CIFAR-10) and TensorFlow
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
@@ -37,8 +33,7 @@ def find(name, root=None):
     parent = path.parent if path.parent.is_dir() else Path(".")
     paths = {word: word for word in ("toy", *DATASETS)} | {p.name: p for p in parent.iterdir()}
     near = "".join(f" Did you mean {paths[word]}?" for word in difflib.get_close_matches(path.name, paths, 1))
-    raise UserError(f"--data {name}: no such folder or file, and no name of a data set; there are toy, "
-                    f"{', '.join(DATASETS)}.{near}")
+    raise UserError(f"--data {name}: no such folder or file, nor one of toy, {', '.join(DATASETS)}.{near}")
 
 
 def find_named(name, root):
@@ -66,8 +61,7 @@ def find_named(name, root):
     if source is None:
         for word in ("what", "licence", "where", "command", "layout"):
             print(f"  {word:8} {facts[word]}", file=sys.stderr)
-        raise UserError(f"--data {name}: {problem}. Get it as above, and give its folder as --root or "
-                        f"VQLCMD_DATA, or data/{name}")
+        raise UserError(f"--data {name}: {problem}. Get it as above, and give its folder as --root")
     source.name = source.dataset = name
     source.class_names = facts.get("classes", source.class_names)
     count = facts["count"]
@@ -84,8 +78,7 @@ def detect_format(path):
         for ending, read in readers.items():
             if path.name.endswith(ending):
                 return read(path)
-        raise UserError(f"--data {path} is of no form that is known: give a folder of images, a .zip of "
-                        "them, .npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
+        raise UserError(f"--data {path} is of no form that is known: give a folder, .zip, .npy or .npz")
     if (path / "data.mdb").is_file():
         return Lmdb(path)
     for inside in sorted(path.glob("*_train_lmdb")):

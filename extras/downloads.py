@@ -1,6 +1,6 @@
 """Downloads that are checked, and the weights that other people trained: Inception, VGG, LPIPS.
 
-    python -m extras.downloads        fetches all of these weights, on the login node of a cluster, say
+    python -m extras.downloads        fetches all of these weights
 """
 
 import hashlib

@@ -29,26 +29,19 @@ def check_arguments(args, draws):
             raise UserError(f"--{flag} is for a checkpoint at FAKE")
 
 
-def open_sides(args, device, draws):
-    """(word, Statistics or None, source or None, a few words on it), of REAL and of FAKE."""
-    if not draws:
-        words = filter(None, (args.real, args.fake))
-        return [(word, *open_side(word, args.root, args.size, as_trained=False)) for word in words]
-    pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
-    size = args.size or pipeline.tokenizer.size
-    labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
-    samples = from_pipeline(pipeline, labels, args.seed, batch, **settings)
-    return [(args.real, *open_side(args.real, args.root, size, as_trained=True)),
-            (args.fake, None, samples, facts)]
-
-
 def run(args):
     """The whole command, on each process."""
     rank, _ = init_distributed()
     draws = bool(args.fake) and args.fake.endswith(".pt")
     check_arguments(args, draws)
-    device = choose_device(args.device)
-    sides = open_sides(args, device, draws)
+    device, size, drawn = choose_device(args.device), args.size, []
+    if draws:
+        pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
+        labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
+        size = size or pipeline.tokenizer.size
+        drawn = [(args.fake, None, from_pipeline(pipeline, labels, args.seed, batch, **settings), facts)]
+    files = [word for word in (args.real, args.fake) if word and not word.endswith(".pt")]
+    sides = [(word, *open_side(word, args.root, size, as_trained=draws)) for word in files] + drawn
     for word, statistics, _, what in sides:
         if statistics and statistics.resize is None:
             what += f" that do not say how images were resized; taken as --resize {args.resize}"
@@ -81,8 +74,7 @@ def run(args):
 
 
 def main():
-    description, examples, *_ = fid.__doc__.split("\n\n")
-    parser = argparse.ArgumentParser("fid.py", description=description, epilog=examples,
+    parser = argparse.ArgumentParser("fid.py", description=fid.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("real", metavar="REAL", help="as --data of train.py, or an .npz of arr_0 (images) or mu and sigma")
@@ -93,11 +85,9 @@ def main():
     add("--weights", help="of Inception (default: $FID_WEIGHTS, the cache, or a download)")
     add("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     add("--json", metavar="FILE", help="write the scores")
-    add("--features", type=int, default=REAL_KEPT, metavar="M", help="images of REAL kept for KID, precision "
-        "and recall (default: %(default)s)")
-    add_sampling_flags(
-        parser.add_argument_group("samples of a checkpoint at FAKE"), n="how many (default: 50000)",
-        batch="images at a time; scores stay the same (default: 256 drawn, 16 measured on a CPU, else 128)")
+    add("--features", type=int, default=REAL_KEPT, metavar="M", help="real images kept for KID and recall")
+    group = parser.add_argument_group("samples of a checkpoint at FAKE")
+    add_sampling_flags(group, n="how many (default: 50000)", batch="images at a time; scores stay the same")
     args = parser.parse_args()
     with report_errors("fid.py", memory_advice="lower --batch, and the score stays the same"):
         run(args)

@@ -26,8 +26,9 @@ FEW = MIN_IMAGES  # samples of an evaluation during training
 
 
 class Images(NamedTuple):
-    """n images. read(i, j) -> i ... j - 1 of them, uint8 (j - i, 3, H, W) or a list of (3, H, W), without those
-    that cannot be used. It is called forwards only, for `chunk` images or more at a time.
+    """n images. read(i, j), called forwards only -> those of i ... j - 1 that can be used, uint8 (3, H, W).
+
+    It is called for `chunk` images or more at a time.
     """
 
     n: int
@@ -106,10 +107,7 @@ def load_statistics(path):
 
 
 def open_side(word, root, size, as_trained):
-    """A word of the command line -> (Statistics or None, source or None, a few words on it).
-
-    size: None for images as they are. as_trained: read them as training does, without the held-out part.
-    """
+    """A word of the command line -> (Statistics or None, source or None, a few words); see from_source."""
     path = Path(word).expanduser()
     if path.suffix == ".npz" and path.is_file():
         with open_npz(path) as file:
@@ -127,9 +125,6 @@ def open_side(word, root, size, as_trained):
     form = f"cropped and resized to {size} px" if size else "as they are"
     return None, images, f"{images.n:,} {'training ' if as_trained else ''}images, {form}"
 
-
-# ----------------------------------------------------------------------------
-# FID of a run.
 
 def score_samples(run, pipeline, n):
     """Scores of n samples against the training images, as by `fid.py DATA CKPT`; None but on process 0."""
@@ -166,6 +161,6 @@ def evaluate_during(run, pipeline, step):
     scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
-        named = {f"{name}_2k": value for name, value in scores.items()}
-        append_row(run.out / "fid.csv", {"step": step} | named)
+        row = {"step": step} | {f"{name}_2k": value for name, value in scores.items()}
+        append_row(run.out / "fid.csv", row)
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")

@@ -62,26 +62,22 @@ def plan_cache(source, size, out):
     space = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free"
     if needed > free / 2:
         return False, f"images: decoded whenever they are needed; {out / CACHE} would take {space}"
-    return True, (f"images: decoded once into {out / CACHE}, {space}, and deleted when the tokens are "
-                  "written (--no-cache: none)")
+    return True, f"images: decoded once into {out / CACHE}, {space} (--no-cache: not)"
 
 
 def load_through_cache(source, size, skipped, path, make):
     """source.load(size, skipped), from the cache if it is there and of these images. make: write it first."""
     if make:
-        try:
-            source.skipped = skipped = save_images(source, size, path)
-        except OSError as error:
-            print(f"images: decoded whenever they are needed; {path} cannot be written ({error})")
+        source.skipped = skipped = save_images(source, size, path)
     with contextlib.suppress(ValueError):  # it is not there, of other images, or has too few
         return read_saved(path, open_rows(source, size, path), source.class_names).load(size, {})
     return source.load(size, skipped)
 
 
 def remove_cache(out):
-    for path in (out / CACHE, (out / CACHE).with_suffix(".part.npy")):
-        with contextlib.suppress(OSError):  # a system that keeps open files: the next start deletes it
-            path.unlink()
+    with contextlib.suppress(OSError):  # a system that keeps open files: the next start deletes it
+        (out / CACHE).with_suffix(".part.npy").unlink(missing_ok=True)
+        (out / CACHE).unlink(missing_ok=True)
 
 
 def save_for_runs(source, size, path):

@@ -115,10 +115,7 @@ def read_mask(args, tokenizer):
 
 
 def draw_from_image(args, pipeline, chosen, labels, settings):
-    """--inpaint and --vary: the image, for --inpaint also without its masked cells, then the new images.
-
-    With --class a row per class; without, one row by the null class, which stands for any class.
-    """
+    """--inpaint and --vary: the image, perhaps without its masked cells, then new ones; a row per --class."""
     tokenizer, n = pipeline.tokenizer, len(labels)
     if pipeline.class_names and not args.classes and not pipeline.config["training"]["label_drop"]:
         raise UserError("this model was trained with --label-drop 0 and has to know the class: give --class")
@@ -127,10 +124,9 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
     tokens = tokenizer.encode(image.to(pipeline.device))                                   # (1, N)
     columns = {"image": image}
     if args.vary:
-        strength = 0.6 if args.strength is None else args.strength
         with user_error():
-            check_settings(**settings, t=strength)
-        options = {"init": (tokens, strength)}
+            check_settings(**settings, t=args.strength)
+        options = {"init": (tokens, args.strength)}
     else:
         drawn = read_mask(args, tokenizer)                                                 # (N,)
         if not drawn.any():
@@ -139,7 +135,7 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
         columns["mask"] = image.where(~cells, 128)
         options = {"inpaint": tokens.masked_fill(drawn.to(pipeline.device), -1)}
     if not args.classes:
-        chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # nothing to guide to
+        chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # the null class
     images = sample_images(pipeline, torch.tensor(chosen).repeat_interleave(n), seed=args.seed,
                            batch=args.batch, indices=list(range(n)) * len(chosen), **options, **settings)
     before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
@@ -149,10 +145,7 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
 
 
 def slerp(a, b, n):
-    """a, b (N, D) -> (n, N, D), from a to b along the circle: straight lines would be too short to be noise.
-
-    a sin((1 - w) angle) / sin(angle) + b sin(w angle) / sin(angle), w = 0, ..., 1; both ends are exact.
-    """
+    """a, b (N, D) -> (n, N, D), from a to b along the circle: straight lines would be too short for noise."""
     w = torch.linspace(0, 1, n, dtype=torch.float64)[:, None, None]
     angle = F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).acos()
     return (((1 - w) * angle).sin() / angle.sin() * a + (w * angle).sin() / angle.sin() * b).to(a.dtype)

@@ -26,8 +26,7 @@ INSTEAD = SPECIAL | {"serve": serve}  # of a grid or a folder: {flag: function}
 
 
 def main():
-    description, examples, *_ = sample.__doc__.split("\n\n")
-    parser = argparse.ArgumentParser("sample.py", description=description, epilog=examples,
+    parser = argparse.ArgumentParser("sample.py", description=sample.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="the ckpt.pt that train.py wrote, or what --export made of it")
@@ -43,9 +42,9 @@ def main():
     add("--inpaint", metavar="IMAGE", help="draw the white part of --mask anew; a row per class of --class")
     add("--vary", metavar="IMAGE", help="noise an image up to --strength and back; rows as for --inpaint")
     add("--interpolate", metavar="A,B", help="from seed A to seed B, a row per class; smoothest with ddim")
-    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser (0: any port)")
+    add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
-    group.add_argument("--strength", type=float, help="for --vary: 0 changes nothing, 1 all (default: 0.6)")
+    group.add_argument("--strength", type=float, default=0.6, help="for --vary: 0 changes nothing, 1 all")
     args = parser.parse_args()
     stopped = "stopped; the same command goes on" if Path(args.out).suffix != ".png" else "stopped"
     with report_errors("sample.py", stopped, "give --batch, or a lower one; the images stay the same"):
@@ -64,8 +63,7 @@ def check_arguments(args, special):
             (special and not is_grid, f"--out {out}: {flag} writes no files of samples"),
             (args.class_counts and is_grid, "--class-counts: a grid has rows of one class, name a folder"),
             (special and rank_and_world()[1] > 1, f"{flag} is for one process: start it with python"),
-            ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together"),
-            (args.strength is not None and args.vary is None, "--strength belongs to --vary")):
+            ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together")):
         if wrong:
             raise UserError(message)
 
@@ -141,7 +139,6 @@ def draw(args):
     if args.list_classes:
         lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
         return print("\n".join(lines) or "trained without classes")
-
     rows = min(len(chosen), 16) if names else 8
     n = args.n or COLUMNS * (1 if special else rows)
     labels, facts = labels_to_draw(n, args, pipeline, chosen, settings, in_rows=out.suffix == ".png")

@@ -22,8 +22,7 @@ def add_sampling_flags(parser, n, batch):
     add("--n", "--samples", type=int, metavar="N", help=f"{n}; torchrun lets only --samples through")
     add("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
     add("--guidance", type=float, metavar="OMEGA", help="towards the class: DiT's cfg-scale - 1")
-    add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
+    add("--guidance-interval", dest="interval", type=float, nargs=2, metavar="T", help="guide only between")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
     add("--end", type=float, metavar="T", help="draw the tokens at this time, in few steps before 0")
     add("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the first")
@@ -36,7 +35,7 @@ def add_sampling_flags(parser, n, batch):
 
 
 def check_flags(args, **least):
-    """least: of flags that the program has beside."""
+    """UserError for numbers that are too low. least: of flags that the program has beside."""
     for name, low in ({"n": 1, "steps": 1, "batch": 1, "seed": 0} | least).items():
         value = getattr(args, name)
         if value is not None and value < low:

@@ -1,6 +1,5 @@
 """How good is a tokenizer, on the held-out images of a set?
 
-    python vqvae.py report runs/toy/tokenizer.pt --data toy
     python vqvae.py report vqgan.ckpt --data photos/ --size 256 --out photos.png
 """
 
