@@ -16,18 +16,14 @@ import markov_chain
 import noise_levels
 import numpy as np
 import pytest
-import scipy.special
 import speed
 import torch
-import torch.nn.functional as F
 import tuned
 from PIL import Image
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import PRESETS
-from engine.randomness import image_generators
-from sample import default_end, sample_tokens
-from schedule import ShiftedCosine, alpha_sigma
+from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
 from tests.exact import chi_square, small_model
 
