@@ -79,7 +79,7 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
 def write_atomically(path, write, keep_as=None):
     """write(partial path), flushed to disk, then a rename: at any time there is the old file or the new one.
 
-    path may be a folder, which write makes. keep_as: where the old file goes. OSError if it cannot be written.
+    path may be a folder, made by write. keep_as: where the old file goes. OSError if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
