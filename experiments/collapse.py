@@ -153,7 +153,6 @@ def main():
         line = row.lines[-1]
         print(f"{name:12}  mean distance {row.lines[0]['mean_distance']:.2f} -> {line['mean_distance']:.2f}, "
               f"smallest {line['smallest_distance']:.2f}, {line['bits']:.2f} bits, TV {found[name][1]:.3f}")
-    print(f"look at {out}/collapse.png and collapse.gif")
 
 
 if __name__ == "__main__":

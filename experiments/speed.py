@@ -4,7 +4,7 @@
     python experiments/speed.py --compile      torch.compile as well
 
 On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, so that a
-machine that slows down slows all of them; medians count, without the first round.
+machine that slows down slows all of them; medians count.
 """
 
 import argparse
@@ -135,7 +135,8 @@ def sampling(setup, repeat, fast):
             sample_tokens, model, setup.schedule, setup.labels, image_generators(0, range(B)), STEPS, omega,
             setup.config["sampler"])
     found = measure(ways, setup.device, repeat, 1)
-    print(markdown(["sampling", "images/s"], [[name, f"{B / seconds:.4g}"] for name, seconds in found.items()]))
+    rows = [[name, f"{B / seconds:.4g}"] for name, seconds in found.items()]
+    print(markdown(["sampling", "images/s"], rows))
 
 
 def main():
