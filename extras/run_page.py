@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from engine.distributed import rank_and_world
 from engine.process import lock, report_errors, write_atomically, write_json
+from engine.status import read_rows
 from engine.validate import UserError, printable, read_json, reading, reason_of
 
 SHARE = 0.01  # of a run's time, at most, goes into its page
@@ -40,10 +40,10 @@ def read_columns(path):
     """{column: [(step, value), ...]}, thinned, of a CSV file; {} if there is none."""
     columns = {}
     with reading(path):
-        for row in csv.DictReader(path.read_text("utf-8").splitlines() if path.exists() else []):
+        for row in read_rows(path):
             step = int(row.pop("step"))
             for name, cell in row.items():
-                if cell:  # half a line of a killed run lacks some
+                if cell:
                     columns.setdefault(name, []).append((step, float(f"{float(cell):.5g}")))
     return {name: thin(points) for name, points in columns.items()}
 

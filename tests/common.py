@@ -52,7 +52,6 @@ os.environ["PYTHONPATH"] = str(HERE)  # where processes find what they import
 torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
 train.DRAWS = 256  # one batch: tests of the programs need no precision
 train.FINAL_DRAWS = 256
-gc.collect()
 gc.freeze()  # a million objects that stay: Python need not look through them again and again
 ESTIMATE_COST = setup.estimate_cost  # a second per run: tests/test_cost.py is about it, the others do without
 setup.estimate_cost = lambda args, source, config, *_: SimpleNamespace(
@@ -103,20 +102,15 @@ def parser_flags(program):
     return sorted(a.dest for a in spy.call_args.args[0]._actions if a.option_strings and a.dest != "help")
 
 
-def forkserver():
-    """What starts processes in a moment: one process imports torch, the others are forked from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.common"])
-    return context
-
-
 def start_processes(function, *args, n=1, wait=None):
     """function(*args), or function(rank, *args) for n > 1, in processes of their own -> those processes.
 
     wait: seconds to wait for them, all of which must end well.
     """
+    context = multiprocessing.get_context("forkserver")  # one imports torch, the others are forked from it
+    context.set_forkserver_preload(["tests.common"])
     ranks = [()] if n == 1 else [(rank,) for rank in range(n)]
-    processes = [forkserver().Process(target=function, args=(*rank, *args)) for rank in ranks]
+    processes = [context.Process(target=function, args=(*rank, *args)) for rank in ranks]
     for process in processes:
         process.start()
     if wait is not None:
@@ -148,8 +142,7 @@ def join_processes(rank, port):
 
 def rows_of(path):
     """A CSV file as a list of dicts."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def contents(out):
@@ -184,7 +177,7 @@ def scores_of(path):
 
 
 def make_folder(root, classes=("cat", "dog"), each=20, side=10):
-    """A folder of coloured noise: a sub-folder per class, endings in any case, a stray text file."""
+    """A folder of noise: a sub-folder per class, endings in any case, a stray text file."""
     rng = np.random.default_rng(0)
     for name in classes or [""]:
         (root / name / "deep").mkdir(parents=True)
@@ -265,13 +258,14 @@ def pixels_of(source, size):
 
 def spoil(root, good):
     """Fifteen entries in root that no image comes of: {name: a word of the reason}."""
-    jpg, gif, webp, bmp = (png(noise(1, 40, 40)[0], form) for form in ("jpeg", "gif", "webp", "bmp"))
-    checksum = bytearray(png(noise(1, 40, 40)[0]))
+    large = noise(1, 40, 40)[0]
+    checksum = bytearray(png(large))
     checksum[900] ^= 255
-    files = {"truncated.jpg": jpg[:900], "truncated.png": png(good)[:200], "truncated.gif": gif[:1000],
-             "half.webp": webp[:300], "header.bmp": bmp[:30], "checksum.png": checksum, "empty.png": b"",
-             "empty.jpg": b"", "text.jpg": b"not an image\n", "page.png": b"<html>404</html>",
-             "dot.png": png(good[:1, :1]), "line.png": png(noise(1, 300, 2)[0])}
+    files = {f"truncated.{form}": png(large, form)[:900] for form in ("jpeg", "gif", "png")}
+    files |= {"half.webp": png(large, "webp")[:300], "header.bmp": png(large, "bmp")[:30],
+              "checksum.png": checksum, "empty.png": b"", "empty.jpg": b"", "text.jpg": b"not an image\n",
+              "page.png": b"<html>404</html>", "dot.png": png(good[:1, :1]),
+              "line.png": png(noise(1, 300, 2)[0])}
     for name, content in files.items():
         (root / name).write_bytes(content)
     Image.new("1", (10000, 10000)).save(root / "bomb.png")
@@ -280,5 +274,5 @@ def spoil(root, good):
     reasons = {"empty": "empty", "truncated": "truncated", "text": "no image of", "page": "no image of",
                "dot": "1 x 1 pixels", "line": "a side of less than 4", "bomb": "10000 x 10000 pixels",
                "link": "a link to nothing", "x": "directory"}
-    return {path.name: reasons.get(path.stem, "") for path in root.iterdir()
-            if path.name in files or path.stem in reasons}
+    names = [*files, "bomb.png", "link.png", "x.png"]
+    return {name: reasons.get(name.partition(".")[0], "") for name in names}

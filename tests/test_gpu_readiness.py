@@ -43,7 +43,7 @@ MAY_WAIT = [  # what may read from the GPU, seldom or before the first step; and
     (vqvae.VectorQuantizer, "restart_dead_codes", None), (status.StatusLog, "check", None),
     (status.StatusLog, "line", None), (checkpoint, "save", None),
     (losses, "collapse_diagnostics", {"effective_rank": 1.0, "smallest_distance": 1.0}),
-    (train, "evaluate", {}), (train, "draw_samples", None), (train, "draw_reconstructions", None),
+    (train, "evaluate", {}), (train, "draw_reconstructions", None),
     (tokens, "open_tokens", lambda path, *_: np.load(path)), (train, "build_tokenizer", build_tokenizer),
     (train, "evaluate_tokenizer", {"psnr": 1.0}), (EmbeddingDiffusion, "init_from_codebook", None)]
 
@@ -58,9 +58,9 @@ def on_gpu(value):
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what meta lets pass, and a GPU not, or not without a wait. looping: copies must not wait."""
+    """Refuses what meta lets pass, and a GPU not, or not without a wait."""
 
-    looping, in_loops = False, 0
+    looping, in_loops = False, 0  # while looping, copies must not wait
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, given = func.overloadpacket.__name__, tree_leaves((args, kwargs))
@@ -127,31 +127,26 @@ def test_gpu_sampler_reads_nothing(on_the_gpu):
     """Guided, cooled, inpainted."""
     with GPU:
         model, labels = EmbeddingDiffusion(**SIZES), torch.zeros(4, dtype=torch.int64)
-        tokens_to_keep = torch.zeros(1, 9, dtype=torch.int64)
+        keep = torch.zeros(1, 9, dtype=torch.int64)
 
-    def strict_from_here(t, p):
+    def callback(*_):
         on_the_gpu.looping = True  # before the loop the grid of times is copied once
 
     drawn = sample.sample_tokens(model, LEVELS, labels, image_generators(0, range(4)), 4, 2.0, "ancestral",
-                                 temperature=0.9, inpaint=tokens_to_keep, callback=strict_from_here)
+                                 temperature=0.9, inpaint=keep, callback=callback)
     assert drawn.device == GPU and on_the_gpu.in_loops > 300
 
 
 def test_gpu_loss_compiles_to_one_graph():
-    """Whatever the data: no graph breaks. The gradient is that of the loss as it is written."""
+    """No graph breaks; the gradient is that of the loss as it is written."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = EmbeddingDiffusion(**SIZES | {"depth": 1}, bf16=True)
     loss_of = train.build_loss(DEFAULTS, model, copy.deepcopy(model).requires_grad_(False), LEVELS)
     compiled = torch.compile(loss_of, backend=torch._dynamo.lookup_backend("eager"), fullgraph=True)
     x = torch.randint(11, (8, 9))
-    for seed in range(2):
-        noisy = losses.sample_noise(model, x, x[:, 0] % 3, seeded(seed), **NOISE)
-        gradients = []
-        for loss in (loss_of, compiled):
-            value, _ = loss(*noisy)
-            gradients.append(torch.autograd.grad(value, list(model.parameters())))
-        close(*gradients)
+    noisy = losses.sample_noise(model, x, x[:, 0] % 3, seeded(0), **NOISE)
+    close(*(torch.autograd.grad(loss(*noisy)[0], list(model.parameters())) for loss in (loss_of, compiled)))
     torch._dynamo.reset()
 
 

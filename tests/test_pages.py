@@ -1,7 +1,6 @@
 """The page of a run and the page of --serve: what they are told, and who else is told nothing."""
 
 import base64
-import contextlib
 import http.client
 import json
 import os
@@ -39,7 +38,7 @@ def run_data(out):
 
 @pytest.mark.parametrize("name", ["run.html", "serve.html"])
 def test_static_pages(name):
-    """Nothing comes from elsewhere, and no text can become HTML."""
+    """Nothing comes from elsewhere; no text can become HTML."""
     page = (HERE / "extras" / name).read_text("utf-8")
     page = re.sub(r"http://www\.w3\.org/(2000/svg|1999/xhtml)", "", page)  # names, not addresses
     assert not re.search(r"https?:|\"//|(inner|outer)HTML|insertAdjacent|document\.write|eval\(", page)
@@ -48,18 +47,17 @@ def test_static_pages(name):
 def test_page_of_a_run(folder, run):
     """The curves are those of the CSV files; the commands those that were given."""
     data, config = run_data(run), json.loads((run / "config.json").read_text())
-    assert [data[name] for name in ("state", "stage", "step", "steps")] == ["complete", "diffusion", 8, 8]
+    assert (data["state"], data["step"]) == ("complete", 8)
     assert data["classes"] == ["cat", "dog"] and "psnr" in data["metrics"]["tokenizer"]
-    assert data["settings"].keys() == config.keys() - {"classes"} and data["settings"]["flip"] == "false"
+    assert data["settings"].keys() == config.keys() - {"classes"}
     for name in ("tokenizer", "diffusion", "evaluation"):
         rows = np.genfromtxt(run / f"{name}.csv", delimiter=",", names=True, deletechars="")
         assert {*data["columns"][name]} == {*rows.dtype.names} - {"step"}
         for column, points in data["columns"][name].items():
             np.testing.assert_allclose(points, np.stack([rows["step"], rows[column]], 1), rtol=1e-4)
-    assert {"samples_000004.png", "reconstructions_000008.png", "data.png"} <= {*data["files"]}
     (_, longer), (_, draw) = data["commands"]
-    given = ["train.py", "--data", str(folder), "--out", str(run), *flags(TINY)]
-    assert shlex.split(longer) == ["python", *given, "--steps", "16"] and str(run / "ckpt.pt") in draw
+    given = ["python", "train.py", "--data", str(folder), "--out", str(run), *flags(TINY)]
+    assert shlex.split(longer) == [*given, "--steps", "16"] and str(run / "ckpt.pt") in draw
 
 
 def test_states(run, tmp_path, capsys):
@@ -84,28 +82,28 @@ def test_states(run, tmp_path, capsys):
     assert call(run_page, out) == 2 and "config.json cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["kill", "crash"])
-def test_page_while_a_run_lives(how, folder, undone, monkeypatch):
+def test_page_while_a_run_lives(folder, undone, monkeypatch):
     """It says where the run is, at a status line too; at the end that it was stopped, or why it failed."""
     seen, real = [], losses.training_loss
 
     def watched(*args, **options):
         data = run_data(undone)
         seen.append((data["state"], data["step"]))
-        if len(seen) == 5 and how == "crash":
-            raise ArithmeticError("it's broken")
         if len(seen) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(seen) == 6:
+            raise ArithmeticError("it's broken")
         return real(*args, **options)
 
     monkeypatch.setattr(run_page, "SHARE", 1e9)  # a page at every line
     monkeypatch.setattr(losses, "training_loss", watched)
-    with pytest.raises(ArithmeticError) if how == "crash" else contextlib.nullcontext():
-        assert call("train.py", "--data", folder, "--out", undone, *flags(TINY)) == 143
-    assert seen == [("running", step) for step in (0, 0, 2, 2, 4)]
+    words = ["train.py", "--data", folder, "--out", undone, *flags(TINY)]
+    assert call(*words) == 143 and run_data(undone)["state"] == "stopped"
+    with pytest.raises(ArithmeticError):
+        call(*words)
+    assert seen == [("running", step) for step in (0, 0, 2, 2, 4, 4)]
     data = run_data(undone)
-    expected = {"kill": ("stopped", ""), "crash": ("failed", "ArithmeticError: it's broken")}
-    assert (data["state"], data["message"]) == expected[how]
+    assert (data["state"], data["message"]) == ("failed", "ArithmeticError: it's broken")
 
 
 def test_a_page_that_cannot_be_written(folder, run, undone, capsys):
@@ -124,12 +122,8 @@ REQUEST = dict(n=8, seed=3, steps=3, guidance=2.0, temperature=1.0, classes=[1],
 
 
 @pytest.fixture
-def pipeline(run):
-    return load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
-
-
-@pytest.fixture
-def site(pipeline):
+def site(run):
+    pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     args = SimpleNamespace(serve=0, n=None, seed=0, steps=None)
     with serve.make_server(args, pipeline, [0, 1], pipeline.sampling) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -165,8 +159,9 @@ def pixels(texts):
     return np.stack([load_image(base64.b64decode(text)) for text in texts])
 
 
-def test_what_is_drawn(pipeline, site, run, tmp_path):
+def test_what_is_drawn(site, run, tmp_path):
     """The very images of the command line; the trajectory on the way; known tokens are kept."""
+    pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     words = ["--class", "dog", "--n", 8, "--seed", 3, "--guidance", 1e3, "--sampler", "ddim", "--steps", 4]
     assert call("sample.py", run / "ckpt.pt", *words, "--out", tmp_path / "dogs") == 0
     status, lines = ask(site, body=REQUEST | dict(guidance=1000, sampler="ddim", steps=4))
@@ -201,9 +196,8 @@ REFUSALS = [
     *[(403, {name: value}) for name in ("Host", "Origin") for value in ("http://evil.example", "null", None)],
     *[(415, dict(Content_Type=value)) for value in ("text/plain", None)],
     *[(413, dict(Content_Length=value)) for value in (None, "-1", "9" * 5000, (8 << 20) + 1)],
-    *[(404, dict(path=path)) for path in ("/", "/model", "/../sample.py")],
     *[(404, dict(method="GET", path=path)) for path in ("/draw", "/serve.html", "/../sample.py")],
-    *[(501, dict(method=method)) for method in ("PUT", "OPTIONS")],
+    (404, dict(path="/model")), (501, dict(method="OPTIONS")),
     *[(400, dict(body=body)) for body in (b"", b"\xff", b"[" * 500000, b"[]", b"{}")],
     *[(400, dict(body=REQUEST | {name: value})) for name, values in WRONG.items() for value in values],
     (400, dict(path="/crop", body={"image": "AAAA"}))]
@@ -229,7 +223,7 @@ def test_the_page_of_serve(site):
 
 
 def test_one_picture_at_a_time(site):
-    """A second request is told so; a client that goes away, or the end of the server, ends the drawing."""
+    """A second request is told so; a client that goes away ends the drawing."""
     def endless(*_, callback, **__):
         for _ in range(2000):  # a test that fails has an end all the same
             callback(1.0, None)
@@ -243,9 +237,6 @@ def test_one_picture_at_a_time(site):
         first.close()
         assert site.drawing.acquire(timeout=1)
         site.drawing.release()
-        assert start(site).readline()
-        site.server_close()
-        assert not site.drawing.locked()
 
 
 def test_errors_of_ours(site, capfd):
@@ -256,11 +247,10 @@ def test_errors_of_ours(site, capfd):
     assert "KeyError" in capfd.readouterr().err
 
 
-def test_the_command(run, tmp_path, capsys):
+def test_the_command(run, capsys):
     """It says where the page is, ends in one line, and is refused beside what does not go with it."""
     with mock.patch.object(serve.Server, "serve_forever", side_effect=KeyboardInterrupt):
         assert call("sample.py", run / "ckpt.pt", "--serve", 0, "--n", 3, "--class", "dog") == 130
     assert re.search(r"^open http://127\.0\.0\.1:\d+/ in a browser", capsys.readouterr().out, re.M)
-    for words, says in (([0, "--n", 17], "16"), ([0, "--out", tmp_path / "a.npz"], "no files")):
-        assert call("sample.py", run / "ckpt.pt", "--serve", *words) == 2
-        assert says in capsys.readouterr().err
+    assert call("sample.py", run / "ckpt.pt", "--serve", 0, "--n", 17) == 2
+    assert "16" in capsys.readouterr().err

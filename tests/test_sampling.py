@@ -18,7 +18,7 @@ from extras import sample_command
 from extras.datasets import find
 from extras.sampling_options import class_labels, parse_classes
 from sample import sample_images
-from tests.common import HERE, TINY, call, close, flags, noise, parser_flags, seeded, write_images
+from tests.common import HERE, TINY, call, close, flags, noise, seeded, write_images
 
 CPU = torch.device("cpu")
 
@@ -32,16 +32,10 @@ def test_every_flag_of_sample_does_something(run, tmp_path):
 
     changed = {"steps": 1, "guidance": 1e4, "class": "dog", "sampler": "ddim", "seed": 1, "n": 20, "end": 0.9,
                "temperature": 1e-3}
-    assert set(parser_flags("sample.py")) == {
-        *changed.keys() - {"class"}, "classes", "batch", "compile", "device", "out", "interval",
-        "class_counts", "list_classes", "export", "grid_of", "trajectory", "inpaint", "mask", "vary",
-        "strength", "interpolate", "serve"}  # these are tested below, and in test_pages.py
     baseline = picture()
     pictures = {name: picture(**{name: value}) for name, value in changed.items()}
-    for name, found in pictures.items():
-        assert not np.array_equal(found, baseline), name
-    half = len(baseline) // 2
-    assert np.array_equal(pictures["n"][:half], baseline[:half])
+    assert not [name for name, found in pictures.items() if np.array_equal(found, baseline)]
+    assert np.array_equal(pictures["n"][:66], baseline[:66])
     assert np.array_equal(picture(batch=2, device="cpu", out=tmp_path / "sub" / "b.png"), baseline)
     with mock.patch.object(torch, "compile", side_effect=lambda f, **_: f) as compiled:
         assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
@@ -84,7 +78,7 @@ def test_grids_of_settings(tiles):
 
 
 def test_trajectory(tiles, pipeline, tmp_path):
-    """Columns are the argmax of p over time; the film has all steps, and the same last image."""
+    """Columns are the argmax of p over time; the film has all steps."""
     seen = []
     sample_images(pipeline, torch.zeros(1, dtype=torch.int64), **pipeline.sampling | {"steps": 12},
                   callback=lambda t, p: seen.append(pipeline.tokenizer.decode(p.argmax(-1))))
@@ -92,9 +86,6 @@ def test_trajectory(tiles, pipeline, tmp_path):
     assert np.array_equal(found[[0, -1]], np.concatenate([seen[0], seen[-1]]))
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 12
-        film.seek(11)  # one image of 64 pixels: the 256 colours of a GIF are enough
-        last = np.asarray(film.convert("RGB"))[-SIDE:-2:8, -SIDE:-2:8].transpose(2, 0, 1)
-        assert np.array_equal(last, found[-1])
 
 
 def test_pictures_from_an_image(tiles, pipeline, tmp_path):
@@ -110,16 +101,13 @@ def test_pictures_from_an_image(tiles, pipeline, tmp_path):
     grey = image.copy()
     grey[:, 4:, :4] = 128
     words = ["--inpaint", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--n", 3]
-    for names, labels, omega in (([], [2], 0.0), (["--class", "dog,cat"], [1, 0], 1e4)):  # 2: the null class
+    for names, label, omega in (([], 2, 0.0), (["--class", "dog"], 1, 1e4)):  # 2: the null class
         settings = pipeline.sampling | {"guidance": omega}
-        for row, label in zip(tiles(5, *words, *names, rows=len(labels)), labels, strict=True):
-            images = sample_images(pipeline, torch.full((3,), label), inpaint=known, **settings)
-            assert np.array_equal(row, stacked(image, grey, *images))
-    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog"]
-    for strength, more in ((0.6, []), (0.9, ["--strength", 0.9])):
-        labels = torch.ones(3, dtype=torch.int64)
-        images = sample_images(pipeline, labels, init=(tokens, strength), **pipeline.sampling)
-        assert np.array_equal(tiles(4, *words, *more)[0], stacked(image, *images))
+        images = sample_images(pipeline, torch.full((3,), label), inpaint=known, **settings)
+        assert np.array_equal(tiles(5, *words, *names)[0], stacked(image, grey, *images))
+    words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog", "--strength", 0.9]
+    images = sample_images(pipeline, torch.full((3,), 1), init=(tokens, 0.9), **pipeline.sampling)
+    assert np.array_equal(tiles(4, *words)[0], stacked(image, *images))
 
 
 def test_between_two_seeds(tiles, pipeline):
@@ -131,16 +119,11 @@ def test_between_two_seeds(tiles, pipeline):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--trajectory", "--interpolate", "0,1"], "not allowed with argument --trajectory"),
-    (["--out", "a.jpg"], "must end in .png, .npz or .zip"),
-    (["--out", "a.npz", "--trajectory"], "writes no files of samples"),
-    (["--class-counts", "even"], "a grid has rows of one class"), (["--mask", "a.png"], "belong together"),
-    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end"),
-    (["--n", 0], "--n must be at least 1"), (["--class", "horse"], "no class")])
-def test_wrong_use_of_sample(words, says, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call("sample.py", run / "ckpt.pt", *words) == 2
-    assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+    (["--out", "a.jpg"], "must end in .png"), (["--out", "a.npz", "--trajectory"], "no files of samples"),
+    (["--class-counts", "even"], "a grid has rows of one class"), (["--class", "horse"], "no class"),
+    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end")])
+def test_wrong_use_of_sample(words, says, run, capsys):
+    assert call("sample.py", run / "ckpt.pt", *words) == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a", "a.zip", "a.npz"])
@@ -158,8 +141,7 @@ def test_sample_files(name, run, tmp_path, capsys):
         return sample_images(*args, **options)
 
     with mock.patch.object(sample_command, "sample_images", stopped):
-        assert call(*words, "--batch", 8) == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert call(*words, "--batch", 8) == 130 and "same command" in capsys.readouterr().err
         [parts] = tmp_path.iterdir()
         assert call(*words, "--batch", 6) == 0
         assert drawn == [0, 8, 16, 12, 18] and list(tmp_path.iterdir()) == [out]
@@ -171,23 +153,16 @@ def test_sample_files(name, run, tmp_path, capsys):
             files = [(folder / f"{i:06d}.png").read_bytes() for i in range(21)]
             images = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
         assert np.array_equal(images, expected) and images.dtype == np.uint8
-        assert call(*words) == 2
-        assert "is there already" in capsys.readouterr().err
+        assert call(*words) == 2 and "is there already" in capsys.readouterr().err
         out.rename(tmp_path / "complete")
         parts.mkdir()  # of a command that was stopped: its images are not taken for those of other settings
-        for i in range(21):
-            (parts / f"{i:06d}.png").touch()
+        (parts / "000000.png").touch()
         assert call(*words, "--steps", 1) == 0
         assert drawn[5:] == [0]
 
 
 def test_classes_are_spread_evenly():
-    """For any n, and a larger n begins with the smaller one; or classes come as often as in training."""
-    for n, C in ((1, 3), (7, 12), (2048, 1000)):
-        labels = class_labels(n, list(range(C)))
-        counts = np.bincount(labels, minlength=C)
-        assert counts.max() - counts.min() <= 1
-        assert torch.equal(class_labels(n + 5, list(range(C)))[:n], labels)
+    """One after the other, or as often as in training."""
     assert class_labels(5, [4, 1]).tolist() == [4, 1, 4, 1, 4]
     counts = np.array([30, 0, 5, 65])
     for n in (1, 20, 99, 1000):  # each count is met but for one image
@@ -203,20 +178,17 @@ def test_names_of_classes(run, tmp_path, capsys):
     assert capsys.readouterr().out == "   0  cat\n   1  dog\n"
     names = ["n02012849 crane", "n01440764 tench", "n03126707 crane", "a tench"]
     assert parse_classes("tench,n01440764, n01440764 tench,a tench,2", names) == [1, 1, 1, 3, 2]
-    for word, says in (("crane", r"ambiguous: 0 .*, 2"), ("a", "no class"), ("", "no class")):
-        with pytest.raises(UserError, match=says):
-            parse_classes(word, names)
+    with pytest.raises(UserError, match="ambiguous: 0 .*, 2"):
+        parse_classes("crane", names)
 
 
 @pytest.mark.parametrize("file, text, names", [
-    (None, "", ["n01440764", "n02012849"]),
     ("words.txt", "n01440764\ttench, Tinca\nn9\tx\n", ["n01440764 tench", "n02012849"]),
     ("LOC_synset_mapping.txt", "n02012849 a crane\n", ["n01440764", "n02012849 a crane"])])
 def test_names_of_imagenet(file, text, names, tmp_path):
     files = [f"{name[:9]}/{i}.png" for name in names for i in range(3)]
     write_images(tmp_path / "d" / "train", files, noise(6))
-    if file:
-        (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text)
     for folder in (tmp_path / "d", tmp_path / "d" / "train"):
         assert find(folder).class_names == names
 
@@ -233,16 +205,11 @@ def test_export(run, folder, tmp_path, capsys):
         close(getattr(after, part).state_dict(), rounded, rtol=0, atol=0)
     for name in ("class_names", "class_counts", "sampling", "step", "config"):
         assert getattr(before, name) == getattr(after, name)
-    words = ["train.py", "--data", folder, "--stage", "tokenizer", *flags(TINY), "--out"]
-    assert call(*words, tmp_path / "b", "--init", exported) == 0
-    assert call(*words, tmp_path / "c", "--tokenizer", exported) == 0
+    words = ["train.py", "--data", folder, *flags(TINY | {"steps": 10}), "--out"]
+    assert call(*words, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
     pets = shutil.copytree(run, tmp_path / "pets")
     shutil.copy(exported, pets / "ckpt.pt")
-    longer = ["train.py", "--data", folder, "--out", pets, *flags(TINY | {"steps": 10})]
-    for words, says in ((longer, "made by --export"),
-                        (["sample.py", run / "ckpt.pt", "--export", exported], "is there already")):
-        assert call(*words) == 2
-        assert says in capsys.readouterr().err
+    assert call(*words, pets) == 2 and "made by --export" in capsys.readouterr().err
 
 
 def test_example(tmp_path):

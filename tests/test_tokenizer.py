@@ -5,7 +5,6 @@ import itertools
 import math
 import sys
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ from engine.build import load_checkpoint, read_tokenizer
 from engine.distributed import init_distributed
 from engine.published_vqgan import PublishedVQGAN
 from engine.validate import UserError
-from extras import downloads, vqgan_losses
+from extras import vqgan_losses
 from extras.datasets import find
-from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, hinge_loss, read_lpips
+from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, read_lpips
 from tests import common
 from tests.common import TINY, call, close, flags, seeded
-from vqvae import VQVAE, VectorQuantizer, evaluate_tokenizer, ssim, to_uint8, usage_and_perplexity
+from vqvae import VQVAE, VectorQuantizer, evaluate_tokenizer, ssim, to_uint8
 
 
 def layout(channels, multiples, attended, z, code_dim, K):
@@ -76,14 +75,13 @@ def random_weights(shapes):
 SMALL_VQGAN = layout(32, (1, 2), set(), 4, 3, 16)
 
 
-@pytest.mark.parametrize("f", [2, 8])
-def test_vqvae_shapes(f):
+def test_vqvae_shapes():
     """Image -> tokens -> image; forward, encode and decode lay tokens out alike."""
     torch.manual_seed(0)
-    model = VQVAE(16, f=f, K=10, code_dim=3, width=16).eval()
+    model = VQVAE(16, f=8, K=10, code_dim=3, width=16).eval()
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     out, tokens = model(images), model.encode(images)
-    assert tokens.shape == (2, (16 // f) ** 2) and torch.equal(tokens, out["tokens"])
+    assert tokens.shape == (2, 4) and torch.equal(tokens, out["tokens"])
     decoded = model.decode(tokens)
     again = model.decode_continuous(model.quantizer(out["z_e"])[0])
     assert decoded.shape == images.shape and torch.equal(decoded, to_uint8(again))
@@ -98,30 +96,29 @@ def move_a_codebook(rank, world, port, folder):
         add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
         torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
-    vq, z_e, dead = VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), []
+    vq, z_e, dead = VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0
     for step in range(20):
         z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
         vq(z, seeded(0))
         vq.running_count[step % 16] *= 0
-        dead.append(int(vq.restart_dead_codes(z, seeded(step))))
-    torch.save(vq.state_dict() | {"dead": dead}, folder / f"{rank}of{world}.pt")
+        dead += int(vq.restart_dead_codes(z, seeded(step)))
+    assert dead >= 20
+    torch.save(vq.state_dict(), folder / f"{rank}of{world}.pt")
     if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
         torch.distributed.destroy_process_group()
 
 
-def test_one_codebook_in_two_processes(one_thread, tmp_path):
+def test_one_codebook_in_two_processes(tmp_path):
     """Two processes hold bit for bit the same codebook, and one the same up to rounding."""
     common.start_processes(move_a_codebook, 2, *common.free_ports(1), tmp_path, n=2, wait=60)
     move_a_codebook(0, 1, None, tmp_path)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
-    dead = one.pop("dead")
-    assert sum(dead) >= 20 and dead == first.pop("dead") == second.pop("dead")
     close(first, second, rtol=0, atol=0)
     close(first, one)
 
 
 def test_lpips():
-    """The formula, in float64; 0 for equal images; a finite gradient even where every feature is 0."""
+    """The formula, in float64; 0, not NaN, where every feature is 0."""
     torch.manual_seed(0)
     lpips, (x, y) = LPIPS(), (torch.rand(2, 2, 3, 24, 20) * 2 - 1).unbind()
     state = {name: value.double() for name, value in lpips.state_dict().items()}
@@ -138,14 +135,9 @@ def test_lpips():
             weight = state[f"lin.{ends.index(number)}"].view(-1, 1, 1)
             expected = expected + (weight * (f - g) ** 2).sum(1).mean((1, 2))
     close(lpips(x, y), expected.float(), rtol=1e-4, atol=0)  # 13 layers of up to 4,608 float32 products each
-    assert not lpips(x, x).any()
-    for layer in lpips.features:
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.bias.zero_()
-    lpips.features[0].bias.fill_(-1e3)  # nothing passes the first ReLU
-    y.requires_grad_(True)
-    lpips(x, y).sum().backward()
-    assert y.grad.isfinite().all()
+    for weight in lpips.features.parameters():
+        weight.zero_()
+    assert not lpips(x, y).any()
 
 
 def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
@@ -159,45 +151,23 @@ def test_lpips_weights(small_lpips, tmp_path, monkeypatch):
     files = [cache / name for name in vqgan_losses.LPIPS_FILES]
     torch.save(network, files[0], _use_new_zipfile_serialization=False)
     torch.save(linear, files[1])
-    with pytest.raises(UserError, match="altered"):
+    with pytest.raises(UserError, match="not the published"):
         find_lpips()
     digests = {file.name: ("", hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
     monkeypatch.setattr(vqgan_losses, "LPIPS_FILES", digests)
     for paths in find_lpips(), find_lpips([small_lpips]):
         close(read_lpips(paths), dict(weights), rtol=0, atol=0)
-    with pytest.raises(UserError, match="lacks lin.0"):
-        read_lpips(files[:1])
 
 
 def test_discriminator():
-    """Hinge loss and adaptive weight by their formulas; no image's logits depend on another's."""
-    assert hinge_loss(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])) == 0.5 * (0.25 + 0.75)
+    """No image's logits depend on another's; the adaptive weight (tests/test_by_hand.py) is clamped."""
     torch.manual_seed(0)
-    last, h = torch.randn(4, 3, requires_grad=True), torch.randn(5, 4)
-    target, critic = torch.randn(5, 3), torch.randn(3)
-    x_hat = h @ last
-    weight = adaptive_weight((x_hat - target).square().mean(), -(x_hat @ critic).mean(), last)
-    by_hand = (h.T @ (x_hat - target) * 2 / 15).norm() / torch.outer(h.mean(0), -critic).norm()
-    close(weight, by_hand.detach(), rtol=1e-5, atol=0)
-    assert adaptive_weight(x_hat.square().mean(), 0 * x_hat.sum(), last) == 100 and not weight.requires_grad
-    for size in (8, 20, 64):
-        model, x = PatchDiscriminator(size, width=16), torch.rand(3, 3, size, size)
-        logits = model(x)
-        assert logits.shape[:2] == (3, 1) and logits[0].numel() > 1
-        close(model(x[1:2]), logits[1:2])
-
-
-def test_perceptual_loss(small_lpips, folder, tmp_path, capsys):
-    """Without weights, or with images that are too small, a run does not begin."""
-    words = ["train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY), "--perceptual", 1]
-    with mock.patch.object(downloads, "fetch", side_effect=UserError("cannot download")):
-        assert call(*words) == 2
-    for wrong in (["--perceptual", 0], ["--size", 2, "--f", 2, "--gan", 0], ["--size", 4, "--gan", 1]):
-        assert call(*words, "--lpips-weights", small_lpips, *wrong) == 2
-    error = capsys.readouterr().err
-    for says in ("cannot download", "no tokenizer is trained here", "at least 4 pixels", "at least 8 pixels"):
-        assert says in error
-    assert not (tmp_path / "a").exists()
+    last = torch.randn(4, 3, requires_grad=True)
+    assert adaptive_weight(last.square().mean(), 0 * last.sum(), last) == 100
+    model, x = PatchDiscriminator(64, width=16), torch.rand(3, 3, 64, 64)
+    logits = model(x)
+    assert logits.shape[:2] == (3, 1) and logits[0].numel() > 1
+    close(model(x[1:2]), logits[1:2])
 
 
 @pytest.mark.parametrize("arguments, digest", [  # of the original models' own state dicts, by SHA-256
@@ -215,25 +185,16 @@ def test_published_layouts(arguments, digest):
     assert (model.K, model.f, model.grid) == (arguments[-1], f, (256 // f, 256 // f))
 
 
-class Callback:
-    """As PyTorch Lightning leaves one in its checkpoints."""
-
-
-@pytest.mark.parametrize("prefix, zipped", [("", True), ("first_stage_model.", False)], ids=["taming", "old"])
+@pytest.mark.parametrize("prefix, zipped", [("", True), ("first_stage_model.", False)])
 def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
-    """Tokens and images of a small model are those of the original code in float64.
-
-    Its checkpoint is read whatever of Lightning's lies in it; torch's old format has weights alone.
-    """
+    """Tokens and images are those of the original code in float64, whatever of Lightning's the file holds."""
     weights = random_weights(layout(32, (1, 2), {1}, 4, 3, 16))
     others = {"loss.discriminator.main.0.weight": torch.zeros(2)}
-    content = {"state_dict": {prefix + key: value for key, value in (weights | others).items()}}
+    content = {"state_dict": {prefix + key: value for key, value in weights.items()} | others}
     if zipped:
-        monkeypatch.setattr(Callback, "__module__", "pytorch_lightning")
+        Callback = type("Callback", (), {"__module__": "pytorch_lightning"})
         monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(Callback=Callback))
-        callback = Callback()
-        callback.best = np.float64(3)
-        content["callbacks"] = {Callback: callback}
+        content["callbacks"] = {Callback: Callback()}
     torch.save(content, tmp_path / "vqgan.ckpt", _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     read = read_tokenizer(tmp_path / "vqgan.ckpt")["tokenizer"]
@@ -252,25 +213,13 @@ def test_published_tokenizer(prefix, zipped, tmp_path, monkeypatch):
     assert torch.equal(model.decode(tokens), to_uint8(decoded))
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"encoder.conv_in.weight": torch.zeros(2, 2)}, "layers"), ({"encoder.forward": torch.ones(1)}, ""),
-    ({"quantize.embed.weight": torch.zeros(2)}, "Gumbel"),
-    ({f"encoder.down.{i}.downsample.conv.weight": torch.zeros(1) for i in range(60)}, "2^60")], ids=range(4))
-def test_what_is_no_published_tokenizer(change, says, tmp_path):
-    """Names that are no layers, layers that do not fit together, a codebook that is none: one line."""
-    torch.save({"state_dict": random_weights(SMALL_VQGAN) | change}, tmp_path / "vqgan.ckpt")
-    with pytest.raises(UserError, match="vqgan.ckpt") as caught:
-        read_tokenizer(tmp_path / "vqgan.ckpt")
-    assert says in str(caught.value)
-
-
 def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     """--tokenizer takes a VQGAN's checkpoint: it decides f and K, encodes, and lies in ckpt.pt."""
     vqgan, checkpoint = tmp_path / "vqgan.ckpt", tmp_path / "a" / "ckpt.pt"
     torch.save({"state_dict": random_weights(SMALL_VQGAN)}, vqgan)
     options = flags({name: value for name, value in TINY.items() if name not in ("f", "K", "code_dim")})
-    words = ["train.py", "--data", folder, "--tokenizer", vqgan, *options, "--out"]
-    assert call(*words, tmp_path / "a") == 0
+    words = ["--data", folder, "--tokenizer", vqgan, *options]
+    assert call("train.py", *words, "--out", tmp_path / "a") == 0
     assert "16 tokens of 16 codes per image" in capsys.readouterr().out
     pipeline = load_checkpoint(checkpoint, torch.device("cpu"))
     assert isinstance(pipeline.tokenizer, PublishedVQGAN) and pipeline.model.K == 16
@@ -278,20 +227,10 @@ def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
     images, _ = find(folder).load(8)
     assert torch.equal(pipeline.tokenizer.encode(images.batch(range(5))), tokens)
     assert call("sample.py", checkpoint, "--n", 2, "--out", tmp_path / "s.png") == 0
-    torch.save({"state_dict": random_weights(layout(32, (1, 2), {1}, 4, 3, 16))}, vqgan)
-    for out, more, says in (("a", [], "made with tokenizer"), ("b", ["--K", 9], "leave --K away")):
-        assert call(*words, tmp_path / out, *more) == 2
-        assert says in capsys.readouterr().err
-
-
-def test_usage_and_perplexity():
-    """K when all K codes are used equally, 1 for a single one, e^H in between."""
-    for counts, expected in ((7, 7, 7), (1, 3)), ((0, 9, 0, 0), (0.25, 1)), ((2, 1, 1, 0), (0.75, 2 ** 1.5)):
-        assert usage_and_perplexity(torch.tensor(counts)) == pytest.approx(expected)
 
 
 def test_ssim():
-    """Its definition, window by window; 1 for equal images, and a closed form where both are constant."""
+    """Its definition, window by window."""
     a, b = (torch.randint(256, (2, 3, 13, 12), dtype=torch.uint8, generator=seeded(i)) for i in (0, 1))
     g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     w, values = np.outer(g, g) / g.sum() ** 2, []
@@ -305,12 +244,10 @@ def test_ssim():
                           / ((mp ** 2 + mq ** 2 + 1e-4) * (variances + 9e-4)))
     # float32 sums of numbers below 1, differences of some 2^-23 beside 9e-4 in the denominator
     assert float(ssim(a, b)[1]) == pytest.approx(np.mean(values), abs=20 * 2 ** -23 / 9e-4)
-    grey = [torch.full((1, 3, 6, 6), v, dtype=torch.uint8) for v in (51, 102)]  # 0.2 and 0.4
-    assert float(ssim(*grey)) == pytest.approx((0.16 + 1e-4) / (0.2 + 1e-4), abs=1e-3)
 
 
 def test_evaluate():
-    """PSNR over all pixels of the set, in batches: 10 log10(255^2 / MSE); codes counted over all tokens."""
+    """PSNR over all pixels of the set, in batches: 10 log10(255^2 / MSE); perplexity e^H of all tokens."""
     images = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8, generator=seeded(0))
     half = SimpleNamespace(K=4, size=4, eval=lambda: None, encode=lambda x: x[:, 0].flatten(1).long() // 128,
                            decode=lambda tokens: torch.full((len(tokens), 3, 4, 4), 100, dtype=torch.uint8))
@@ -327,15 +264,11 @@ def test_report(fast, small_lpips, run, folder, tmp_path, capsys):
     """python vqvae.py report: the figures that training found, rFID where the weights are, a picture."""
     page, metrics = tmp_path / "r.png", torch.load(run / "tokenizer.pt", weights_only=True)["metrics"]
     torch.save({"state_dict": random_weights(SMALL_VQGAN)}, tmp_path / "vqgan.ckpt")
-    words = ["--data", folder, "--out", page]
     figures = [f"{name} {metrics[name]:.4g}" for name in ("psnr", "ssim", "usage", "perplexity")]
     for tokenizer, more, says in (
-            (run / "tokenizer.pt", [], [*figures, "2 held-out images", "rfid ", "no LPIPS: no vgg16"]),
-            (run / "tokenizer.pt", ["--lpips-weights", small_lpips], ["lpips 0."]),
-            (tmp_path / "vqgan.ckpt", ["--size", 6], ["9 tokens of 6 x 6 pixels"])):
-        assert call("vqvae.py", "report", tokenizer, *words, *more) == 0
+            (run / "tokenizer.pt", ["--lpips-weights", small_lpips], [*figures, "rfid ", "lpips 0."]),
+            (tmp_path / "vqgan.ckpt", ["--size", 6], ["9 tokens of 6 x 6 pixels", "no LPIPS"])):
+        assert call("vqvae.py", "report", tokenizer, "--data", folder, "--out", page, *more) == 0
         text = capsys.readouterr().out
         assert all(word in text for word in says)
     assert len(np.unique(np.asarray(Image.open(page)))) > 10
-    assert call("vqvae.py", "report", run / "tokenizer.pt", *words, "--size", 9) == 2
-    assert "made for images of 8 pixels" in capsys.readouterr().err
