@@ -69,8 +69,10 @@ def run(args):
         scores = compute_scores(real, fake, device)
         print_scores(scores, real.n, fake.n)
         if args.json:
-            sides = {"real": args.real, "n_real": real.n, "fake": args.fake, "n_fake": fake.n}
-            write_json(Path(args.json), scores | sides | {"resize": args.resize})
+            for name, side in (("real", real), ("fake", fake)):
+                kept = 0 if side.features is None else len(side.features)
+                scores |= {name: getattr(args, name), f"n_{name}": side.n, f"features_{name}": kept}
+            write_json(Path(args.json), scores | {"resize": args.resize})
 
 
 def main():

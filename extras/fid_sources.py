@@ -161,6 +161,5 @@ def evaluate_during(run, pipeline, step):
     scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
-        row = {"step": step} | {f"{name}_2k": value for name, value in scores.items()}
-        append_row(run.out / "fid.csv", row)
+        append_row(run.out / "fid.csv", {"step": step} | {f"{name}_2k": scores[name] for name in scores})
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")

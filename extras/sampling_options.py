@@ -109,7 +109,6 @@ def labels_to_draw(n, args, pipeline, chosen, settings, in_rows=False):
         words = f"only the first {n} classes: there are fewer images than classes"
     elif max(counts) > 1.5 * min(counts):
         words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
-    seed = getattr(args, "interpolate", None) or args.seed
-    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {seed}", words,
-             *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
+    facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {vars(args).get('interpolate') or args.seed}",
+             words, *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]
     return labels, ", ".join(facts)
