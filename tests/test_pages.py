@@ -75,7 +75,7 @@ def test_states(run, tmp_path, capsys):
     (out / "tokenizer.csv").write_text("step,reconstruction,img/s\n4,0.5,7\n6,0.4")  # half a line
     assert call(run_page, out) == 0
     data = run_data(out)
-    assert (data["state"], data["stage"], data["step"]) == ("gone", "tokenizer", 6)
+    assert (data["state"], data["stage"], data["step"]) == ("gone", "tokenizer", 4)
     assert data["message"] == data["settings"]["data"] == data["settings"][HOSTILE[0]] == HOSTILE[0]
     assert data["classes"][1] == r"\u2028\udcff\u202e" and shlex.split(data["commands"][0][1]) == HOSTILE
     (out / "config.json").write_text("step,a\nx,y")
