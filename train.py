@@ -35,7 +35,7 @@ from engine.config import parse_arguments
 from engine.distributed import all_reduce_sum, bf16_works, data_parallel, init_distributed, rank_and_world
 from engine.randomness import STAGES, batch_indices, generator_for, seed_for
 from engine.tokens import random_tokens, read_tokens
-from extras import fid_sources, grids, run_page, setup
+from extras import fid_sources, pictures, run_page, setup
 from extras.datasets import DATASETS
 from extras.vqgan_losses import build_discriminator, discriminator_step, tokenizer_loss
 from sample import COLUMNS, default_labels, sample_together
@@ -136,7 +136,7 @@ def draw_reconstructions(run, model, step):
         test = run.load_images()[1]
         images = test.batch(np.linspace(0, len(test) - 1, min(4 * COLUMNS, len(test))).astype(int))
         decoded = model.eval().decode(model.encode(images.to(run.device))).cpu()
-        grids.save_pairs(images, decoded, run.out / f"reconstructions_{step:06d}.png", COLUMNS)
+        pictures.save_pairs(images, decoded, run.out / f"reconstructions_{step:06d}.png")
 
 
 # ----------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def evaluate(run, pipeline, parts, held_out, step, draws):
         images = sample_together(pipeline, labels, seed=run.seed, batch=run.eval_batch, **pipeline.sampling)
         if rank_and_world()[0] == 0:
             rows = [names[label] for label in labels[::COLUMNS]] if names else None
-            grids.save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS, row_labels=rows)
+            pictures.save_grid(images, run.out / f"samples_{step:06d}.png", COLUMNS, row_labels=rows)
     return {"vlb": bound, "collapse": collapse}
 
 

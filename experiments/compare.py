@@ -40,7 +40,7 @@ from engine.process import write_atomically
 from engine.randomness import batch_indices, generator_for, image_generators
 from engine.tokens import TokenDataset
 from extras.datasets import find
-from extras.grids import save_grid
+from extras.pictures import save_grid
 from losses import LOSS_ARGS, NOISE_ARGS, collapse_diagnostics
 from sample import default_end, sample_tokens
 from schedule import ShiftedCosine

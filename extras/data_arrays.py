@@ -1,7 +1,14 @@
-"""Forms of data in arrays: .npy, .npz, MNIST's idx files, and rows that data.py --save or train.py wrote."""
+"""Forms of data in arrays: .npy, .npz, MNIST's and CIFAR-10's files, rows that data.py or train.py wrote."""
 
+import contextlib
 import gzip
+import io
+import itertools
 import math
+import os
+import pickle
+import pickletools
+import tarfile
 import zipfile
 
 import numpy as np
@@ -11,10 +18,13 @@ from engine.validate import UserError, check_file, check_unpacked, printable, re
 
 IMAGES = ("images", "train_images", "x_train", "data", "x", "arr_0")  # what an .npz may call them
 TRAINING, HELD_OUT = 1, 2  # of a saved row; 0: the image could not be decoded
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+MAX_STEPS = 1_000_000  # of a pickle; a batch of CIFAR-10 has 60,000
+MAX_BYTES = 512 << 20  # of its unpacked archive, which has 186 MB
 
 
 class Arrays(Source):
-    """Images in a uint8 array (n, H, W[, C]). Without class names, those of labels are their numbers."""
+    """Images in a uint8 array (n, H, W[, C])."""
 
     def __init__(self, path, images, labels, train, test=None, class_names=None):
         if labels is None:
@@ -46,8 +56,8 @@ def as_images(array, where):
     channels = array.shape[3] if array.ndim == 4 else 1
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or channels not in (1, 3, 4) or (
             not len(array) or min(array.shape[1:3]) < MIN_SIDE):
-        raise UserError(f"{where} has shape {array.shape} of {array.dtype}: expected uint8 of (n, H, W), "
-                        f"(n, H, W, C) or (n, C, H, W), C of 1, 3 or 4 colours, {MIN_SIDE} pixels or more")
+        raise UserError(f"{where} is {array.dtype} {array.shape}: give uint8 (n, H, W[, C]) or (n, C, H, W), "
+                        f"C of 1, 3 or 4, H and W of {MIN_SIDE} or more")
     return array
 
 
@@ -58,18 +68,25 @@ def join_splits(path, train, test, class_names=None):
     return Arrays(path, np.concatenate([train[0], test[0]]), labels, range(n), range(n, total), class_names)
 
 
+@contextlib.contextmanager
+def open_npz(path):
+    """The arrays of an .npz that does not unpack to a full memory."""
+    with reading(path):
+        with zipfile.ZipFile(check_file(path)) as archive:
+            check_unpacked(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+
+
 def read_npz(path):
     """Images and perhaps labels and test images, under common names."""
-    with reading(path), zipfile.ZipFile(check_file(path)) as archive:
-        check_unpacked(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
-    with reading(path), np.load(path, allow_pickle=False) as arrays:
+    with open_npz(path) as arrays:
         def first_of(*names):
             return next((arrays[name] for name in names if name in arrays.files), None)
 
         images, test_images = first_of(*IMAGES), first_of("test_images", "x_test")
         if images is None:
-            raise UserError(f"{path} holds {', '.join(arrays.files)[:200]}: expected images, and perhaps "
-                            "labels, test_images and test_labels")
+            raise UserError(f"{path} holds {', '.join(arrays.files)[:200]}: expected images, perhaps labels")
         images = as_images(images, path)
         labels = first_of("labels", "train_labels", "y_train", "y", "arr_1")
         if test_images is None:
@@ -78,28 +95,61 @@ def read_npz(path):
 
 
 def read_idx(folder):
-    """MNIST's four files, gzipped or not: images and labels of both splits."""
+    """MNIST's four files, gzipped or not: two zeros, 8 for uint8, rank; sizes, 4 bytes each; the values."""
     arrays = []
-    for stem in ("train-images?idx3", "train-labels?idx1", "t10k-images?idx3", "t10k-labels?idx1"):
-        files = sorted(folder.glob(stem + "-ubyte*"))
-        if not files:
-            raise UserError(f"{folder} lacks {stem.replace('?', '-')}-ubyte(.gz): put all four files there")
-        with reading(files[0], "fetch it again"):
-            arrays.append(read_idx_file(files[0], rank=int(stem[-1])))
+    for stem, rank in (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1)):
+        path = min(folder.glob(f"{stem}?idx{rank}-ubyte*"), default=folder / f"{stem}-idx{rank}-ubyte.gz")
+        open_file = gzip.open if path.suffix == ".gz" else open
+        with reading(path, "fetch it again"), open_file(check_file(path), "rb") as file:
+            if file.read(4) != bytes([0, 0, 8, rank]):
+                raise ValueError("it has another header")
+            shape = np.frombuffer(file.read(4 * rank), ">u4").tolist()
+            check_unpacked(path, math.prod(shape), path.stat().st_size)
+            content = file.read(math.prod(shape) + 1)  # one more: it must end there
+            arrays.append(np.frombuffer(content, np.uint8).reshape(shape))
     images, labels, test_images, test_labels = arrays
     with reading(folder):
         return join_splits(folder, (as_images(images, folder), labels), (test_images, test_labels))
 
 
-def read_idx_file(path, rank):
-    """The uint8 array in an idx file: two zeros, 8 for uint8, the rank; sizes, 4 bytes each; the values."""
-    with (gzip.open if path.suffix == ".gz" else open)(check_file(path), "rb") as file:
-        if file.read(4) != bytes([0, 0, 8, rank]):
-            raise ValueError("it has another header")
-        shape = np.frombuffer(file.read(4 * rank), ">u4").tolist()
-        check_unpacked(path, math.prod(shape), path.stat().st_size)
-        content = file.read(math.prod(shape) + 1)  # one more: it must end there
-    return np.frombuffer(content, np.uint8).reshape(shape)
+class ArraysOnly(pickle._Unpickler):
+    """A pickle may run any program, and make the one in C fill the memory: this one reads arrays and text."""
+
+    allowed = {"numpy.ndarray": None, "numpy.dtype": np.dtype,
+               "_codecs.encode": lambda text, _: text.encode("latin-1"),
+               # An array begins empty; its shape comes with its bytes, and numpy compares the two.
+               "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, "b")}
+
+    def find_class(self, module, name):
+        return self.allowed[f"{module}.{name}".replace("numpy._core", "numpy.core")]
+
+
+def read_cifar(path):
+    """CIFAR-10's batches, python (pickles) or binary, in a folder or in the .tar.gz as it comes."""
+    with reading(path, "fetch CIFAR-10 again"):
+        if path.is_dir():
+            files = {p.name: p.read_bytes() for p in path.iterdir() if "_batch" in p.name and p.is_file()}
+        else:
+            with gzip.open(path) as file:  # in memory: no link is followed, nothing is written
+                content = io.BytesIO(file.read(MAX_BYTES))
+            with tarfile.open(fileobj=content, mode="r:") as archive:
+                members = [m for m in archive if m.isreg() and not m.issparse() and "_batch" in m.name]
+                files = {os.path.basename(m.name): archive.extractfile(m).read() for m in members}
+        ending = ".bin" if "test_batch.bin" in files else ""
+        images, labels = [], []
+        for name in [f"data_batch_{i}{ending}" for i in range(1, 6)] + ["test_batch" + ending]:
+            if ending:  # rows of a label and 3,072 values
+                rows = np.frombuffer(files[name], np.uint8).reshape(-1, 3073)
+                x, y = rows[:, 1:], rows[:, 0]
+            else:
+                if next(itertools.islice(pickletools.genops(files[name]), MAX_STEPS, None), None):
+                    raise ValueError(f"{name} has more than {MAX_STEPS:,} steps")
+                batch = ArraysOnly(io.BytesIO(files[name]), encoding="bytes").load()
+                x, y = batch[b"data"], batch[b"labels"]
+            images.append(as_images(x.reshape(-1, 3, 32, 32), f"{path}: {name}"))
+            labels.append(y)
+        train = np.concatenate(images[:5]), np.concatenate(labels[:5])
+        return join_splits(path, train, (images[5], labels[5]), CIFAR_CLASSES)
 
 
 def read_npy(path):
@@ -123,9 +173,8 @@ def find_splits(rows, types, column, values):
 
 def classes_beside(path, labels, file):
     """Class names of labels: `classes` in the JSON file, if it is there, or else their numbers."""
-    names = read_json(file).get("classes") if file.exists() else None
-    if names is not None:
-        names = [printable(name) for name in names]
+    classes = read_json(file).get("classes") if file.exists() else None
+    names = None if classes is None else [printable(name) for name in classes]
     _, class_names = check_labels(f"{path} and {file.name}", labels, len(labels), names)
     return class_names if names is not None or len(class_names) > 1 else []
 
@@ -153,9 +202,8 @@ class TokenFile(Source):
         self.tokens_per_image = n
 
     def describe(self):
-        classes = f"{len(self.class_names)} classes" if self.class_names else "no classes"
         return (f"{self.path}: {self.tokens_per_image} tokens of each of {len(self.train):,} images + "
-                f"{len(self.test):,} held out, {classes}")
+                f"{len(self.test):,} held out, {len(self.class_names)} classes")
 
     def load(self, size, skipped=None):
         raise UserError(f"{self.path} holds tokens, not images: give the images")

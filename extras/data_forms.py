@@ -14,8 +14,6 @@ from engine.validate import UserError, check_file, check_unpacked, printable, re
 from extras.data_arrays import check_labels
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-NOT_READ = {".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef",
-            ".arw", ".mov", ".mp4", ".avi", ".mkv"}  # pictures and films that the user may miss
 
 
 def ending_of(name):
@@ -71,27 +69,23 @@ class Files(Source):
     """Image files by their names; `names` may hold others. index: StyleGAN's dataset.json, if it is there."""
 
     def __init__(self, path, names, index):
-        endings = Counter(map(ending_of, names))
-        left_out = ", ".join(f"{endings[e]:,} {e}" for e in sorted(NOT_READ & endings.keys()))
-        if left_out:
-            left_out = (f"left out: {left_out} (convert them to .jpg or .png to train on them, e.g. with "
-                        "ImageMagick: magick mogrify -format jpg FILES)")
+        others = Counter(ending_of(name) for name in names if ending_of(name) not in (*EXTENSIONS, ".json"))
         self.names = [name for name in names if ending_of(name) in EXTENSIONS]
         if not self.names:
-            kinds = ", ".join(sorted({ending_of(name) or os.path.basename(name) for name in names})[:4])
-            raise UserError(f"no images in {path}: it holds only files like {kinds or 'none'}; expected "
-                            f"files that end in {', '.join(sorted(EXTENSIONS))} {left_out}")
+            kinds = f"only files like {ending_of(names[0]) or names[0][-99:]}" if names else "no files"
+            raise UserError(f"no images in {path}: it holds {kinds}; give {', '.join(sorted(EXTENSIONS))}")
+        left_out = ", ".join(f"{n:,} {ending or 'of no ending'}" for ending, n in others.most_common(9))
+        if left_out:
+            left_out = f"left out: {left_out} (convert them to .jpg or .png, where they are images)"
         self.names.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
         class_names, labels, train, test, note = arrange(self.names, path)
         class_names = add_words(class_names, path)
-        if index is not None:
-            where = f"{path}/dataset.json"  # of StyleGAN's dataset_tool
+        if index is not None:  # of StyleGAN's dataset_tool
             class_names, labels = [], np.zeros(len(self.names))
-            with reading(where, "it needs a whole-number label for every image"):
+            with reading(where := f"{path}/dataset.json", "it needs a label for every image"):
                 if index["labels"] is not None:
                     numbers = dict(index["labels"])
-                    labels = [numbers[name] for name in self.names]
-                    labels, class_names = check_labels(where, labels, len(labels))
+                    labels, class_names = check_labels(where, [numbers[n] for n in self.names], len(labels))
         self.note = "; ".join(filter(None, [note, left_out]))
         super().__init__(path, class_names, labels, train, test)
 
@@ -145,11 +139,8 @@ class Zip(Files):
 @functools.cache  # lmdb opens a file once in a process
 def open_lmdb(path):
     """(environment, its keys) of a directory with data.mdb."""
-    try:
+    with reading(path, "pip install lmdb, or fetch it again"):
         import lmdb
-    except ImportError as error:
-        raise UserError(f"{path} is an LMDB: pip install lmdb, to read it") from error
-    with reading(path, "fetch or unpack it again"):
         environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
         n_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         if n_bytes > (path / "data.mdb").stat().st_size:  # lmdb would crash where it ends

@@ -1,8 +1,4 @@
-"""From the word after --data to a source of images: toy, a published set by its name, or a path of any form.
-
-datasets.json has the facts about published sets: what they are, their licence, how to get them. Its SHA-256
-are those of Keras (CIFAR-10) and TensorFlow Datasets. `python data.py` ends here.
-"""
+"""From the word after --data to a source of images: toy, a published set (datasets.json), or a path."""
 
 import argparse
 import difflib
@@ -12,18 +8,14 @@ from pathlib import Path
 
 from engine.process import report_errors
 from engine.validate import UserError, check_file, read_json
-from extras.data_arrays import read_idx, read_npy, read_npz
-from extras.data_cifar import read_cifar
+from extras.data_arrays import read_cifar, read_idx, read_npy, read_npz
 from extras.data_forms import Folder, Lmdb, Zip
 from extras.downloads import fetch
-from extras.grids import contact_sheet
 from extras.image_cache import save_for_runs
+from extras.pictures import contact_sheet
 from extras.toy import TOY_SIZE, Toy
 
-DATASETS = read_json(Path(__file__).with_suffix(".json"))
-EXAMPLES = """examples:
-  python data.py photos/ --size 64 --out page.png  your own folder
-  python data.py ffhq --root /datasets             a published set, or how to get it"""
+DATASETS = read_json(Path(__file__).with_suffix(".json"))  # SHA-256 of Keras (CIFAR-10) and TensorFlow
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
@@ -41,8 +33,7 @@ def find(name, root=None):
     parent = path.parent if path.parent.is_dir() else Path(".")
     paths = {word: word for word in ("toy", *DATASETS)} | {p.name: p for p in parent.iterdir()}
     near = "".join(f" Did you mean {paths[word]}?" for word in difflib.get_close_matches(path.name, paths, 1))
-    raise UserError(f"--data {name}: no such folder or file, and no name of a data set; there are toy, "
-                    f"{', '.join(DATASETS)}.{near}")
+    raise UserError(f"--data {name}: no such folder or file, nor one of toy, {', '.join(DATASETS)}.{near}")
 
 
 def find_named(name, root):
@@ -70,8 +61,7 @@ def find_named(name, root):
     if source is None:
         for word in ("what", "licence", "where", "command", "layout"):
             print(f"  {word:8} {facts[word]}", file=sys.stderr)
-        raise UserError(f"--data {name}: {problem}. Get it as above, and give its folder as --root or "
-                        f"VQLCMD_DATA, or data/{name}")
+        raise UserError(f"--data {name}: {problem}. Get it as above, and give its folder as --root")
     source.name = source.dataset = name
     source.class_names = facts.get("classes", source.class_names)
     count = facts["count"]
@@ -88,8 +78,7 @@ def detect_format(path):
         for ending, read in readers.items():
             if path.name.endswith(ending):
                 return read(path)
-        raise UserError(f"--data {path} is of no form that is known: give a folder of images, a .zip of "
-                        "them, .npy, .npz, or the folder of an LMDB or of MNIST's or CIFAR-10's files")
+        raise UserError(f"--data {path} is of no form that is known: give a folder, .zip, .npy or .npz")
     if (path / "data.mdb").is_file():
         return Lmdb(path)
     for inside in sorted(path.glob("*_train_lmdb")):
@@ -107,14 +96,12 @@ def detect_format(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show what --data would train on.", epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("data.py", description="Show what --data would train on.")
     parser.add_argument("data", help=f"toy, {', '.join(DATASETS)}, or a path: folder, zip, LMDB, arrays")
     parser.add_argument("--root", help="where the named set lies (default: $VQLCMD_DATA, then data/)")
     parser.add_argument("--size", type=int, help="pixels a side (default: the toy's own, or 64)")
     parser.add_argument("--out", default="data.png", help="the page of images to write")
-    parser.add_argument("--save", type=Path, metavar="FILE.npy", help="decode all images once, at "
-                        "--size, into this file, for train.py --data FILE.npy; given again, it continues")
+    parser.add_argument("--save", type=Path, metavar="FILE.npy", help="decode all once, for train.py")
     args = parser.parse_args()
     with report_errors("data.py", memory_advice="choose a smaller --size"):
         source = find(args.data, args.root)

@@ -8,7 +8,7 @@ import fid
 from engine.distributed import choose_device, init_distributed
 from engine.process import main_process_first, report_errors, write_json
 from engine.validate import UserError
-from extras.fid_sources import Samples, open_side
+from extras.fid_sources import from_pipeline, open_side
 from extras.inception import PREPROCESS, find_inception, load_inception
 from extras.sampling_options import OPTIONAL, add_sampling_flags, check_flags, labels_to_draw, open_checkpoint
 from fid import MAX_KEPT, REAL_KEPT, compute_scores, measure, print_scores
@@ -23,31 +23,25 @@ def check_arguments(args, draws):
         raise UserError("a checkpoint can only stand at FAKE: first the real images, then the generated ones")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         raise UserError(f"--save-stats {args.save_stats}: the name must end in .npz")
-    for name in () if draws else ("n", "classes", "class_counts", "compile", *OPTIONAL):
-        if getattr(args, name) is not None:
+    for name in ("n", "classes", "class_counts", "compile", *OPTIONAL):
+        if getattr(args, name) is not None and not draws:
             flag = {"classes": "class", "interval": "guidance-interval"}.get(name, name.replace("_", "-"))
             raise UserError(f"--{flag} is for a checkpoint at FAKE")
 
 
-def open_sides(args, device, draws):
-    """(word, Statistics or None, source or None, a few words on it), of REAL and of FAKE."""
-    if not draws:
-        return [(word, *open_side(word, args.root, args.size, as_trained=False))
-                for word in (args.real, args.fake) if word]
-    pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
-    size = args.size or pipeline.tokenizer.size
-    labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
-    samples = Samples(pipeline, labels, args.seed, batch, **settings)
-    return [(args.real, *open_side(args.real, args.root, size, as_trained=True)),
-            (args.fake, None, samples, facts)]
-
-
-def run(args, rank):
+def run(args):
     """The whole command, on each process."""
+    rank, _ = init_distributed()
     draws = bool(args.fake) and args.fake.endswith(".pt")
     check_arguments(args, draws)
-    device = choose_device(args.device)
-    sides = open_sides(args, device, draws)
+    device, size, drawn = choose_device(args.device), args.size, []
+    if draws:
+        pipeline, settings, chosen, batch = open_checkpoint(args.fake, args, device)
+        labels, facts = labels_to_draw(args.n or 50_000, args, pipeline, chosen, settings)
+        size = size or pipeline.tokenizer.size
+        drawn = [(args.fake, None, from_pipeline(pipeline, labels, args.seed, batch, **settings), facts)]
+    files = [word for word in (args.real, args.fake) if word and not word.endswith(".pt")]
+    sides = [(word, *open_side(word, args.root, size, as_trained=draws)) for word in files] + drawn
     for word, statistics, _, what in sides:
         if statistics and statistics.resize is None:
             what += f" that do not say how images were resized; taken as --resize {args.resize}"
@@ -74,33 +68,26 @@ def run(args, rank):
         real, fake = measured
         scores = compute_scores(real, fake, device)
         print_scores(scores, real.n, fake.n)
-        for name, side in (("real", real), ("fake", fake)):
-            kept = 0 if side.features is None else len(side.features)
-            scores |= {name: getattr(args, name), f"n_{name}": side.n, f"features_{name}": kept}
         if args.json:
-            write_json(Path(args.json), scores | {"resize": args.resize})
+            sides = {"real": args.real, "n_real": real.n, "fake": args.fake, "n_fake": fake.n}
+            write_json(Path(args.json), scores | sides | {"resize": args.resize})
 
 
 def main():
-    description, examples, *_ = fid.__doc__.split("\n\n")
-    parser = argparse.ArgumentParser("fid.py", description=description, epilog=examples,
+    parser = argparse.ArgumentParser("fid.py", description=fid.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("real", metavar="REAL", help="as --data of train.py, or an .npz of arr_0 (images) or mu and sigma")
     add("fake", metavar="FAKE", nargs="?", help="the same, or a checkpoint of train.py to sample from")
     add("--size", type=int, help="crop and resize as for training (default: as the checkpoint, or not)")
     add("--root", metavar="DIR", help="where a named set lies, as for train.py")
-    add("--resize", choices=list(PREPROCESS), default="tf", help="to 299 pixels as TensorFlow, ADM and "
-        "torch-fidelity, as pytorch-fid, or as clean-fid (default: tf)")
+    add("--resize", choices=list(PREPROCESS), default="tf", help="to 299 pixels (default: tf, as ADM does)")
     add("--weights", help="of Inception (default: $FID_WEIGHTS, the cache, or a download)")
     add("--save-stats", metavar="FILE", help="write the statistics of REAL as an .npz")
     add("--json", metavar="FILE", help="write the scores")
-    add("--features", type=int, default=REAL_KEPT, metavar="M", help="images of REAL kept for KID, precision "
-        f"and recall, 8 kB each; 0: none (default: {REAL_KEPT}; of FAKE {MAX_KEPT})")
-    add_sampling_flags(
-        parser.add_argument_group("samples of a checkpoint at FAKE"), n="how many (default: 50000)",
-        batch="images at a time; scores stay the same (default: 256 drawn, 16 measured on a CPU, else 128)")
+    add("--features", type=int, default=REAL_KEPT, metavar="M", help="real images kept for KID and recall")
+    group = parser.add_argument_group("samples of a checkpoint at FAKE")
+    add_sampling_flags(group, n="how many (default: 50000)", batch="images at a time; scores stay the same")
     args = parser.parse_args()
     with report_errors("fid.py", memory_advice="lower --batch, and the score stays the same"):
-        rank, _ = init_distributed()
-        run(args, rank)
+        run(args)

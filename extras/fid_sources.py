@@ -1,11 +1,9 @@
-"""Where the images of a FID come from: files as they are, arrays, a training set, samples of a checkpoint.
-
-A source has n, chunk (images to read at a time) and read(i, j) -> the images i ... j - 1, a uint8 tensor
-(j - i, 3, H, W) or a list of (3, H, W), fewer if some cannot be used. It is read forwards only.
-"""
+"""Where the images of a FID come from: files as they are, arrays, a training set, samples of a checkpoint."""
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +14,8 @@ from engine.build import load_checkpoint
 from engine.distributed import barrier, broadcast, rank_and_world
 from engine.process import write_json
 from engine.status import append_row, format_metrics, trim_rows
-from engine.validate import UserError, check_file, check_unpacked, read_json, reading, reason_of
+from engine.validate import UserError, read_json, reading, reason_of
+from extras.data_arrays import open_npz
 from extras.datasets import DATASETS, find
 from extras.inception import load_inception
 from extras.sampling_options import class_labels
@@ -26,87 +25,72 @@ from sample import sample_images
 FEW = MIN_IMAGES  # samples of an evaluation during training
 
 
-class Pictures:
+class Images(NamedTuple):
+    """n images. read(i, j), called forwards only -> those of i ... j - 1 that can be used, uint8 (3, H, W).
+
+    It is called for `chunk` images or more at a time.
+    """
+
+    n: int
+    chunk: int
+    read: Callable
+
+
+def from_dataset(dataset, chunk=256):
+    """The images of a data.ImageSet, which all processes have."""
+    return Images(len(dataset), chunk, lambda i, j: dataset.batch(range(i, j)))
+
+
+def from_source(source, size, as_trained):
     """All images of a data.Source, as they are (size None) or cropped and resized as for training.
 
     as_trained: the training images alone, without those that cannot be used, which are an error otherwise.
     """
+    items = source.train if as_trained else np.sort(np.concatenate([source.train, source.test]))
 
-    def __init__(self, source, size=None, as_trained=False):
-        self.source, self.size, self.as_trained = source, size, as_trained
-        self.items = source.train if as_trained else np.sort(np.concatenate([source.train, source.test]))
-        self.n, self.chunk = len(self.items), 256 if as_trained else 64
-
-    def load(self, item):
+    def load(item):
         try:
-            return torch.from_numpy(data.load_image(self.source.read(item), self.size))
+            return torch.from_numpy(data.load_image(source.read(item), size))
         except Exception as error:  # of whatever lies between a file and its pixels
-            if self.as_trained:
+            if as_trained:
                 return None
-            raise UserError(f"{self.source.title(item)} cannot be used ({reason_of(error)}): repair it or "
-                            "take it out") from error
+            raise UserError(f"{source.title(item)} cannot be used ({reason_of(error)})") from error
 
-    def read(self, i, j):
-        images = data.decoders().map(self.load, self.items[i:j])
-        return [image for image in images if image is not None]
+    def read(i, j):
+        return [image for image in data.decoders().map(load, items[i:j]) if image is not None]
+
+    return Images(len(items), 256 if as_trained else 64, read)
 
 
-class Array:
-    """arr_0 of an .npz, uint8 (n, H, W, 3), streamed: it may be larger than the memory."""
+def from_array(path):
+    """(source, side in pixels) of an .npz's arr_0, uint8 (n, H, W, 3). It may be larger than the memory."""
+    with reading(path):
+        file = zipfile.ZipFile(path).open("arr_0.npy")
+        np.lib.format.read_magic(file)
+        (n, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or fortran or min(n, *shape) < 1:
+            raise ValueError(f"arr_0 must be uint8 of shape (n, H, W, 3), is {dtype} {(n, *shape)}")
+    start, size = file.tell(), int(np.prod(shape))
 
-    chunk = 64
-
-    def __init__(self, path):
-        self.path = path
+    def read(i, j):
         with reading(path):
-            self.file = zipfile.ZipFile(path).open("arr_0.npy")
-            np.lib.format.read_magic(self.file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-                raise ValueError(f"arr_0 must be uint8 of shape (n, H, W, 3), is {dtype} {shape}")
-        self.n, self.shape, self.start = shape[0], shape[1:], self.file.tell()
-
-    def read(self, i, j):
-        size = int(np.prod(self.shape))
-        with reading(self.path):
-            self.file.seek(self.start + i * size)
-            pixels = np.frombuffer(self.file.read((j - i) * size), np.uint8).reshape(j - i, *self.shape)
+            file.seek(start + i * size)
+            pixels = np.frombuffer(file.read((j - i) * size), np.uint8).reshape(j - i, *shape)
         return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
 
-
-class Decoded:
-    """A data.ImageSet that all processes have."""
-
-    def __init__(self, dataset, chunk=256):
-        self.dataset, self.n, self.chunk = dataset, len(dataset), chunk
-
-    def read(self, i, j):
-        return self.dataset.batch(range(i, j))
+    return Images(n, 64, read), shape[0]
 
 
-class Samples:
+def from_pipeline(pipeline, labels, seed=0, batch=256, **settings):
     """Images of labels (n,) that a pipeline draws: image i is sample.py's. settings: of sample_images."""
-
-    def __init__(self, pipeline, labels, seed=0, chunk=256, **settings):
-        self.pipeline, self.labels, self.seed, self.settings = pipeline, labels, seed, settings
-        self.n, self.chunk = len(labels), chunk
-
-    def read(self, i, j):
-        return sample_images(self.pipeline, self.labels[i:j], seed=self.seed, first=i, batch=self.chunk,
-                             show_progress=False, **self.settings)
-
-
-def open_npz(path):
-    """np.load of an .npz that does not unpack to a full memory."""
-    with reading(path), zipfile.ZipFile(check_file(path)) as archive:
-        check_unpacked(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
-        return np.load(path, allow_pickle=False)
+    return Images(len(labels), batch, lambda i, j: sample_images(
+        pipeline, labels[i:j], seed=seed, first=i, batch=batch, show_progress=False, **settings))
 
 
 def load_statistics(path):
     """Statistics from a file of fid.py, pytorch-fid, clean-fid or ADM; what it does not hold is None."""
     mean, cov = {}, {}
-    with open_npz(path) as file, reading(path):
+    with open_npz(path) as file:
         for tap, end in (("2048", ""), ("spatial", "_s")):
             if "mu" + end in file:
                 mu, sigma = file["mu" + end], file["sigma" + end]
@@ -123,43 +107,37 @@ def load_statistics(path):
 
 
 def open_side(word, root, size, as_trained):
-    """A word of the command line -> (Statistics or None, source or None, a few words on it).
-
-    size: None for images as they are. as_trained: read them as training does, without the held-out part.
-    """
+    """A word of the command line -> (Statistics or None, source or None, a few words); see from_source."""
     path = Path(word).expanduser()
     if path.suffix == ".npz" and path.is_file():
         with open_npz(path) as file:
             names = file.files
+        images, side = from_array(path) if "arr_0" in names else (None, None)
         if "mu" in names:
-            return load_statistics(path), Array(path) if "arr_0" in names else None, "statistics"
-        if "arr_0" in names and size in (None, (source := Array(path)).shape[0]):
-            return None, source, f"{source.n:,} images, {source.shape[0]} px"
+            return load_statistics(path), images, "statistics"
+        if images and size in (None, side):
+            return None, images, f"{images.n:,} images, {side} px"
     source, as_trained = find(word, root), as_trained or word in ("toy", *DATASETS)
     if as_trained:
         size = size or source.sizes()[1]
-    images = Pictures(source, size, as_trained) if hasattr(source, "train") else Decoded(source.load(size)[0])
+    listed = isinstance(source, data.Source)  # else the toy, which is drawn
+    images = from_source(source, size, as_trained) if listed else from_dataset(source.load(size)[0])
     form = f"cropped and resized to {size} px" if size else "as they are"
     return None, images, f"{images.n:,} {'training ' if as_trained else ''}images, {form}"
 
 
-# ----------------------------------------------------------------------------
-# FID of a run.
-
 def score_samples(run, pipeline, n):
-    """Scores of n samples against a run's training images, as by `fid.py DATA CKPT`; None but on process 0.
-
-    The training images are measured once; their statistics stay in the run directory.
-    """
+    """Scores of n samples against the training images, as by `fid.py DATA CKPT`; None but on process 0."""
     is_main = rank_and_world()[0] == 0
     network = load_inception(run.inception, run.device)
     path = run.out / f"{run.source.name}_{run.source.counts()[0]}_images_{run.config['size']}px.npz"
     if not broadcast(path.exists()):
-        real = measure(Decoded(run.load_images()[0]), network, keep=REAL_KEPT, name="FID, training images")
+        images = from_dataset(run.load_images()[0])
+        real = measure(images, network, keep=REAL_KEPT, name="FID, training images")
         if is_main:
             real.save(path)
     labels = class_labels(n, list(range(len(run.source.class_names))) or [0])
-    samples = Samples(pipeline, labels, chunk=run.eval_batch, **pipeline.sampling)
+    samples = from_pipeline(pipeline, labels, batch=run.eval_batch, **pipeline.sampling)
     fake = measure(samples, network, name=f"FID, {n:,} samples")
     return compute_scores(load_statistics(path), fake, run.device) if is_main else None
 
@@ -183,6 +161,6 @@ def evaluate_during(run, pipeline, step):
     scores = score_samples(run, pipeline, FEW)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
-        named = {f"{name}_2k": value for name, value in scores.items()}
-        append_row(run.out / "fid.csv", {"step": step} | named)
+        row = {"step": step} | {f"{name}_2k": value for name, value in scores.items()}
+        append_row(run.out / "fid.csv", row)
         tqdm.write(f"FID-2k at step {step:,}: {format_metrics(scores)}")

@@ -1,8 +1,4 @@
-"""Decoded images in one file: every photograph is opened once, and read from a memory map after that.
-
-The first start of a run keeps what it decodes in images.npy in its directory until the tokens are written;
-`python data.py FOLDER --save` makes such a file for many runs.
-"""
+"""Decoded images in one memory-mapped file: of a run, until its tokens are there; of data.py --save."""
 
 import contextlib
 import hashlib
@@ -27,7 +23,7 @@ def save_images(source, size, path):
         rows = open_rows(source, size, partial, "r+")
     except UserError:
         partial.unlink(missing_ok=True)
-        rows = np.lib.format.open_memmap(partial, "w+", row_type(source, size), items.shape)  # of zeros
+        rows = np.lib.format.open_memmap(partial, "w+", row_type(source, size, items), items.shape)
         rows["label"] = source.labels[items]
     splits = np.repeat([TRAINING, HELD_OUT], source.counts())
     todo = np.flatnonzero(rows["split"] == 0)
@@ -42,17 +38,16 @@ def save_images(source, size, path):
     return {source.title(items[todo[at]]): reason for at, reason in bad.items()}
 
 
-def row_type(source, size):
+def row_type(source, size, items):
     """dtype of a row. Its first field has a title, as numpy calls it: a hash of names, labels and split."""
-    items = np.concatenate([source.train, source.test])
     facts = "\n".join(map(source.title, items)).encode() + source.labels.tobytes() + items.tobytes()
     title = f"images {hashlib.sha256(facts).hexdigest()[:16]}"
     return np.dtype([((title, "image"), np.uint8, (3, size, size)), ("label", np.int32), ("split", np.uint8)])
 
 
 def open_rows(source, size, path, mode="r"):
-    rows = read_array(path, mode)
-    if rows.dtype != row_type(source, size) or rows.shape != (sum(source.counts()),):
+    rows, items = read_array(path, mode), np.concatenate([source.train, source.test])
+    if rows.dtype != row_type(source, size, items) or rows.shape != items.shape:
         raise UserError(f"{path} holds something else: take it away, or choose another name")
     return rows
 
@@ -67,36 +62,31 @@ def plan_cache(source, size, out):
     space = f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free"
     if needed > free / 2:
         return False, f"images: decoded whenever they are needed; {out / CACHE} would take {space}"
-    return True, (f"images: decoded once into {out / CACHE}, {space}, and deleted when the tokens are "
-                  "written (--no-cache: none)")
+    return True, f"images: decoded once into {out / CACHE}, {space} (--no-cache: not)"
 
 
 def load_through_cache(source, size, skipped, path, make):
     """source.load(size, skipped), from the cache if it is there and of these images. make: write it first."""
     if make:
-        try:
-            source.skipped = skipped = save_images(source, size, path)
-        except OSError as error:
-            print(f"images: decoded whenever they are needed; {path} cannot be written ({error})")
+        source.skipped = skipped = save_images(source, size, path)
     with contextlib.suppress(ValueError):  # it is not there, of other images, or has too few
         return read_saved(path, open_rows(source, size, path), source.class_names).load(size, {})
     return source.load(size, skipped)
 
 
 def remove_cache(out):
-    for path in (out / CACHE, (out / CACHE).with_suffix(".part.npy")):
-        with contextlib.suppress(OSError):  # a system that keeps open files: the next start deletes it
-            path.unlink()
+    with contextlib.suppress(OSError):  # a system that keeps open files: the next start deletes it
+        (out / CACHE).with_suffix(".part.npy").unlink(missing_ok=True)
+        (out / CACHE).unlink(missing_ok=True)
 
 
 def save_for_runs(source, size, path):
-    """`python data.py FOLDER --size S --save photos.npy`: the file, and photos.json with its classes."""
+    """data.py --save photos.npy: the file, and photos.json with its classes."""
     if size is None or path.suffix != ".npy" or not isinstance(source, Source):
         raise UserError(f"--save {path}: needs a name that ends in .npy, --size, and images in files")
     if path.exists():
         open_rows(source, size, path)
     source.skipped = save_images(source, size, path)
-    facts = path.with_suffix(".json")
-    write_json(facts, {"classes": source.class_names})
-    print(f"wrote {path} and {facts}. Train on them: python train.py --data {path} --size {size}")
+    write_json(path.with_suffix(".json"), {"classes": source.class_names})
+    print(f"wrote {path}, and a .json beside it. Train: python train.py --data {path} --size {size}")
     return read_saved(path, read_array(path))

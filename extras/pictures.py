@@ -1,20 +1,61 @@
-"""Special pictures of sample.py: what a setting does, what happens over time, images made from an image or
-between two. Each function draws one picture from the command line's arguments (extras/sample_command.py).
-"""
+"""Images on a page, and the special pictures of sample.py, each from the command line's arguments."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data import load_image
 from engine.process import user_error, write_atomically
 from engine.randomness import image_generators
 from engine.validate import UserError
-from extras.grids import grid_page, save_grid
 from sample import COLUMNS, check_settings, sample_images
+
+
+def contact_sheet(images, path):
+    """A page of an ImageSet: a row for each of up to 16 classes; without classes, 64 images of it."""
+    names = images.class_names[:16]
+    rows = [torch.nonzero(images.labels == c).flatten()[:COLUMNS].tolist() for c in range(len(names))]
+    if not rows or min(map(len, rows)) < COLUMNS:  # no classes, or too few images for a row of each
+        rows = [np.linspace(0, len(images) - 1, min(len(images), 8 * COLUMNS)).astype(int).tolist()]
+        names = None
+    save_grid(images.batch(sum(rows, [])), path, COLUMNS, row_labels=names)
+
+
+def save_pairs(above, below, path):
+    """Rows of images (n, 3, H, W), each over its counterpart: originals over reconstructions."""
+    columns = min(COLUMNS, len(above))
+    white = torch.full_like(above[:-len(above) % columns], 255)  # fills the last row
+    above, below = (torch.cat([images, white]) for images in (above, below))
+    rows = [images[i:i + columns] for i in range(0, len(above), columns) for images in (above, below)]
+    save_grid(torch.cat(rows), path, columns)
+
+
+def grid_page(images, columns, row_labels=None, column_labels=None):
+    """uint8 images (n, 3, H, W) row by row on a Pillow image, 2 pixels apart; labels: a word each."""
+    n, _, height, width = images.shape
+    scale = max(1, round(64 / width))  # a whole number, without smoothing
+    rows, tile_h, tile_w = -(-n // columns), height * scale + 2, width * scale + 2
+    font = ImageFont.load_default(15)
+    margin = 0 if not row_labels else 12 + max(int(font.getlength(str(word))) for word in row_labels)
+    top = 20 if column_labels else 0
+    page = Image.new("RGB", (margin + 2 + columns * tile_w, top + 2 + rows * tile_h), "white")
+    for i, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        page.paste(tile, (margin + 2 + i % columns * tile_w, top + 2 + i // columns * tile_h))
+    pen = ImageDraw.Draw(page)
+    for row, word in enumerate(row_labels or []):
+        pen.text((6, top + 2 + (row + 0.5) * tile_h), str(word), fill="black", font=font, anchor="lm")
+    for column, word in enumerate(column_labels or []):
+        pen.text((margin + 2 + (column + 0.5) * tile_w, 12), str(word), fill="black", font=font, anchor="mm")
+    return page
+
+
+def save_grid(images, path, columns, **options):
+    page = grid_page(images, columns, **options)
+    write_atomically(Path(path), lambda partial: page.save(partial, "png"))
 
 
 def words(pipeline, labels):
@@ -55,17 +96,17 @@ def draw_trajectory(args, pipeline, chosen, labels, settings):
         partial, "gif", save_all=True, append_images=pages[1:], duration=milliseconds, loop=0))
 
 
-def read_image(path, size=None):
-    """data.load_image, the way to pixels that training takes, with errors that name the file."""
+def read_image(args, name, size=None):
+    """The image of this flag, read as in training, with errors that name the flag and the file."""
     try:
-        return load_image(path, size)
+        return load_image(getattr(args, name), size)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"--{name} {getattr(args, name)}: {error}") from error
 
 
-def read_mask(path, tokenizer):
-    """A mask image -> (N,) bool, True where a token is to be drawn: a pixel of its f x f cell is white."""
-    pixels, size, f = read_image(path).min(0), tokenizer.size, tokenizer.f                 # (H, W) uint8
+def read_mask(args, tokenizer):
+    """--mask -> (N,) bool, True where a token is to be drawn: a pixel of its f x f cell is white."""
+    pixels, size, f = read_image(args, "mask").min(0), tokenizer.size, tokenizer.f         # (H, W) uint8
     side = min(pixels.shape)
     top, left = ((length - side) // 2 for length in pixels.shape)  # the centre square, as load_image takes it
     square = Image.fromarray(pixels[top:top + side, left:left + side])
@@ -74,30 +115,27 @@ def read_mask(path, tokenizer):
 
 
 def draw_from_image(args, pipeline, chosen, labels, settings):
-    """--inpaint and --vary: the image, for --inpaint also without its masked cells, then the new images.
-
-    With --class a row per class; without, one row by the null class, which stands for any class.
-    """
-    tokenizer, n, path = pipeline.tokenizer, len(labels), args.inpaint or args.vary
+    """--inpaint and --vary: the image, perhaps without its masked cells, then new ones; a row per --class."""
+    tokenizer, n = pipeline.tokenizer, len(labels)
     if pipeline.class_names and not args.classes and not pipeline.config["training"]["label_drop"]:
         raise UserError("this model was trained with --label-drop 0 and has to know the class: give --class")
-    image = torch.from_numpy(read_image(path, tokenizer.size))[None]                       # (1, 3, H, W)
+    flag = "inpaint" if args.inpaint else "vary"
+    image = torch.from_numpy(read_image(args, flag, tokenizer.size))[None]                 # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(pipeline.device))                                   # (1, N)
     columns = {"image": image}
     if args.vary:
-        strength = 0.6 if args.strength is None else args.strength
         with user_error():
-            check_settings(**settings, t=strength)
-        options = {"init": (tokens, strength)}
+            check_settings(**settings, t=args.strength)
+        options = {"init": (tokens, args.strength)}
     else:
-        drawn = read_mask(args.mask, tokenizer)                                            # (N,)
+        drawn = read_mask(args, tokenizer)                                                 # (N,)
         if not drawn.any():
             raise UserError(f"--mask {args.mask} has no white pixel: paint white what is to be drawn anew")
         cells = drawn.view(tokenizer.grid).repeat_interleave(tokenizer.f, 0).repeat_interleave(tokenizer.f, 1)
         columns["mask"] = image.where(~cells, 128)
         options = {"inpaint": tokens.masked_fill(drawn.to(pipeline.device), -1)}
     if not args.classes:
-        chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # nothing to guide to
+        chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # the null class
     images = sample_images(pipeline, torch.tensor(chosen).repeat_interleave(n), seed=args.seed,
                            batch=args.batch, indices=list(range(n)) * len(chosen), **options, **settings)
     before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
@@ -107,10 +145,7 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
 
 
 def slerp(a, b, n):
-    """a, b (N, D) -> (n, N, D), from a to b along the circle: straight lines would be too short to be noise.
-
-    a sin((1 - w) angle) / sin(angle) + b sin(w angle) / sin(angle), w = 0, ..., 1; both ends are exact.
-    """
+    """a, b (N, D) -> (n, N, D), from a to b along the circle: straight lines would be too short for noise."""
     w = torch.linspace(0, 1, n, dtype=torch.float64)[:, None, None]
     angle = F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).acos()
     return (((1 - w) * angle).sin() / angle.sin() * a + (w * angle).sin() / angle.sin() * b).to(a.dtype)

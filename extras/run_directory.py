@@ -6,8 +6,8 @@ from engine import process
 from engine.config import CHANGEABLE, flag
 from engine.validate import UserError, printable, read_json
 from extras.data_arrays import TokenFile
-from extras.grids import contact_sheet
 from extras.image_cache import CACHE
+from extras.pictures import contact_sheet
 from extras.run_page import page_of_a_run
 
 
@@ -15,7 +15,8 @@ def read_config(out):
     """config.json of an earlier start; {} if there was none."""
     if (out / "config.json").exists():
         return read_json(out / "config.json")
-    early = ("skipped.txt", "data.png", ".lock", CACHE, "images.part", "config.json")  # of a killed start
+    # What a start that was killed leaves.
+    early = ("skipped.txt", "data.png", ".lock", CACHE, "images.part", "config.json")
     if out.exists() and any(not path.name.startswith(early) for path in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
     return {}

@@ -1,8 +1,4 @@
-"""What sample.py and fid.py draw from a checkpoint: the flags that both have, and one rule of classes.
-
-Image i has class i mod C, of all C classes or of those that --class names: any number is spread evenly, as by
-ADM and DiT, and a larger set begins with the smaller one.
-"""
+"""What sample.py and fid.py draw from a checkpoint: the flags that both have, and one rule of classes."""
 
 import re
 
@@ -26,8 +22,7 @@ def add_sampling_flags(parser, n, batch):
     add("--n", "--samples", type=int, metavar="N", help=f"{n}; torchrun lets only --samples through")
     add("--steps", type=int, help="calls of the network per image (default: in the checkpoint)")
     add("--guidance", type=float, metavar="OMEGA", help="towards the class: DiT's cfg-scale - 1")
-    add("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide at these times only, 1 being noise and 0 the image (default: 0 1)")
+    add("--guidance-interval", dest="interval", type=float, nargs=2, metavar="T", help="guide only between")
     add("--temperature", type=float, help="below 1: likelier tokens, less variety (default: 1)")
     add("--end", type=float, metavar="T", help="draw the tokens at this time, in few steps before 0")
     add("--sampler", choices=SAMPLERS, help="ancestral: new noise at every step; ddim: none after the first")
@@ -40,7 +35,7 @@ def add_sampling_flags(parser, n, batch):
 
 
 def check_flags(args, **least):
-    """UserError for numbers below the least that they can be. least: of flags that the program has beside."""
+    """UserError for numbers that are too low. least: of flags that the program has beside."""
     for name, low in ({"n": 1, "steps": 1, "batch": 1, "seed": 0} | least).items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -51,9 +46,8 @@ def open_checkpoint(path, args, device):
     """(pipeline, options of sample_images, numbers of the classes, images at a time) for a command line."""
     pipeline = load_checkpoint(path, device)
     names, model, batch = pipeline.class_names, pipeline.model, args.batch
-    if batch is None:
-        logits = 256 * model.N * model.K * 4  # bytes; twice that with guidance
-        batch = 256 if logits < 1 << 26 else fitting_batch(pipeline, 256)
+    if batch is None:  # the logits of 256 images take less than 64 MB, or it is counted what fits
+        batch = 256 if model.N * model.K < 1 << 16 else fitting_batch(pipeline, 256)
     settings = pipeline.sampling | {
         name: getattr(args, name) for name in OPTIONAL if getattr(args, name) is not None}
     with user_error():
@@ -86,10 +80,9 @@ def parse_classes(text, class_names):
 
 
 def class_labels(n, chosen, counts=None):
-    """(n,) labels: image i has the class chosen[i mod C].
+    """(n,) labels: image i has the class chosen[i mod C]: any number is spread evenly, as by ADM and DiT.
 
-    counts: how often each class of the model is to come (in any unit); then classes come one after the other,
-    and each count is met but for one image.
+    counts: how often each class of the model is to come (in any unit), one after the other.
     """
     if counts is None:
         return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
@@ -102,21 +95,20 @@ def class_labels(n, chosen, counts=None):
 
 def labels_to_draw(n, args, pipeline, chosen, settings, in_rows=False):
     """(n,) labels, by the rule or in the rows of a grid, and a few words on the images that will be drawn."""
-    names, training, words = pipeline.class_names, args.class_counts == "training", "no classes"
+    names, training = pipeline.class_names, args.class_counts == "training"
     counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
-    if names:
-        words = f"{len(chosen)} classes evenly" if len(chosen) > 1 else f"class {names[chosen[0]]}"
-        if in_rows:
-            words = "a class a row"
-        elif training:
-            words = "classes as often as in training"
-        elif n < len(chosen):
-            words += f" (only the first {n}: there are fewer images than classes)"
-        elif max(counts) > 1.5 * min(counts):
-            words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
     labels = class_labels(n, chosen, counts if training and names else None)
-    if in_rows:
-        labels = torch.tensor(chosen)[default_labels(n, len(chosen))]
+    words = f"{len(chosen)} classes evenly"
+    if not names:
+        words = "no classes"
+    elif in_rows:
+        labels, words = torch.tensor(chosen)[default_labels(n, len(chosen))], "a class a row"
+    elif training:
+        words = "classes as often as in training"
+    elif n < len(chosen):
+        words = f"only the first {n} classes: there are fewer images than classes"
+    elif max(counts) > 1.5 * min(counts):
+        words += f" (of a class training has {min(counts):,} to {max(counts):,}: see --class-counts)"
     seed = getattr(args, "interpolate", None) or args.seed
     facts = [f"{n:,} images of step {pipeline.step:,}", f"seed {seed}", words,
              *(f"{key} {value}" for key, value in settings.items()), precision(pipeline.device)]

@@ -1,6 +1,5 @@
 """How good is a tokenizer, on the held-out images of a set?
 
-    python vqvae.py report runs/toy/tokenizer.pt --data toy
     python vqvae.py report vqgan.ckpt --data photos/ --size 256 --out photos.png
 """
 
@@ -9,32 +8,19 @@ import argparse
 from engine.build import make_tokenizer, read_tokenizer
 from engine.distributed import choose_device
 from engine.process import report_errors, user_error
-from engine.validate import UserError
+from engine.validate import UserError, expect
 from extras.datasets import find
-from extras.fid_sources import Decoded
-from extras.grids import save_pairs
+from extras.fid_sources import Images, from_dataset
 from extras.inception import find_inception, load_inception
+from extras.pictures import save_pairs
 from extras.vqgan_losses import LPIPS, find_lpips, read_lpips
 from fid import compute_scores, measure
 from vqvae import evaluate_tokenizer
 
 
-class Reconstructed(Decoded):
-    """A source of the images of a Decoded one as a tokenizer returns them."""
-
-    def __init__(self, model, images, batch):
-        super().__init__(images, batch)
-        self.model = model
-
-    def read(self, i, j):
-        images = super().read(i, j).to(self.model.codebook.device)
-        return self.model.decode(self.model.encode(images)).cpu()
-
-
 def report(args):
     """Measures a tokenizer on held-out images, and draws some of them above their reconstructions."""
-    if args.batch < 1:
-        raise UserError("--batch must be at least 1")
+    expect("--batch", args.batch, int, 1)
     with user_error():
         device = choose_device(args.device)
         state, source = read_tokenizer(args.tokenizer), find(args.data, args.root)
@@ -46,12 +32,15 @@ def report(args):
     h, w = model.grid
     print(f"{args.tokenizer}: {model.K} codes, f = {model.f}, {h * w} tokens of {size} x {size} pixels")
     _, images = source.load(size)
-    sides, lpips = [Decoded(images), Reconstructed(model, images, args.batch)], None
+    originals, lpips = from_dataset(images), None
+
+    def reconstruct(i, j):
+        return model.decode(model.encode(originals.read(i, j).to(device))).cpu()
+
+    sides = originals, Images(len(images), args.batch, reconstruct)
     try:
         lpips = LPIPS(read_lpips(find_lpips(args.lpips_weights, may_download=False))).to(device)
     except UserError as error:
-        if args.lpips_weights:
-            raise
         print(f"no LPIPS: {error}")
     metrics = evaluate_tokenizer(model, images, device, lpips, args.batch)
     try:
@@ -67,7 +56,7 @@ def report(args):
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python vqvae.py", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("vqvae.py", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("command", choices=["report"], help="measure it on held-out images")
     add("tokenizer", help="tokenizer.pt of train.py, or a published VQGAN's checkpoint")

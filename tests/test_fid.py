@@ -141,7 +141,7 @@ IMAGES = torch.randint(256, (100, 3, 8, 8), dtype=torch.uint8, generator=seeded(
 
 
 def source_of(images):
-    return fid_sources.Decoded(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
+    return fid_sources.from_dataset(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
 
 
 def test_which_score_is_which():

@@ -14,7 +14,7 @@ from data import load_image
 from engine.build import load_checkpoint
 from engine.randomness import image_generators
 from engine.validate import UserError
-from extras import sample_files
+from extras import sample_command
 from extras.datasets import find
 from extras.sampling_options import class_labels, parse_classes
 from sample import sample_images
@@ -140,7 +140,7 @@ def test_sample_files(name, run, tmp_path, capsys):
             raise KeyboardInterrupt
         return sample_images(*args, **options)
 
-    with mock.patch.object(sample_files, "sample_images", stopped):
+    with mock.patch.object(sample_command, "sample_images", stopped):
         assert call(*words, "--batch", 8) == 130 and "same command" in capsys.readouterr().err
         [parts] = tmp_path.iterdir()
         assert call(*words, "--batch", 6) == 0
