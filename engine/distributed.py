@@ -50,9 +50,7 @@ def bf16_works(device):
 
 
 def precision(device):
-    """The networks' precision there, in a word; losses, softmaxes and sums are float32 or float64
-    everywhere.
-    """
+    """The networks' precision there, in a word; losses, softmaxes and sums are never below float32."""
     return "bfloat16" if bf16_works(device) else "float32"
 
 

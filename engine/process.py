@@ -77,11 +77,9 @@ def report_errors(program, stopped="stopped", memory_advice="choose a smaller --
 # Files.
 
 def write_atomically(path, write, keep_as=None):
-    """write(partial path), down to the disk, then rename: whatever happens, there is the old file or the new
-    one.
+    """write(partial path), flushed to disk, then a rename: at any time there is the old file or the new one.
 
-    path may be a folder, which write makes. keep_as: where the old file goes. OSError if it cannot be
-    written.
+    path may be a folder, made by write. keep_as: where the old file goes. OSError if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
@@ -106,9 +104,7 @@ def write_json(path, content):
 
 
 def look_ahead(read, items):
-    """read(item) for each of the items, in order; a thread reads the next one while the caller works on this
-    one.
-    """
+    """read(item) of each item, in order; a thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for item in items:

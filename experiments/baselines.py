@@ -41,14 +41,6 @@ def rates(kind, t):
     return 1 - t, b * t, c * t
 
 
-def corrupt(kind, x, K, t, generator):
-    """x_t (B, N) in 0 ... K for tokens x (B, N) below K at times t (B,); K is the mask."""
-    a, b, _ = (rate[:, None] for rate in rates(kind, t))
-    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=t.dtype)
-    other = torch.randint(K, x.shape, generator=generator, device=x.device)
-    return torch.where(u < a, x, torch.where(u < a + b, other, K))
-
-
 def reverse(kind, p, x_t, t, s):
     """p(x_s | x_t) (..., K + 1) for predictions p (..., K), x_t (...), times s < t that broadcast with x_t.
 
@@ -96,7 +88,10 @@ def loss(kind, model, schedule, x, generator, labels=None, analytic=False, auxil
     """
     number = (stratified(len(x), generator, x.device) * T).long()
     t, s = (number + 1) / T, number / T  # (B,)
-    x_t = corrupt(kind, x, model.K, t, generator)
+    a, b, _ = (rate[:, None] for rate in rates(kind, t))
+    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=t.dtype)
+    other = torch.randint(model.K, x.shape, generator=generator, device=x.device)
+    x_t = torch.where(u < a, x, torch.where(u < a + b, other, model.K))  # K is the mask
     log_p = predict(model, schedule, x_t, t, labels, 0.0, kind if analytic else None)
     p = log_p.exp()
     truth = reverse(kind, F.one_hot(x, model.K).to(p.dtype), x_t, t[:, None], s[:, None])
@@ -163,27 +158,12 @@ def sample_by_confidence(model, schedule, n, steps, generator, labels=None, guid
     return x
 
 
-def cross_entropy(model, schedule, x, labels, generator, rec_fraction):
-    """L = E_t[ -log p(x | z_t) ] (CDCD, Dieleman et al. 2022), t = 0 as often as in VQ-LCMD. A scalar."""
-    rec = round(rec_fraction * len(x))
-    t = torch.cat([torch.zeros(rec, device=x.device), stratified(len(x) - rec, generator, x.device)])
-    table = model.table()
-    e, log_snr = F.embedding(x, table), schedule.log_snr(t)
-    logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
-    return F.cross_entropy(logits.flatten(0, 1), x.flatten())
-
-
-def train(options, model, ema, schedule, optimizer, steps, batch, watch=None):
-    """The steps of train.py, with the objective of a row.
-
-    batch(step) -> tokens, labels, generator. watch(step): called after each step.
-    """
+def train(options, model, ema, schedule, optimizer, steps, batch):
+    """The steps of train.py, with the objective of a row. batch(step) -> tokens, labels, generator."""
     for step in tqdm(range(steps), leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options["warmup"], options["lr"])
         objective(options, model, ema, schedule, *batch(step)).backward()
         update(model, ema, optimizer, options, step)
-        if watch is not None:
-            watch(step)
 
 
 def objective(options, model, ema, schedule, x, labels, generator):
@@ -195,8 +175,13 @@ def objective(options, model, ema, schedule, x, labels, generator):
     if kind in KINDS:
         return loss(kind, model, schedule, x, generator, labels, options.get("analytic", False),
                     options.get("auxiliary", 0.0)).mean()
-    if kind == "cross-entropy":
-        return cross_entropy(model, schedule, x, labels, generator, options["rec_fraction"])
+    if kind == "cross-entropy":  # CDCD (Dieleman et al. 2022), t = 0 as often as in VQ-LCMD
+        rec = round(options["rec_fraction"] * len(x))
+        t = torch.cat([torch.zeros(rec, device=x.device), stratified(len(x) - rec, generator, x.device)])
+        table, log_snr = model.table(), schedule.log_snr(t)
+        e = F.embedding(x, table)
+        logits = model(add_noise(e, log_snr, noise_like(e, generator)), log_snr, labels, table=table)
+        return F.cross_entropy(logits.flatten(0, 1), x.flatten())
     noisy = sample_noise(model, x, labels, generator, **{name: options[name] for name in NOISE_ARGS})
     return training_loss(model, ema if options["teacher"] == "ema" else model, schedule, *noisy, **{
         name: options[name] for name in LOSS_ARGS})[0]

@@ -3,21 +3,13 @@
     python experiments/collapse.py                      80 seconds on one CPU core
 
 Four denoisers learn the same toy, side by side: six tokens of ten codes from a known Markov chain
-(markov_chain.py), each code a point in the plane (D = 2), so that the table can be looked at. The weight of
-L_diff is clipped at 1 and the table is not normalised: the naive choice, which rewards points that lie close
-together.
-
-    naive         L_rec + L_diff
-    L_CM          L_rec + L_diff + L_CM, the paper's cure
-    4 L_CM        the same with four times the weight
-    closed form   L_rec + L_diff, and the output prior in the logits (embedding_diffusion.py)
+(markov_chain.py), each code a point in the plane, so that the table can be looked at. The weight of L_diff is
+clipped at 1 and the table is not normalised, which rewards points that lie close together: naive, with L_CM,
+with four times L_CM, and with the output prior in the logits ("closed form").
 
     collapse.png   distances over training, the tables at the end, bigrams of samples beside the true ones
     collapse.gif   the tables as they move
     results.csv    step, mean and smallest distance, held-out bits per token, of each
-
-What to look for: the naive points draw together until L_rec, at t = 0, stops them. L_CM pulls the other way.
-What the samples are worth is their total variation (TV) from the true bigrams.
 """
 
 import argparse

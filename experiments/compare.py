@@ -1,16 +1,14 @@
 """VQ-LCMD beside discrete-state diffusion and beside itself with something changed, on real images.
 
-    python experiments/compare.py --data mnist --budget 1500                  everything
-    python experiments/compare.py --data mnist --budget 1500 --only methods --seeds 0 1 2
+    python experiments/compare.py --data mnist --only VQ-LCMD absorbing --seeds 0 1 2
 
 Every row has the same tokens, transformer, optimizer, batches and number of steps (--budget); "VQ-LCMD" is
 train.py, bit for bit. All other words go to train.py, which makes the tokenizer and says the network's sizes.
 
     tokens/, classifier.pt     the tokenizer's run; whose features measure (features.py)
-    ROW-SEED-BUDGET.pt         weights, and the state of the table over training
+    ROW-SEED-BUDGET.pt         weights
     ROW-SAMPLER-STEPS.png      samples of a row, seed 0
-    results.csv, results.md    a line per row, seed and setting of sampling; the table
-    collapse.png               effective rank and smallest distance of the tables over training
+    results.csv, results.md    a line per row, seed and setting of sampling; the table over the seeds
 
 The same command again goes on. Two of them with different rows or seeds may share one directory.
 """
@@ -68,18 +66,11 @@ ABLATIONS = {
     "without CM": dict(w_cm=0.0),
     "without L_diff": dict(w_diff=0.0),
     "without dropping": dict(max_drop_rate=0.0),
-    "shared noise": dict(cm_pairs="shared"),
-    "gap at most 0.1": dict(max_gap=0.1),
     "random start": dict(embedding_init="random"),
     "frozen codebook table": dict(frozen=True),
     "frozen random table": dict(embedding_init="random", frozen=True),
     "table not normalised": dict(norm="none"),
-    "teacher = current": dict(teacher="current"),
-    "without posterior input": dict(posterior_input=False),
-    "a quarter at t = 0": dict(rec_fraction=0.25),
     "exact weight": dict(weight_clip=math.inf),
-    "without output prior": dict(output_prior=False),
-    "cross-entropy without output prior": dict(loss="cross-entropy", output_prior=False),
     **{f"log_snr_max {end:g}": common.schedule_of(log_snr_max=end) for end in (7.0, 5.0, 4.0, 3.0, 1.5)},
     **{f"shift {shift:g}": common.schedule_of(shift) for shift in (0.1, 0.2, 0.4, 0.7, 1.0)},
     **{f"w_cm {weight:g}": dict(w_cm=weight) for weight in (3.0, 10.0)},
@@ -88,9 +79,8 @@ ROWS = METHODS | ABLATIONS
 SETTINGS = (*NOISE_ARGS, *LOSS_ARGS, "norm", "embedding_init", "teacher", "shift", "log_snr_min",
             "log_snr_max", "batch", "lr", "warmup", "weight_decay", "clip", "ema_decay")  # of weights
 OMEGAS, GUIDED_STEPS = (0.0, 0.5, 1.0, 2.0, 4.0), 16  # of the sweep of guidance
-POINTS = 20  # of the curves over training
 HELD_OUT, DRAWS = 2000, 20000  # images of the bound at most, draws in all; standard error 0.01 to 0.02 bit
-MEASURES = ["distance", "kid", "precision", "recall", "agreement"]
+MEASURES = ["distance", "kid", "precision", "recall"]
 COLUMNS = ["row", "lr", "seed", "budget", "purpose", "calls", "sampler", "steps", "guidance", "guided_below",
            "temperature", "gumbel", "end", "n", *MEASURES, "bound", "rank", "smallest", "train_seconds",
            "sample_seconds", "features", "commit", "device", "command"]
@@ -128,7 +118,7 @@ def weights_of(out, name, seed, budget):
 
 
 def train_row(name, seed, budget, shared):
-    """(averaged weights, schedule, {"settings", "seconds", "curve"}) of a row, from its file if there."""
+    """(averaged weights, schedule, {"settings", "seconds"}) of a row, from its file if there."""
     device, config = shared.device, shared.config | ROWS[name]
     models, settings = describe_models(config, len(shared.classes)), {key: config[key] for key in SETTINGS}
     run = SimpleNamespace(config=config, models=models, seed=seed, device=device, init={})
@@ -141,19 +131,14 @@ def train_row(name, seed, budget, shared):
             sys.exit(f"{path} was made with other settings: give another --out, or remove it")
         ema.load_state_dict(state["ema"])
         return ema, schedule, state
-    curve, start = [], time.perf_counter()
+    start = time.perf_counter()
 
     def batch(step):
         indices = batch_indices(len(shared.tokens), config["batch"], seed, "diffusion", step)
         return *shared.tokens.batch(indices), generator_for(seed, "diffusion", step, device)
 
-    def watch(step):
-        if step == 0 or (step + 1) % max(budget // POINTS, 1) == 0:
-            curve.append([float(step + 1), *collapse_diagnostics(model.table()).values()])
-
-    baselines.train(config, model, ema, schedule, optimizer, budget, batch, watch)
-    state = {"ema": ema.state_dict(), "settings": settings, "curve": curve,
-             "seconds": time.perf_counter() - start}
+    baselines.train(config, model, ema, schedule, optimizer, budget, batch)
+    state = {"ema": ema.state_dict(), "settings": settings, "seconds": time.perf_counter() - start}
     write_atomically(path, functools.partial(torch.save, state))
     return ema, schedule, state
 
@@ -179,10 +164,7 @@ def plain(name, steps, sampler="ancestral", guidance=0.0):
 
 def draw(name, model, schedule, shared, n, *, sampler, steps, guidance, guided_below, temperature, gumbel,
          end, batch=250):
-    """uint8 images (n, 3, H, W), class i mod C; the same noise whatever the row, as far as it can be.
-
-    guided_below: guidance at t up to this alone. gumbel: of decoding by confidence; end: of the other ways.
-    """
+    """uint8 images (n, 3, H, W), class i mod C. guided_below: guidance at t up to this alone."""
     images = []
     for start in tqdm(range(0, n, batch), name, leave=False, disable=None):
         indices = torch.arange(start, min(start + batch, n), device=shared.device)
@@ -252,39 +234,13 @@ def settings_of(name, seed, steps, classes):
 
 
 def table(lines):
-    """Markdown: a line per row, sampler and guidance; the last measures at the most steps."""
-    rows, steps = [], sorted({int(line["steps"]) for line in lines})
-
-    def cell(some, column, digits=2):
-        return common.spread(common.values(some, column), digits)
-
-    for name, sampler, omega in itertools.product(ROWS, ("ancestral", "ddim", "confidence"), OMEGAS):
-        mine = common.select(lines, row=name, sampler=sampler, guidance=omega)
-        if mine:
-            final = common.select(mine, steps=max(int(line["steps"]) for line in mine))
-            rows.append([name, sampler, omega, len({line["seed"] for line in mine}),
-                         *(cell(final, column) for column in ("bound", "rank", "smallest")),
-                         *(cell(common.select(mine, steps=n), "distance") for n in steps),
-                         *(cell(final, column, 3) for column in MEASURES[1:])])
-    header = ["row", "sampler", "ω", "seeds", "bits per token ≤", "rank", "smallest distance"]
-    return common.markdown([*header, *(f"distance, {n} steps" for n in steps), *MEASURES[1:]], rows)
-
-
-def plot(lines, out):
-    """collapse.png: effective rank and smallest distance of the tables over training, seed 0."""
-    plt = common.pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    for name in dict.fromkeys(line["row"] for line in lines):
-        path = weights_of(out, name, 0, lines[0]["budget"])
-        if path.exists() and not is_discrete(name):
-            steps, ranks, smallest, _ = zip(*torch.load(path, weights_only=True)["curve"], strict=True)
-            panels[0].plot(steps, ranks)
-            panels[1].plot(steps, smallest, label=name)
-    for panel, title in zip(panels, ("effective rank of the table", "smallest distance"), strict=True):
-        panel.set(xlabel="training step", title=title, ylim=(0, None))
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(out / "collapse.png", dpi=110)
+    """Markdown: a line per row and setting of sampling, over the seeds."""
+    settings, rows = ["row", "sampler", "steps", "guidance"], []
+    columns = ["bound", "rank", "smallest", *MEASURES]
+    for setting in dict.fromkeys(tuple(line[name] for name in settings) for line in lines):
+        mine = common.select(lines, **dict(zip(settings, setting, strict=True)))
+        rows.append([*setting, len(mine), *(common.spread(common.values(mine, name), 3) for name in columns)])
+    return common.markdown([*settings, "seeds", *columns], rows)
 
 
 def make_parser(description):
@@ -303,24 +259,22 @@ def make_parser(description):
 
 def main():
     parser = make_parser("Compare methods and ablations.")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*ROWS, "methods", "ablations"],
-                        default=ROWS, help=f"rows, methods or ablations (default: all): {', '.join(ROWS)}")
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=ROWS,
+                        help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--sampling-steps", type=int, nargs="+", default=[8, 16, 50, 200], metavar="N",
                         help="calls of the network per sample (default: 8 16 50 200)")
     parser.add_argument("--n", type=int, default=1000, help="samples of each setting (default: 1000)")
     args, words = parser.parse_known_args()
-    shared, groups = prepare(args, words), {"methods": METHODS, "ablations": ABLATIONS}
-    names = [name for word in args.only for name in groups.get(word, [word])]
-    path, lines = shared.out / "results.csv", []
-    for seed, name in itertools.product(args.seeds, names):
+    shared, lines = prepare(args, words), []
+    path = shared.out / "results.csv"
+    for seed, name in itertools.product(args.seeds, args.only):
         for setting in settings_of(name, seed, args.sampling_steps, shared.classes):
             lines.append(measure(path, name, seed, args.budget, "untuned", setting["steps"], setting, args.n,
                                  shared))
     text = f"{references(shared, args.n)}\n{table(lines)}"
     (shared.out / "results.md").write_text(text)
     print(text)
-    plot(lines, shared.out)
 
 
 if __name__ == "__main__":

@@ -47,13 +47,6 @@ def train_classifier(model, images, device, steps, batch=128):
     model.eval()
 
 
-@torch.no_grad()
-def agreement(classifier, images, labels, device):
-    """The share of uint8 images (n, 3, H, W) that the classifier gives their label (n,)."""
-    answers = torch.cat([classifier(to_float(part.to(device))).argmax(1).cpu() for part in images.split(256)])
-    return float((answers == labels).double().mean())
-
-
 def load_or_train(path, train, test, device, steps):
     """(classifier, its accuracy on held-out images), from its file if it is there."""
     torch.manual_seed(0)
@@ -64,7 +57,10 @@ def load_or_train(path, train, test, device, steps):
         return classifier.eval(), state["accuracy"]
     train_classifier(classifier, train, device, steps)
     some = torch.arange(min(len(test), 10000))
-    accuracy = agreement(classifier, test.batch(some), test.labels[some], device)
+    with torch.no_grad():
+        right = [classifier(to_float(test.batch(part).to(device))).argmax(1).cpu() == test.labels[part]
+                 for part in some.split(256)]
+    accuracy = float(torch.cat(right).double().mean())
     state = {"weights": classifier.state_dict(), "accuracy": accuracy}
     write_atomically(path, functools.partial(torch.save, state))
     return classifier, accuracy
@@ -87,10 +83,9 @@ class Evaluator:
         if not train.class_names:
             sys.exit(f"{args.features_of or args.data} has no classes to learn features from: give "
                      "--features-of another set, such as cifar10")
-        self.device, self.num_classes = shared.device, max(len(shared.classes), 1)
+        self.device = shared.device
         classifier, accuracy = load_or_train(shared.out / file, train, test, self.device,
                                              args.classifier_steps)
-        self.classifier = classifier if train is shared.images else None
         self.name = f"own classifier of {kind}, {accuracy:.2%} right on held-out images"
         self.network = lambda images: classifier[:-1](to_float(images))
         try:
@@ -107,7 +102,7 @@ class Evaluator:
         return torch.cat([self.network(part.to(self.device)).cpu().double() for part in images.split(100)])
 
     def __call__(self, images, distance_alone=False):
-        """{measure: value} of images, of which image i has class i mod C."""
+        """{measure: value} of uint8 images (n, 3, H, W)."""
         fake = self.features(images)
         statistics = [value for f in (self.real, fake) for value in (f.mean(0).numpy(), np.cov(f.numpy().T))]
         found = {"distance": frechet_distance(*statistics)}
@@ -115,7 +110,4 @@ class Evaluator:
             return found
         found["kid"] = kernel_distance(self.real, fake)[0]
         found["precision"], found["recall"] = precision_recall(self.real, fake)
-        if self.classifier is not None:
-            labels = torch.arange(len(images)) % self.num_classes
-            found["agreement"] = agreement(self.classifier, images, labels, self.device)
         return found

@@ -12,7 +12,7 @@ For each time t of the sampler's own grid, in bits per token of held-out images:
     bound       CE + the integral of L_diff from t to 1: what is promised of -log p(x) where the tokens are
                 read out at t. Where it does not rise towards t = 0, nothing is lost at the smaller noise.
 
-The sampler has the settings of the checkpoint, unless given, and no guidance.
+The sampler is the checkpoint's, at temperature 1 and without guidance.
 """
 
 import argparse
@@ -73,10 +73,10 @@ def integrand(model, schedule, x, labels, generator):
 
 
 @torch.no_grad()
-def noise_levels(pipeline, x, labels, steps, sampler, temperature, seed, clip, batch=256):
+def noise_levels(pipeline, x, labels, steps, batch=256):
     """{t: {column: bits per token}} over x (M, N) with labels (M,), for t on the sampler's grid."""
     model, schedule, device = pipeline.model, pipeline.schedule, pipeline.device
-    found, draws = {}, []
+    found, draws, clip = {}, [], pipeline.config["training"]["weight_clip"]
     sampled_at = {}  # time: entropy of p_theta along the sampler's own way
 
     def watch(t, p):
@@ -84,14 +84,14 @@ def noise_levels(pipeline, x, labels, steps, sampler, temperature, seed, clip, b
 
     for start in range(0, len(x), batch):
         rows, classes = (value[start:start + batch].to(device) for value in (x, labels))
-        sample_tokens(model, schedule, classes, image_generators(seed, range(start, start + len(rows))),
-                      steps, 0.0, sampler, temperature=temperature, callback=watch)
+        sample_tokens(model, schedule, classes, image_generators(0, range(start, start + len(rows))),
+                      steps, 0.0, pipeline.sampling["sampler"], callback=watch)
         for t, sampled in sampled_at.items():
-            generator = generator_for(seed, "evaluation", start, device)
+            generator = generator_for(0, "evaluation", start, device)
             known = known_at(model, schedule, rows, classes, t, clip, generator)
             line = torch.cat([known[:3], sampled[None], known[3:]])
             found[t] = found.get(t, 0) + line * len(rows) / len(x) / math.log(2)
-        generator = generator_for(seed, "evaluation", len(x) + start, device)
+        generator = generator_for(0, "evaluation", len(x) + start, device)
         draws += [integrand(model, schedule, rows, classes, generator) for _ in range(DRAWS)]
     times, values = (torch.cat(part) for part in zip(*draws, strict=True))
     for t, line in found.items():
@@ -104,16 +104,12 @@ def main():
     parser = argparse.ArgumentParser(description="What a denoiser knows at each noise level.")
     parser.add_argument("checkpoint", help="the ckpt.pt that train.py wrote")
     parser.add_argument("--data", default="toy", help="what the checkpoint was trained on (default: toy)")
-    parser.add_argument("--root", metavar="DIR", help="where a named set lies, as for train.py")
     parser.add_argument("--n", type=int, default=1000, help="held-out images, and samples (default: 1000)")
     parser.add_argument("--steps", type=int, default=16, help="of the sampler (default: 16)")
-    parser.add_argument("--sampler", choices=["ancestral", "ddim"], help="default: the checkpoint's")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampler (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args()
     pipeline = load_checkpoint(args.checkpoint, choose_device(args.device))
-    source = find(args.data, args.root)
+    source = find(args.data, None)
     if source.class_names != pipeline.class_names:
         parser.error(f"--data {args.data} has other classes than {args.checkpoint}")
     _, test = source.load(pipeline.tokenizer.size)
@@ -122,9 +118,8 @@ def main():
     batches = (test.batch(part).to(pipeline.device) for part in chosen.split(250))
     x = torch.cat([pipeline.tokenizer.encode(batch) for batch in batches])
     labels = test.labels[chosen] if test.class_names else torch.zeros(n, dtype=torch.long)
-    found = noise_levels(pipeline, x, labels, args.steps, args.sampler or pipeline.sampling["sampler"],
-                         args.temperature, args.seed, pipeline.config["training"]["weight_clip"])
-    print(f"bits per token, {n:,} held-out images, {args.steps} steps, seed {args.seed}\n")
+    found = noise_levels(pipeline, x, labels, args.steps)
+    print(f"bits per token, {n:,} held-out images, {args.steps} steps\n")
     rows = [[f"{t:.3f}", f"{float(pipeline.schedule.log_snr(torch.tensor(t))):.1f}",
              *(f"{line[name]:.3f}" for name in COLUMNS)] for t, line in found.items()]
     print(markdown(["t", "log-SNR", *COLUMNS], rows))

@@ -4,14 +4,13 @@
     python experiments/speed.py --compile      torch.compile as well
 
 On a GPU: preset 256 (130 M parameters, N = 256, K = 1024). All ways of a table are run in turn, so that a
-machine that slows down slows all of them; medians count, without the first round. The matrix rate is that of
-one large product. A backward pass counts as two forward passes, the teacher of L_CM as one over its share of
-the batch; what is computed twice to save memory counts once.
+machine that slows down slows all of them; medians count, without the first round.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import statistics
 import time
 from types import SimpleNamespace
@@ -19,8 +18,6 @@ from types import SimpleNamespace
 import torch
 from common import facts, markdown, update
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS, PRESETS, describe_models
@@ -31,43 +28,23 @@ from sample import sample_tokens
 from schedule import ShiftedCosine
 from train import build_loss
 
+STEPS = 50  # of the sampler
 
-def measure(ways, device, repeat, inner):
-    """{name: function} -> {name: (median of seconds per call, peak of GPU memory in bytes)}."""
-    seconds, memory, cuda = {name: [] for name in ways}, dict.fromkeys(ways, 0), device.type == "cuda"
-    for turn in range(repeat + 1):
+
+def measure(ways, device, repeat, inner=2):
+    """{name: function} -> {name: median of seconds per call}."""
+    seconds = {name: [] for name in ways}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(repeat + 1):
         for name, way in ways.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
             for _ in range(inner):
                 way()
-            if cuda:
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated()
-            if turn:  # the first round compiles, and fills caches
-                seconds[name].append((time.perf_counter() - start) / inner)
-    return {name: (statistics.median(seconds[name]), memory[name]) for name in ways}
-
-
-@torch.no_grad()
-def forward_flops(setup):
-    """Of the matrix products of one image's way through the denoiser."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        z = torch.zeros(1, setup.model.N, setup.model.D, device=setup.device)
-        setup.model(z, torch.zeros(1, device=setup.device), setup.labels[:1])
-    return counter.get_total_flops()
-
-
-def make_encoder(config, model):
-    """torch.nn.TransformerEncoder of the denoiser's sizes, with its linear first and last layer."""
-    width = config["width"]
-    layer = nn.TransformerEncoderLayer(width, config["heads"], 4 * width, dropout=0.0, batch_first=True,
-                                       norm_first=True, activation=nn.GELU(approximate="tanh"))
-    return nn.Sequential(nn.Linear(model.D, width),
-                         nn.TransformerEncoder(layer, config["depth"], enable_nested_tensor=False),
-                         nn.Linear(width, model.K))
+            wait()
+            seconds[name].append((time.perf_counter() - start) / inner)
+    # The first round compiles, and fills caches.
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def prepare(config, device):
@@ -118,80 +95,62 @@ def matrix_rate(device, bf16):
     """FLOP/s of one large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    seconds, _ = measure({"product": lambda: a @ a}, device, 9, 2)["product"]
-    return 2 * n ** 3 / seconds
+    return 2 * n ** 3 / measure({"product": lambda: a @ a}, device, 9)["product"]
 
 
-def print_table(title, found, images, reference, used=None):
-    """found: of measure. reference: which is 1.00. used: {name: share of the matrix rate}."""
-    one, _ = found[reference]
-    rows = [[name, f"{seconds:.4g}", f"{seconds / one:.2f}", f"{images / seconds:.4g}",
-             f"{used[name]:.0%}" if used else "", f"{memory / 1e9:.1f}" if memory else ""]
-            for name, (seconds, memory) in found.items()]
-    print("\n" + markdown([title, "seconds", "ratio", "images/s", "of the matrix rate", "GB"], rows))
-
-
-def training(setup, args):
-    """The step beside its parts."""
-    model, B, forward, device = setup.model, setup.config["batch"], forward_flops(setup), setup.device
-    encoder = make_encoder(setup.config, model).to(device)
+def training(setup, repeat, fast):
+    """The step beside the denoiser, and beside torch's encoder with the same linear first and last layer."""
+    model, config, device = setup.model, setup.config, setup.device
+    width, B = config["width"], config["batch"]
+    layer = nn.TransformerEncoderLayer(width, config["heads"], 4 * width, dropout=0.0, batch_first=True,
+                                       norm_first=True, activation=nn.GELU(approximate="tanh"))
+    layers = nn.TransformerEncoder(layer, config["depth"], enable_nested_tensor=False)
+    encoder = nn.Sequential(nn.Linear(model.D, width), layers, nn.Linear(width, model.K)).to(device)
     z = torch.randn(B, model.N, model.D, device=device, requires_grad=True)
     inputs = z, torch.randn(B, device=device), setup.labels
     alone = dict(gradient=torch.randn(B, model.N, model.K, device=device) / B, bf16=model.bf16)
-    step = forward * (3 + 1 - setup.config["rec_fraction"])
-    ways = {"nn.TransformerEncoder": (3 * forward, forward_and_backward(encoder, z, **alone)),
-            "denoiser": (3 * forward, forward_and_backward(model, *inputs, **alone)),
-            "training step": (step, training_step(setup)),
-            "training step without L_CM": (3 * forward, training_step(setup, w_cm=0.0)),
-            "training step, activation checkpointing": (step, training_step(setup, recompute=True))}
-    if args.compile:
-        fast_encoder = forward_and_backward(torch.compile(encoder), z, **alone)
-        fast_model = forward_and_backward(torch.compile(model), *inputs, **alone)
-        ways |= {"nn.TransformerEncoder, compiled": (3 * forward, fast_encoder),
-                 "denoiser, compiled": (3 * forward, fast_model),
-                 "training step, compiled": (step, training_step(setup, compile=True))}
-    rate = matrix_rate(device, model.bf16)
-    print(f"matrix rate: {rate / 1e12:.3g} TFLOP/s in {'bf16' if model.bf16 else 'fp32'}")
-    found = measure({name: way for name, (_, way) in ways.items()}, device, args.repeat, args.inner)
-    print_table("forward and backward", found, B, "denoiser", {
-        name: flops * B / found[name][0] / rate for name, (flops, _) in ways.items()})
+    ways = {"nn.TransformerEncoder": forward_and_backward(encoder, z, **alone),
+            "denoiser": forward_and_backward(model, *inputs, **alone),
+            "training step": training_step(setup),
+            "training step without L_CM": training_step(setup, w_cm=0.0),
+            "training step, activation checkpointing": training_step(setup, recompute=True)}
+    if fast:
+        ways |= {"nn.TransformerEncoder, compiled": forward_and_backward(torch.compile(encoder), z, **alone),
+                 "denoiser, compiled": forward_and_backward(torch.compile(model), *inputs, **alone),
+                 "training step, compiled": training_step(setup, compile=True)}
+    found = measure(ways, device, repeat)
+    rows = [[name, f"{seconds:.4g}", f"{seconds / found['denoiser']:.2f}", f"{B / seconds:.4g}"]
+            for name, seconds in found.items()]
+    print(markdown(["forward and backward", "seconds", "ratio", "images/s"], rows))
 
 
-def sampling(setup, args):
-    """Tokens alone; the tokenizer's decoder comes on top."""
-    model, B, steps, ways = setup.model.eval(), setup.config["batch"], args.sample_steps, {}
-    models = {"": model}
-    if args.compile:
-        fast = models[", compiled"] = copy.copy(model)  # shares the weights
-        fast.guided = torch.compile(fast.guided, mode="reduce-overhead", dynamic=False)
-    for said, network in models.items():
-        for omega in (0.0, 1.0):
-            ways[f"{steps} steps, guidance {omega}{said}"] = functools.partial(
-                sample_tokens, network, setup.schedule, setup.labels, image_generators(0, range(B)), steps,
-                omega, setup.config["sampler"])
-    found = measure(ways, setup.device, max(1, args.repeat // 3), 1)
-    print_table("sampling", found, B, f"{steps} steps, guidance 0.0")
+def sampling(setup, repeat, fast):
+    """Images per second of tokens alone; the tokenizer's decoder comes on top."""
+    B, models, ways = setup.config["batch"], {"": setup.model.eval()}, {}
+    if fast:
+        copied = models[", compiled"] = copy.copy(setup.model)  # shares the weights
+        copied.guided = torch.compile(copied.guided, mode="reduce-overhead", dynamic=False)
+    for (said, model), omega in itertools.product(models.items(), (0.0, 1.0)):
+        ways[f"{STEPS} steps, guidance {omega}{said}"] = functools.partial(
+            sample_tokens, model, setup.schedule, setup.labels, image_generators(0, range(B)), STEPS, omega,
+            setup.config["sampler"])
+    found = measure(ways, setup.device, repeat, 1)
+    print(markdown(["sampling", "images/s"], [[name, f"{B / seconds:.4g}"] for name, seconds in found.items()]))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Speed of training and sampling.")
     parser.add_argument("--preset", choices=PRESETS, help="of train.py (default: 32-cpu, on a GPU 256)")
     parser.add_argument("--repeat", type=int, default=9, help="rounds (default: 9)")
-    parser.add_argument("--inner", type=int, default=2, help="steps per round (default: 2)")
-    parser.add_argument("--sample-steps", type=int, default=50, help="network calls per image (default: 50)")
     parser.add_argument("--compile", action="store_true", help="also compiled")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args()
-    device = choose_device(args.device)
-    cuda = device.type == "cuda"
-    torch.set_num_threads(args.threads)
-    setup = prepare(DEFAULTS | PRESETS[args.preset or ("256" if cuda else "32-cpu")], device)
-    millions = sum(p.numel() for p in setup.model.parameters()) / 1e6
-    print(f"{facts(device)['device']}, {millions:.1f} M parameters, batch {setup.config['batch']}, "
-          f"N = {setup.model.N}, K = {setup.model.K}")
-    training(setup, args)
-    sampling(setup, args)
+    device = choose_device("auto")
+    torch.set_num_threads(1)
+    preset = args.preset or ("256" if device.type == "cuda" else "32-cpu")
+    setup = prepare(DEFAULTS | PRESETS[preset], device)
+    print(f"{facts(device)['device']}, preset {preset}\n")
+    training(setup, args.repeat, args.compile)
+    sampling(setup, max(1, args.repeat // 3), args.compile)
 
 
 if __name__ == "__main__":

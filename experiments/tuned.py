@@ -6,7 +6,7 @@
 All other words go to train.py, as in compare.py, whose run directory (--out) this may share. Each row is
 trained once per seed. For each number of calls of the network every one of settings() is drawn from the first
 seed (purpose: tried), and the one with the least distance is measured on the other seeds (result), beside
-plain sampling (untuned): tuned.csv, tuned.md. The same command again goes on.
+plain sampling (untuned): tuned.csv. The same command again goes on.
 
 Calls are counted the same for all: a guided step is two. Guidance counts at all times, or at t <= 0.5 alone
 (a limited interval, Kynkaanniemi et al. 2024). `end` is the time of the last call, where all tokens that are
@@ -66,13 +66,13 @@ def settings(kind, calls, classes, omegas, ends):
 
 
 def best_setting(name, args, calls, shared):
-    """Step 2: the setting with the least distance on the first seed."""
+    """The setting with the least distance on the first seed."""
     omegas, ends = [omega for omega in OMEGAS if omega <= args.most_guidance], ENDS[:3 if calls <= 8 else 1]
-    kind, budget = compare.ROWS[name].get("loss"), args.tuned_at or args.budget
+    kind = compare.ROWS[name].get("loss")
 
     def distance(setting):
-        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], budget, "tried", calls,
-                                     setting, args.tune_n, shared)["distance"])
+        return float(compare.measure(shared.out / "tuned.csv", name, args.seeds[0], args.budget, "tried",
+                                     calls, setting, args.tune_n, shared)["distance"])
 
     while True:
         best = min(settings(kind, calls, shared.classes, omegas, ends), key=distance)
@@ -119,11 +119,8 @@ def table(title, lines, calls, bits, digits):
     return markdown([title, "bits per token", *(f"{number} calls" for number in calls)], rows)
 
 
-def curves(panel, lines, references):
-    """Distance against calls: each row at its best and untuned, the range over the seeds.
-
-    references: what real images score; drawn where it is not far below everything else.
-    """
+def curves(panel, lines):
+    """Distance against calls: each row at its best and untuned, the range over the seeds."""
     from matplotlib import ticker
     for i, name in enumerate(dict.fromkeys(line["row"] for line in lines)):
         for purpose, style, said in (("result", "-o", "at its best"), ("untuned", ":o", "untuned")):
@@ -135,10 +132,6 @@ def curves(panel, lines, references):
                            label=f"{NAMES.get(name, name)}, {said}")
     panel.set(xscale="log", yscale="log", xlabel="calls of the network per image", ylabel="Fréchet distance",
               xticks=sorted({int(line["calls"]) for line in lines}))
-    least = panel.get_ylim()[0]
-    for style, real in zip((":", "-"), references, strict=True):
-        if float(real["distance"]) > least / 4:
-            panel.axhline(float(real["distance"]), color="grey", lw=1, ls=style, label=real["kind"])
     panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -150,7 +143,7 @@ def draw(path):
     plt, legend = pyplot(), {}
     picture, panels = plt.subplots(1, len(SETS), figsize=(4 * len(SETS), 4))
     for (name, (title, _)), panel in zip(SETS.items(), panels, strict=True):
-        curves(panel, page_lines(name, 4800), select(read(HERE / "references.csv"), set=name))
+        curves(panel, page_lines(name, 4800))
         panel.set_title(title)
         legend |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     picture.legend(legend.values(), legend, fontsize=8, loc="lower center", ncols=4)
@@ -180,8 +173,6 @@ def page_tables():
 def main():
     parser = compare.make_parser(__doc__.split("\n")[0])
     parser.add_argument("--tables", action="store_true", help="print the tables of README.md; nothing else")
-    parser.add_argument("--tuned-at", type=int, metavar="STEPS", help="choose the settings of sampling after "
-                        "as many training steps, for a long training (default: --budget)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", choices=compare.ROWS,
                         default=["VQ-LCMD", "absorbing"], help="default: VQ-LCMD absorbing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3],
@@ -197,22 +188,14 @@ def main():
         for name, budget, text in page_tables():
             print(f"{name}, {budget} training steps\n\n{text}")
         return draw(HERE / "tuned.png")
-    shared, lines = compare.prepare(args, others), []
-    for name in args.rows:
-        for calls in args.calls:
-            best = best_setting(name, args, calls, shared)
-            for seed in args.seeds[1:]:
-                for setting, purpose in (best, "result"), (compare.plain(name, calls), "untuned"):
-                    lines.append(compare.measure(shared.out / "tuned.csv", name, seed, args.budget, purpose,
-                                                 calls, setting, args.n, shared))
-    bits = {line["row"]: [] for line in lines}
-    for row, _, bound in dict.fromkeys((line["row"], line["seed"], line["bound"]) for line in lines):
-        bits[row].append(float(bound))
-    text = compare.references(shared, args.n)
-    for purpose, title in ("result", "at its best"), ("untuned", "untuned"):
-        text += "\n" + table(title, select(lines, purpose=purpose), args.calls, bits, 3)
-    (shared.out / "tuned.md").write_text(text)
-    print(text)
+    shared = compare.prepare(args, others)
+    for name, calls in itertools.product(args.rows, args.calls):
+        best = best_setting(name, args, calls, shared)
+        for seed in args.seeds[1:]:
+            for setting, purpose in (best, "result"), (compare.plain(name, calls), "untuned"):
+                compare.measure(shared.out / "tuned.csv", name, seed, args.budget, purpose, calls, setting,
+                                args.n, shared)
+    print(compare.references(shared, args.n))
 
 
 if __name__ == "__main__":
