@@ -106,7 +106,7 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("leave --K away", "train.py", *same, "new", "--tokenizer", "run/tokenizer.pt", "--K", 9),
         ("no vq-lcmd checkpoint", "sample.py", "run/tokenizer.pt"),
         ("must be a finite number", "sample.py", ckpt, "--guidance", "nan"),
-        ("--vary hurt/0.png", "sample.py", ckpt, "--vary", "hurt/0.png"),
+        ("hurt/0.png: no image", "sample.py", ckpt, "--vary", "hurt/0.png"),
     ]:
         capsys.readouterr()
         assert call(program, *words) == 2, words
