@@ -16,6 +16,10 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299  # pixels; the network's input
+POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
+    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+    "max, stride 2": partial(F.max_pool2d, kernel_size=3, stride=2)}
 
 
 class ConvBN(nn.Module):
@@ -28,12 +32,6 @@ class ConvBN(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
-    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
-    "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
-    "max, stride 2": partial(F.max_pool2d, kernel_size=3, stride=2)}
 
 
 class Mixed(nn.Module):
