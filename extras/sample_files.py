@@ -17,8 +17,7 @@ from sample import sample_images
 def sample_files(pipeline, labels, out, batch, seed, **settings):
     """Images of labels (n,): PNGs in a folder or .zip, or an .npz with arr_0 (n, H, W, 3) and arr_1, labels.
 
-    PNGs are first written beside OUT, in a folder named by what makes them, so the same command goes on where
-    it was stopped. Processes share out the batches, and process 0 writes what all of them draw.
+    PNGs are first written beside OUT, in a folder named by what makes them, where the same command goes on.
     """
     n, is_main = len(labels), rank_and_world()[0] == 0
     origin = digest(pipeline.model.state_dict() | {f"labels, seed {seed}, {settings}": labels})
@@ -37,7 +36,7 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
         write_atomically(path, lambda partial: Image.fromarray(image).save(partial, "png"))
 
     with tqdm(total=len(starts), desc="sampling", unit="batch", disable=None if is_main else True) as bar:
-        for i, images in shared_work(starts, draw):  # on process 0; nothing on the others
+        for i, images in shared_work(starts, draw):  # all draw; process 0 writes
             list(decoders().map(write_png, images, files[i:i + batch]))
             bar.update()
     if is_main and not out.suffix:
