@@ -47,7 +47,6 @@ def count_tokenizer(config, models, chip, images):
 
 
 def count_diffusion(config, models, chip, images):
-    """A step of stage 3."""
     def build():
         model, ema = (EmbeddingDiffusion(**models["denoiser"], bf16=chip.bf16,
                                          recompute=config["activation_checkpointing"]) for _ in range(2))
@@ -85,8 +84,7 @@ def count_untrained(config, models, chip, images=8):
 def fitting_batch(pipeline, most):
     """Images that sample.py draws at a time: `most`, or as many as fit."""
     chip = chip_of(pipeline.device)
-    _, sampling = count_untrained(DEFAULTS, pipeline.config, chip)
-    return sampling.fit(chip, most).images
+    return count_untrained(DEFAULTS, pipeline.config, chip)[1].fit(chip, most).images
 
 
 def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
@@ -128,7 +126,6 @@ def in_words(hours):
 
 
 def summary(cost):
-    """One line, before the training."""
     name = max(cost.stages, key=lambda name: cost.stages[name].total)
     passes = f", the batch in passes of {cost.micro_batch} images" if cost.micro_batch else ""
     return (f"cost, by counting: {cost.stages[name].total / GiB:.2g} GiB at most ({name}){passes}; about "
@@ -136,8 +133,7 @@ def summary(cost):
             f"the first generated picture after {in_words(cost.first)}")
 
 
-def report(cost):
-    """Many lines, for --dry-run."""
+def report(cost):  # for --dry-run
     yield (f"cost on {cost.world} x {cost.chip.name} ({cost.chip.memory / GiB:.1f} GiB, "
            f"{cost.chip.flops / 1e12:.3g} TFLOP/s), by counting")
     for name, stage in cost.stages.items():

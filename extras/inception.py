@@ -16,95 +16,73 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299  # pixels; the network's input
+POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
+    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+    "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+    "max, stride 2": partial(F.max_pool2d, kernel_size=3, stride=2)}
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm, ReLU. Padding keeps the size at stride 1 unless it is given."""
+    """Convolution, batch norm, ReLU. At stride 1 the padding keeps the size, unless it is given."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
-        if padding is None:
-            padding = "same" if stride == 1 else 0
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding if stride == 1 else 0, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
-    "avg": partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
-    "max": partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
-    "max, stride 2": partial(F.max_pool2d, kernel_size=3, stride=2),
-}
-
-
 class Mixed(nn.Module):
-    """Branches side by side, concatenated in this order.
+    """Branches side by side, concatenated in this order. Steps are numbered where a name ends with _.
 
-    A branch is a chain of steps: a convolution (name, in, out, kernel[, stride]), a pool by its name, or a
-    list of convolutions that all read what came before them and are concatenated.
+    A branch is a chain of steps: a convolution (out, kernel[, stride]), a pool by its name, or a list of
+    convolutions, a and b, that both read what came before them and are concatenated.
     """
 
-    def __init__(self, *branches):
+    def __init__(self, channels, **branches):
         super().__init__()
-        self.branches = branches
-        for step in (step for branch in branches for step in branch if not isinstance(step, str)):
-            for name, *shape in step if isinstance(step, list) else [step]:
-                self.add_module(name, ConvBN(*shape))
+        self.chains = [[] for _ in branches]  # of lists of functions
+        for chain, (branch, steps) in zip(self.chains, branches.items(), strict=True):
+            width = channels
+            for number, step in enumerate(steps, 1):
+                name = f"{branch}{number}" if branch.endswith("_") else branch
+                if isinstance(step, str):
+                    chain.append([POOLS[step]])
+                    continue
+                shapes = step if isinstance(step, list) else [step]
+                names = [name] if len(shapes) == 1 else [name + "a", name + "b"]
+                chain.append([ConvBN(width, *shape) for shape in shapes])
+                for name, convolution in zip(names, chain[-1], strict=True):
+                    self.add_module(name, convolution)
+                width = sum(out for out, *_ in shapes)
 
     def forward(self, x):
         outputs = []
-        for branch in self.branches:
+        for chain in self.chains:
             y = x
-            for step in branch:
-                if isinstance(step, str):
-                    y = POOLS[step](y)
-                elif isinstance(step, list):
-                    y = torch.cat([getattr(self, name)(y) for name, *_ in step], 1)
-                else:
-                    y = getattr(self, step[0])(y)
+            for first, *others in chain:
+                y = torch.cat([first(y), *(other(y) for other in others)], 1) if others else first(y)
             outputs.append(y)
         return torch.cat(outputs, 1)
 
 
 def block_a(c, pooled):  # 35 x 35
-    return Mixed([("branch1x1", c, 64, 1)],
-                 [("branch5x5_1", c, 48, 1), ("branch5x5_2", 48, 64, 5)],
-                 [("branch3x3dbl_1", c, 64, 1), ("branch3x3dbl_2", 64, 96, 3), ("branch3x3dbl_3", 96, 96, 3)],
-                 ["avg", ("branch_pool", c, pooled, 1)])
-
-
-def block_b(c):  # 35 x 35 -> 17 x 17
-    return Mixed([("branch3x3", c, 384, 3, 2)],
-                 [("branch3x3dbl_1", c, 64, 1), ("branch3x3dbl_2", 64, 96, 3),
-                  ("branch3x3dbl_3", 96, 96, 3, 2)],
-                 ["max, stride 2"])
+    return Mixed(c, branch1x1=[(64, 1)], branch5x5_=[(48, 1), (64, 5)],
+                 branch3x3dbl_=[(64, 1), (96, 3), (96, 3)], branch_pool=["avg", (pooled, 1)])
 
 
 def block_c(c, w):  # 17 x 17, 7x7 convolutions as 1x7 and 7x1
-    return Mixed([("branch1x1", c, 192, 1)],
-                 [("branch7x7_1", c, w, 1), ("branch7x7_2", w, w, (1, 7)), ("branch7x7_3", w, 192, (7, 1))],
-                 [("branch7x7dbl_1", c, w, 1), ("branch7x7dbl_2", w, w, (7, 1)),
-                  ("branch7x7dbl_3", w, w, (1, 7)), ("branch7x7dbl_4", w, w, (7, 1)),
-                  ("branch7x7dbl_5", w, 192, (1, 7))],
-                 ["avg", ("branch_pool", c, 192, 1)])
-
-
-def block_d(c):  # 17 x 17 -> 8 x 8
-    return Mixed([("branch3x3_1", c, 192, 1), ("branch3x3_2", 192, 320, 3, 2)],
-                 [("branch7x7x3_1", c, 192, 1), ("branch7x7x3_2", 192, 192, (1, 7)),
-                  ("branch7x7x3_3", 192, 192, (7, 1)), ("branch7x7x3_4", 192, 192, 3, 2)],
-                 ["max, stride 2"])
+    return Mixed(c, branch1x1=[(192, 1)], branch7x7_=[(w, 1), (w, (1, 7)), (192, (7, 1))],
+                 branch7x7dbl_=[(w, 1), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7))],
+                 branch_pool=["avg", (192, 1)])
 
 
 def block_e(c, pool):  # 8 x 8
-    return Mixed([("branch1x1", c, 320, 1)],
-                 [("branch3x3_1", c, 384, 1),
-                  [("branch3x3_2a", 384, 384, (1, 3)), ("branch3x3_2b", 384, 384, (3, 1))]],
-                 [("branch3x3dbl_1", c, 448, 1), ("branch3x3dbl_2", 448, 384, 3),
-                  [("branch3x3dbl_3a", 384, 384, (1, 3)), ("branch3x3dbl_3b", 384, 384, (3, 1))]],
-                 [pool, ("branch_pool", c, 192, 1)])
+    halves = [(384, (1, 3)), (384, (3, 1))]
+    return Mixed(c, branch1x1=[(320, 1)], branch3x3_=[(384, 1), halves],
+                 branch3x3dbl_=[(448, 1), (384, 3), halves], branch_pool=[pool, (192, 1)])
 
 
 class InceptionV3(nn.Module):
@@ -126,10 +104,13 @@ class InceptionV3(nn.Module):
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block_a(192, 32), block_a(256, 64), block_a(288, 64)
-        self.Mixed_6a = block_b(288)
+        self.Mixed_6a = Mixed(288, branch3x3=[(384, 3, 2)], branch3x3dbl_=[(64, 1), (96, 3), (96, 3, 2)],
+                              pool=["max, stride 2"])
         self.Mixed_6b, self.Mixed_6c = block_c(768, 128), block_c(768, 160)
         self.Mixed_6d, self.Mixed_6e = block_c(768, 160), block_c(768, 192)
-        self.Mixed_7a = block_d(768)
+        self.Mixed_7a = Mixed(768, branch3x3_=[(192, 1), (320, 3, 2)],
+                              branch7x7x3_=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+                              pool=["max, stride 2"])
         self.Mixed_7b, self.Mixed_7c = block_e(1280, "avg"), block_e(2048, "max")  # as in the 2015 graph
         self.fc = nn.Linear(2048, 1008)
 

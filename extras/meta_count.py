@@ -24,6 +24,8 @@ CHIPS = {  # memory in GiB, peak of dense bfloat16 products in TFLOP/s: from the
     "a100-80": (79.2, 312), "h100": (79.1, 989), "h200": (139.8, 989), "3090": (23.6, 71),
     "4090": (23.6, 165)}
 MARGIN, RESERVE = 1.1, GiB // 2  # for fragments and workspaces; for the driver
+TYPES = {"linear": torch.bfloat16, "conv2d": torch.bfloat16, "group_norm": torch.float32,
+         "layer_norm": torch.float32, "rms_norm": torch.float32}  # of CUDA's autocast
 
 
 def chip_of(device, name=None):
@@ -49,10 +51,6 @@ def fits(chip, peak):
     return MARGIN * peak + RESERVE <= chip.memory
 
 
-TYPES = {"linear": torch.bfloat16, "conv2d": torch.bfloat16, "group_norm": torch.float32,
-         "layer_norm": torch.float32, "rms_norm": torch.float32}  # of CUDA's autocast
-
-
 def call_with(function, dtype, *args, **options):
     return function(*(arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args), **options)
 
@@ -63,21 +61,18 @@ def autocast(device_type, dtype=None, enabled=True):
 
     It replaces functions of F: a mode would not reach the blocks that a backward pass computes again.
     """
-    def attention(q, k, v, plain=F.scaled_dot_product_attention):
-        if q.ndim == 3:  # without heads, as on a GPU
-            return plain(q, k, v)
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    plain, flash = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention
+
+    def attention(q, k, v):  # without heads the plain one, as on a GPU
+        return plain(q, k, v) if q.ndim == 3 else flash(q, k, v)[0]
 
     functions = {name: functools.partial(call_with, getattr(F, name), dtype) for name, dtype in TYPES.items()}
     with mock.patch.multiple(F, scaled_dot_product_attention=attention, **functions if enabled else {}):
         yield
 
 
-class Counter(TorchDispatchMode):
-    """flops: by PyTorch's formulas. now, peak: bytes of all storages, at this moment and at most.
-
-    FlopCounterMode will not do: its hooks on modules keep tensors alive that a backward pass has freed.
-    """
+class Counter(TorchDispatchMode):  # FlopCounterMode keeps tensors alive that a backward pass has freed
+    """flops: by PyTorch's formulas. now, peak: bytes of all storages, at this moment and at most."""
 
     def __init__(self):
         super().__init__()

@@ -63,25 +63,24 @@ def require_same_run(out, before, run_config):
 
 def read_skipped(out):
     """skipped.txt -> {title: why not}; None if there is none: the images were not looked at yet."""
-    path = out / "skipped.txt"
-    if not path.exists():
-        return None
-    return dict(line.partition("\t")[::2] for line in path.read_text(encoding="utf-8").splitlines())
+    if (out / "skipped.txt").exists():
+        lines = (out / "skipped.txt").read_text(encoding="utf-8").splitlines()
+        return dict(line.partition("\t")[::2] for line in lines)
 
 
 def make(out, source, load_images, run_config, is_first, allow_bad, stack):
-    """Locks the directory, looks at the images at the first start, writes config.json and the page."""
+    """Locks the directory, decodes every image at the first start, writes config.json and the page."""
     out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(process.lock(out))
     if is_first and not isinstance(source, TokenFile):
-        look_at_images(source, load_images, out, allow_bad)
+        train, _ = load_images()
+        write_skipped(source, out, allow_bad)
+        contact_sheet(train, out / "data.png")
     process.write_json(out / "config.json", run_config)
     stack.enter_context(page_of_a_run(out))
 
 
-def look_at_images(source, load_images, out, allow_bad):
-    """Every image is decoded once. Leaves skipped.txt and data.png in the run directory."""
-    train, _ = load_images()
+def write_skipped(source, out, allow_bad):
     skipped, total = source.skipped, sum(source.counts())
     lines = "".join(f"{printable(title)}\t{printable(reason)}\n" for title, reason in skipped.items())
     process.write_atomically(out / "skipped.txt", lambda partial: partial.write_text(lines, encoding="utf-8"))
@@ -93,4 +92,3 @@ def look_at_images(source, load_images, out, allow_bad):
         raise UserError(f"{len(skipped):,} of {total:,} images cannot be used, more than 1 %, e.g. {title} "
                         f"({reason}); all are in {out / 'skipped.txt'}: repair them or take them out, or add "
                         "--allow-bad")
-    contact_sheet(train, out / "data.png")

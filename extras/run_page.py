@@ -22,7 +22,6 @@ from engine.validate import UserError, printable, read_json, reading, reason_of
 
 SHARE = 0.01  # of a run's time, at most, goes into its page
 POINTS = 300  # of a curve, about
-TABLES = ("tokenizer", "diffusion", "evaluation", "fid")  # the CSV files
 pace = {"next_page": 0.0, "failed": False}  # of the run in this process; times as of time.monotonic()
 
 
@@ -56,10 +55,9 @@ def commands(out, config, start, state):
         title, words = "Train it longer", [*words, "--steps", str(2 * config["steps"])]
     pairs = [(title, shlex.join(words))]
     if (out / "ckpt.pt").exists():
-        words = ["python", "sample.py", str(out / "ckpt.pt"), "--out", "more.png"]
         names = [name for name in config["classes"] if name.isalnum()][:2]
-        if names:
-            words[3:3] = ["--class", ",".join(names)]
+        options = ["--class", ",".join(names)] if names else []
+        words = ["python", "sample.py", str(out / "ckpt.pt"), *options, "--out", "more.png"]
         pairs.append(("Draw samples", shlex.join(words)))
     return pairs
 
@@ -69,7 +67,8 @@ def read_run(out):
     config = read_json(out / "config.json")
     start, metrics = (read_json(file) if file.exists() else {}
                       for file in (out / "state.json", out / "metrics.json"))
-    columns = {name: read_columns(out / f"{name}.csv") for name in TABLES}
+    tables = ("tokenizer", "diffusion", "evaluation", "fid")  # the CSV files
+    columns = {name: read_columns(out / f"{name}.csv") for name in tables}
     last_step = {name: max((points[-1][0] for points in curves.values()), default=0)
                  for name, curves in columns.items()}
     with reading(out / "config.json"):
@@ -123,21 +122,20 @@ def page_of_a_run(out):
         command = ["torchrun", "--nnodes", str(world // here), "--nproc-per-node", str(here), *sys.argv]
     print(f"Follow it in a browser: {out / 'index.html'}")
     pace.update(next_page=0.0, failed=False)
-
-    def record(state, message=""):
-        update_page(out, {"state": state, "message": message, "command": command})
-
-    record("running")
+    start = {"state": "running", "message": "", "command": command}
+    update_page(out, start)
+    start["state"] = "ended"
     try:
         yield
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
-        record("stopped")
+        start["state"] = "stopped"
         raise
     except BaseException as error:
-        expected = isinstance(error, (UserError, OSError))
-        record("failed", str(error) if expected else f"{type(error).__name__}: {error}")
+        name = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
+        start |= {"state": "failed", "message": f"{name}{error}"}
         raise
-    record("ended")
+    finally:
+        update_page(out, start)
 
 
 def main():

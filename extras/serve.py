@@ -2,9 +2,8 @@
 
 Image i of the page is image i of `python sample.py` with its class and the same seed and settings.
 
-The server listens to 127.0.0.1 alone. But any page that is open in a browser here can send requests to it,
-and a stranger's domain can be made to lead here. So Host must be ours, the Origin of a POST too, and its body
-must be declared as JSON, which a foreign page may not send.
+It listens to 127.0.0.1 alone. Against other pages in a browser here, and domains that are made to lead here,
+Host must be ours, the Origin of a POST too, and its body declared as JSON, which they may not send.
 """
 
 import base64
@@ -43,23 +42,20 @@ def read_image(request, size):
 
 
 def read_request(pipeline, settings, request):
-    """The JSON of /draw -> labels (n,), whether to send the trajectory, options of sample_images.
-
-    The n images are shared out evenly among the classes. Without a class the null class draws them, unguided.
-    """
+    """The JSON of /draw -> labels (n,), shared out evenly; whether to send the trajectory; other options."""
     numbers = {name: limits[0](expect(name, request.get(name), *limits)) for name, limits in LIMITS.items()}
     options = settings | numbers | {"sampler": expect("sampler", request.get("sampler"), tuple(SAMPLERS))}
     n = options.pop("n")
     classes = read_indices(request, "classes", len(pipeline.class_names))
+    cells = read_indices(request, "cells", pipeline.model.N)
     only_classes = pipeline.class_names and not pipeline.config["training"]["label_drop"]
     if only_classes and (not classes or options["guidance"]):
         raise UserError("this model was trained with --label-drop 0: choose a class, and guidance 0")
-    if not classes:
+    if not classes:  # the null class, unguided
         classes, options["guidance"] = [pipeline.model.num_classes], 0.0
-    cells = read_indices(request, "cells", pipeline.model.N)
     if request.get("image") is not None:
-        image = read_image(request, pipeline.tokenizer.size)
-        options["inpaint"] = pipeline.tokenizer.encode(image.to(pipeline.device))                  # (1, N)
+        image = read_image(request, pipeline.tokenizer.size).to(pipeline.device)
+        options["inpaint"] = pipeline.tokenizer.encode(image)                                      # (1, N)
         options["inpaint"][:, cells] = -1
     labels = torch.tensor(classes)[torch.arange(n) * len(classes) // n]
     return labels, expect("trajectory", request.get("trajectory"), bool), options
@@ -93,7 +89,6 @@ def draw(pipeline, settings, request, send):
 
 class Handler(BaseHTTPRequestHandler):
     """One connection with one request, in a thread of its own."""
-
     timeout = 10  # seconds that a client may say nothing, or take nothing
     answered = False  # has an answer begun?
 
@@ -183,8 +178,7 @@ class Server(ThreadingHTTPServer):
 def make_server(args, pipeline, chosen, settings):
     """The server of --serve. What else the command line says are the first settings of the page."""
     tokenizer, names = pipeline.tokenizer, pipeline.class_names
-    if len(chosen) > LIMITS["n"][2]:
-        chosen = chosen[:1]
+    chosen = chosen if len(chosen) <= LIMITS["n"][2] else chosen[:1]
     initial = {"n": args.n or max(len(chosen), 8), "seed": args.seed, "temperature": 1.0} | settings
     if args.steps is None:
         initial["steps"] = min(initial["steps"], LIMITS["steps"][2])
@@ -206,7 +200,6 @@ def make_server(args, pipeline, chosen, settings):
 
 
 def serve(args, pipeline, chosen, labels, settings):
-    """--serve PORT, until Ctrl-C."""
     with make_server(args, pipeline, chosen, settings) as server:
         print(f"open http://127.0.0.1:{server.server_port}/ in a browser on this machine; Ctrl-C ends it",
               flush=True)

@@ -2,14 +2,13 @@
 are fetched, and the run directory is made or recognised (extras/run_directory.py). Called by train.py.
 """
 
-import dataclasses
 import functools
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,32 +33,8 @@ MEMORY_ADVICE = ("the same command continues with a lower --micro-batch or --act
                  "--tokenizer-batch")
 
 
-@dataclasses.dataclass
-class Run:
-    """What train.py works with."""
-
-    config: dict             # every option of engine/config.py, resolved
-    models: dict             # keyword arguments of the models: "tokenizer", "denoiser", "schedule"
-    source: object           # the data.Source of the images, or a TokenFile
-    load_images: Callable    # () -> (training, held-out) data.ImageSet
-    out: Path                # the run directory
-    seed: int
-    device: torch.device
-    lpips: object            # network of the perceptual loss, or None
-    inception: object        # file of Inception's weights, or None
-    init: dict               # {part: state dict} of --init
-    minutes: float | None    # of --minutes, in a new run
-    began: float             # time.monotonic() of the start
-    micro_batch: int         # rows per pass on one device
-    eval_batch: int          # the same without training
-
-    @property
-    def tokenizer_is_published(self):
-        return "published" in self.models["tokenizer"]
-
-
 def prepare(args, stack):
-    """The Run of the command line; rank 0 looks first, then the others. After --dry-run the program ends.
+    """What train.py works with, a namespace; rank 0 looks first. After --dry-run the program ends.
 
     stack: a contextlib.ExitStack that keeps the run directory's lock and page.
     """
@@ -101,9 +76,11 @@ def prepare_rank(args, stack):
     config, models, tokenizer = check_options(args, source, out, device, init)
 
     make_cache, cache_plan = plan_cache(source, config["size"], out)
+    if before or args.no_cache:
+        make_cache, cache_plan = False, ""
     if args.dry_run:
         print("\n".join(f"  {flag(name)} {value}" for name, value in config.items()))
-    if cache_plan and not args.no_cache and not before:
+    if cache_plan:
         print(cache_plan)
     trains_tokenizer = not tokenizer and not (out / "tokens.npy").exists()
     estimate = estimate_cost(args, source, config, models, device, trains_tokenizer)
@@ -113,7 +90,13 @@ def prepare_rank(args, stack):
     if (args.eval_fid or config["fid_every"]) and isinstance(source, TokenFile):
         raise UserError("--eval-fid and --fid-every need the images: give them instead of their tokens")
     inception = find_inception() if args.eval_fid or config["fid_every"] else None
-    lpips, lpips_digest = find_perceptual(args, config, tokenizer, before, out, device)
+    wants_lpips = config["perceptual"] and not tokenizer
+    if args.lpips_weights and not wants_lpips:
+        raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
+    lpips, lpips_digest = None, before.get("lpips", "none")
+    if wants_lpips and (args.lpips_weights or not (out / "tokens.npy").exists()):
+        weights = read_lpips(find_lpips(args.lpips_weights))
+        lpips, lpips_digest = LPIPS(weights).to(device), checkpoint.digest(weights)
     run_config = {
         "seed": args.seed, "data": source.name, "train_images": source.counts()[0],
         "held_out_images": source.counts()[1], "classes": source.class_names, "lpips": lpips_digest,
@@ -125,7 +108,6 @@ def prepare_rank(args, stack):
         run_config["minutes"] = before["minutes"]
     run_directory.require_same_run(out, before, run_config)
     skipped = run_directory.read_skipped(out) if before else None
-    make_cache = make_cache and not before and not args.no_cache
     load_images = functools.lru_cache(lambda: load_through_cache(  # if a stage needs images at all
         source, config["size"], skipped, out / CACHE, make_cache and not (out / "tokens.npy").exists()))
     if rank_and_world()[0] == 0:
@@ -133,10 +115,14 @@ def prepare_rank(args, stack):
         if tokenizer and not (out / "tokenizer.pt").exists():
             content = tokenizer | {"config": models["tokenizer"]}
             process.write_atomically(out / "tokenizer.pt", lambda partial: torch.save(content, partial))
-    return Run(config=config, models=models, source=source, load_images=load_images, out=out, seed=args.seed,
-               device=device, lpips=lpips, inception=inception, init=init, began=began,
-               minutes=None if "minutes" in before else args.minutes,
-               micro_batch=estimate.micro_batch, eval_batch=estimate.eval_batch)
+    return SimpleNamespace(
+        config=config, models=models, tokenizer_is_published="published" in models["tokenizer"],
+        source=source, load_images=load_images,  # () -> (training, held-out) data.ImageSet
+        out=out, seed=args.seed, device=device, began=began,
+        lpips=lpips, inception=inception,  # a network and a file, or None
+        init=init,  # {part: state dict} of --init
+        minutes=None if "minutes" in before else args.minutes,
+        micro_batch=estimate.micro_batch, eval_batch=estimate.eval_batch)  # rows per pass; without training
 
 
 def check_options(args, source, out, device, init):
@@ -182,24 +168,10 @@ def estimate_cost(args, source, config, models, device, trains_tokenizer):
     return estimate
 
 
-def find_perceptual(args, config, tokenizer, before, out, device):
-    """(LPIPS or None, digest of its weights or "none"). A tokenizer that wants it does not begin without it.
-    """
-    needed = config["perceptual"] and not tokenizer
-    if args.lpips_weights and not needed:
-        raise UserError("--lpips-weights: no tokenizer is trained here that uses them (--perceptual)")
-    if not needed or (out / "tokens.npy").exists() and not args.lpips_weights:
-        return None, before.get("lpips", "none")
-    weights = read_lpips(find_lpips(args.lpips_weights))
-    return LPIPS(weights).to(device), checkpoint.digest(weights)
-
-
 def read_init(name):
     """{part: state dict} of --init: a run directory, a ckpt.pt (its averaged weights), or a tokenizer.pt."""
     path, parts = Path(name), {}
-    files = [path]
-    if path.is_dir():
-        files = [path / "tokenizer.pt", *[file for file in [path / "ckpt.pt"] if file.exists()]]
+    files = [path / "tokenizer.pt", *path.glob("ckpt.pt")] if path.is_dir() else [path]
     print(f"--init {name}: this run starts from its weights")
     for file in files:
         state = checkpoint.read_checkpoint(file, checkpoint.TOKENIZER_FORMAT, checkpoint.CHECKPOINT_FORMAT)
@@ -210,10 +182,7 @@ def read_init(name):
 
 
 def encode_tokens(run):
-    """Stage 2: tokens.npy, every image encoded, or a copy of the tokens that an earlier run made.
-
-    All ranks call this. After it only --eval-fid opens images: the cache of decoded ones is deleted.
-    """
+    """Stage 2, called by all ranks: tokens.npy. After it only --eval-fid opens images: their cache goes."""
     path = run.out / "tokens.npy"
     tokenizer, _ = load_tokenizer(run.models["tokenizer"], run.out, run.device)
     complete = broadcast(path.exists())

@@ -23,13 +23,6 @@ def arc(x, y, rx, ry, start=0, stop=360, n=20):
     return np.stack([x + rx * np.cos(a), y + ry * np.sin(a)], 1)
 
 
-def spikes(n, inner, outer=1.0):
-    """A star with n points, the first upwards."""
-    a = np.pi * (np.arange(2 * n) / n - 0.5)
-    r = np.where(np.arange(2 * n) % 2, inner, outer)
-    return np.stack([r * np.cos(a), r * np.sin(a)], 1)
-
-
 def turn(points, degrees):
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return np.asarray(points) @ np.array([[c, s], [-s, c]])
@@ -40,6 +33,8 @@ def pictograms():
     a = np.radians(np.arange(0, 360, 12))
     y = -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)
     heart = np.stack([16 * np.sin(a) ** 3, y], 1)
+    a, r = np.pi * (np.arange(10) / 5 - 0.5), np.where(np.arange(10) % 2, 0.45, 1.0)
+    star = np.stack([r * np.cos(a), r * np.sin(a)], 1)
     crescent = np.concatenate([arc(0, 0, 0.95, 0.95, 50, 310, 24), arc(0.42, 0, 0.74, 0.74, 285, 75, 20)])
     rays = [(turn([(0.62, -0.13), (1.0, -0.09), (1.0, 0.09), (0.62, 0.13)], 45 * i), None) for i in range(8)]
     petals = [(turn(arc(0.58, 0, 0.42, 0.38), 72 * i - 90), None) for i in range(5)]
@@ -47,7 +42,7 @@ def pictograms():
                             + [arc(x, 0.05, 1 / 3, 0.22, 0, -180, 7) for x in (2 / 3, 0, -2 / 3)])
     return {
         "heart": [(heart / 16, None)],
-        "star": [(spikes(5, 0.45), None)],
+        "star": [(star, None)],
         "moon": [(crescent, None)],
         "sun": [(arc(0, 0, 0.5, 0.5), None), *rays],
         "flower": [*petals, (arc(0, 0, 0.32, 0.32), BROWN)],
@@ -75,8 +70,7 @@ def pictograms():
 def draw_toy(n, seed, size=TOY_SIZE):
     """(pixels (n, 3, size, size) uint8, labels (n,)): n pictograms, class i mod 12, drawn 4x, averaged down.
 
-    Colour out of six, place within +-7 % of the width, size within +-15 %, angle within +-14 degrees,
-    left-right flip: all independent and uniform, from the seed alone.
+    Colour, place, size, angle and left-right flip are independent and uniform, from the seed alone.
     """
     rng, scale = np.random.default_rng(seed), 4 * size / 2
     shapes, colours = list(pictograms().values()), list(PALETTE.values())
@@ -113,8 +107,5 @@ class Toy:
                 f"({', '.join(self.class_names)}), drawn at the size asked for")
 
     def load(self, size=TOY_SIZE, skipped=None):
-        sets = []
-        for n, seed in ((self.n_train, 0), (self.n_test, 1)):
-            pixels, labels = draw_toy(n, seed, size)
-            sets.append(ImageSet(labels, self.class_names, size, pixels))
-        return tuple(sets)
+        drawn = [draw_toy(n, seed, size) for n, seed in ((self.n_train, 0), (self.n_test, 1))]
+        return tuple(ImageSet(labels, self.class_names, size, pixels) for pixels, labels in drawn)

@@ -11,6 +11,14 @@ from engine.distributed import all_reduce_sum
 from engine.validate import check_file, check_finite, check_weights
 from extras.downloads import find_weights
 
+GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight rises
+LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and the weights w_lc
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
+                           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    "lpips-vgg-v0.1.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/"
+                           "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
+                           "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}
+
 
 class LPIPS(nn.Module):
     """Learned perceptual distance of two images (Zhang et al. 2018, version 0.1, VGG-16), over five depths l:
@@ -56,14 +64,6 @@ class LPIPS(nn.Module):
                        for f, g, w in zip(target, self.stages(x_hat), self.lin, strict=True))
 
 
-LPIPS_FILES = {  # name in the cache: (URL, SHA-256). torchvision's network, and the weights w_lc
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth",
-                           "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    "lpips-vgg-v0.1.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/"
-                           "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
-                           "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")}
-
-
 def find_lpips(given=None, may_download=True):
     """The files of the weights: those given, or LPIPS_FILES from torch's cache or a download."""
     if given:
@@ -87,10 +87,7 @@ def read_lpips(paths):
 
 
 class PatchDiscriminator(nn.Module):
-    """Real or reconstructed? One logit per overlapping patch (PatchGAN, Isola et al. 2017).
-
-    Group instead of batch normalisation (ours): no image's logits depend on another's.
-    """
+    """Real or reconstructed? One logit per overlapping patch (PatchGAN, Isola et al. 2017)."""
 
     def __init__(self, size, width=64, bf16=False):
         super().__init__()
@@ -100,7 +97,7 @@ class PatchDiscriminator(nn.Module):
         levels = min(3, max(1, size.bit_length() - 4))  # down to an eighth, or less for small images
         for i in range(1, levels + 1):
             conv = nn.Conv2d(width, 2 * width, 4, stride=2 if i < levels else 1, padding=1, bias=False)
-            width *= 2
+            width *= 2  # group, not batch norm (ours): no image's logits depend on another's
             self.layers.append(nn.Sequential(conv, nn.GroupNorm(16, width)))
         self.layers.append(nn.Conv2d(width, 1, 4, padding=1))
 
@@ -122,17 +119,12 @@ def hinge_loss(real, fake):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
-    """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there.
-
-    Clamped: where the discriminator has no gradient, the quotient explodes. The same in all processes.
-    """
+    """|d L_rec / d W| / |d L_G / d W|, W the decoder's last layer: both losses pull equally hard there."""
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
                  for loss in (reconstruction, adversarial)]
     all_reduce_sum(gradients)
+    # It explodes where the discriminator has no gradient.
     return (gradients[0].norm() / (gradients[1].norm() + 1e-6)).clamp(max=largest).detach()
-
-
-GAN_WARMUP, GAN_RAMP = 0.05, 0.1  # shares of the steps: discriminator alone, then its weight rises
 
 
 def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
@@ -162,10 +154,9 @@ def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
 
 
 def build_discriminator(config, bf16, device):
-    """{"discriminator", "discriminator_optimizer"}"""
-    discriminator = make_discriminator(config, bf16).to(device)
-    optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9), weight_decay=0, fused=True)
-    return {"discriminator": discriminator, "discriminator_optimizer": optimizer}
+    model = make_discriminator(config, bf16).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.5, 0.9), weight_decay=0, fused=True)
+    return {"discriminator": model, "discriminator_optimizer": optimizer}
 
 
 def discriminator_step(judge, parts, outputs, lr, clip):
