@@ -125,8 +125,9 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
     columns = {"image": image}
     if args.vary:
         with user_error():
-            check_settings(**settings, t=args.strength)
-        options = {"init": (tokens, args.strength)}
+            strength = 0.6 if args.strength is None else args.strength
+            check_settings(**settings, t=strength)
+        options = {"init": (tokens, strength)}
     else:
         drawn = read_mask(args, tokenizer)                                                 # (N,)
         if not drawn.any():

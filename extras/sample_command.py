@@ -44,7 +44,7 @@ def main():
     add("--interpolate", metavar="A,B", help="from seed A to seed B, a row per class; smoothest with ddim")
     add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
-    group.add_argument("--strength", type=float, default=0.6, help="for --vary: 0 changes nothing, 1 all")
+    group.add_argument("--strength", type=float, help="for --vary: 0 changes nothing, 1 all (default: 0.6)")
     args = parser.parse_args()
     stopped = "stopped; the same command goes on" if Path(args.out).suffix != ".png" else "stopped"
     with report_errors("sample.py", stopped, "give --batch, or a lower one; the images stay the same"):
@@ -63,7 +63,9 @@ def check_arguments(args, special):
             (special and not is_grid, f"--out {out}: {flag} writes no files of samples"),
             (args.class_counts and is_grid, "--class-counts: a grid has rows of one class, name a folder"),
             (special and rank_and_world()[1] > 1, f"{flag} is for one process: start it with python"),
-            ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together")):
+            ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together"),
+            (args.strength is not None and args.vary is None, "--strength is for --vary"),
+            (special == "serve" and args.compile, "--compile is not for --serve")):
         if wrong:
             raise UserError(message)
 
