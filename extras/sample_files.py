@@ -34,7 +34,6 @@ def sample_files(pipeline, labels, out, batch, seed, **settings):
 
     def write_png(image, path):
         write_atomically(path, lambda partial: Image.fromarray(image).save(partial, "png"))
-
     with tqdm(total=len(starts), desc="sampling", unit="batch", disable=None if is_main else True) as bar:
         for i, images in shared_work(starts, draw):  # all draw; process 0 writes
             list(decoders().map(write_png, images, files[i:i + batch]))
