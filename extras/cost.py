@@ -41,7 +41,6 @@ def count_tokenizer(config, models, chip, images):
                 discriminator.requires_grad_(True)
                 real, fake = discriminator(outputs["x"]), discriminator(outputs["x_hat"].detach())
                 hinge_loss(real, fake).backward()
-
         return [tokenizer, discriminator] if discriminator else [tokenizer], step
     return Stage(build, images)
 
@@ -58,7 +57,6 @@ def count_diffusion(config, models, chip, images):
                                     *noisy, **{name: config[name] for name in LOSS_ARGS})
             with autocast("meta", enabled=chip.bf16):  # for blocks that are computed again
                 loss.backward()
-
         return [model], step
     return Stage(build, images, ema=True)
 
@@ -77,7 +75,6 @@ def count_untrained(config, models, chip, images=8):
         generators = [torch.Generator() for _ in range(images)]
         return [model], lambda: sample_tokens(model, ShiftedCosine(**models["schedule"]), labels, generators,
                                               2, config["guidance"], config["sampler"])
-
     return Stage(encode, images, trained=False), Stage(sample, images, trained=False)
 
 
@@ -88,10 +85,7 @@ def fitting_batch(pipeline, most):
 
 
 def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
-    """The cost of a run on `world` chips, and the images at a time for which it fits each of them.
-
-    models: of engine.config.describe_models; counts: (training, held-out) images. -> a namespace
-    """
+    """The cost of a run on `world` chips, a namespace. counts: (training, held-out) images."""
     encoding, sampling = count_untrained(config, models, chip)
     diffusion = count_diffusion(config, models, chip, config["batch"] // world)
     rows = counts[0] * (1 + config["flip"])  # of training tokens
@@ -108,7 +102,6 @@ def estimate(config, models, counts, chip, world=1, trains_tokenizer=True):
     untrained = max(encoding, sampling, key=lambda stage: stage.peak["activations"])
     untrained.peak["weights"] = max(stage.total - stage.peak["activations"] for stage in stages.values())
     stages["untrained"] = untrained.fit(chip, config["eval_batch"])
-
     flops["tokens"] = encoding.flops / encoding.images * (rows + counts[1])
     flops["diffusion"] = config["steps"] * diffusion.flops * world
     hours = {name: value / (world * chip.flops * UTILISATION * 3600) for name, value in flops.items()}

@@ -24,7 +24,6 @@ POOLS = {  # "avg" as in TensorFlow: a mean over the pixels that are there
 
 class ConvBN(nn.Module):
     """Convolution, batch norm, ReLU. At stride 1 the padding keeps the size, unless it is given."""
-
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding if stride == 1 else 0, bias=False)

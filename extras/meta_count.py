@@ -57,15 +57,12 @@ def call_with(function, dtype, *args, **options):
 
 @contextlib.contextmanager
 def autocast(device_type, dtype=None, enabled=True):
-    """In place of torch.autocast, which the meta device lacks: the types of CUDA's, and flash attention.
-
-    It replaces functions of F: a mode would not reach the blocks that a backward pass computes again.
-    """
+    """In place of torch.autocast, which the meta device lacks: the types of CUDA's, and flash attention."""
     plain, flash = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention
 
     def attention(q, k, v):  # without heads the plain one, as on a GPU
         return plain(q, k, v) if q.ndim == 3 else flash(q, k, v)[0]
-
+    # Functions of F are replaced: a mode would not reach the blocks that a backward pass computes again.
     functions = {name: functools.partial(call_with, getattr(F, name), dtype) for name, dtype in TYPES.items()}
     with mock.patch.multiple(F, scaled_dot_product_attention=attention, **functions if enabled else {}):
         yield
@@ -73,7 +70,6 @@ def autocast(device_type, dtype=None, enabled=True):
 
 class Counter(TorchDispatchMode):  # FlopCounterMode keeps tensors alive that a backward pass has freed
     """flops: by PyTorch's formulas. now, peak: bytes of all storages, at this moment and at most."""
-
     def __init__(self):
         super().__init__()
         self.storages, self.flops, self.now, self.peak = weakref.WeakSet(), 0, 0, 0
@@ -97,11 +93,7 @@ class Counter(TorchDispatchMode):  # FlopCounterMode keeps tensors alive that a 
 
 
 class Stage:
-    """Work on a number of images at a time: flops, peak {kind: bytes}, size (bytes of the modules).
-
-    build() -> (modules, work): makes the modules, and returns what they are to do.
-    """
-
+    """Work on images at a time: flops, peak {kind: bytes}, size in bytes. build() -> (modules, work)."""
     def __init__(self, build, images, trained=True, ema=False):
         with mock.patch.object(torch, "autocast", autocast), Counter() as counter:
             with torch.device("meta"):

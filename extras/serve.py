@@ -82,7 +82,6 @@ def draw(pipeline, settings, request, send):
         if line["step"] in frames:
             line["images"] = png_texts(pipeline.tokenizer.decode(p.argmax(-1)))
         send({"labels": labels.tolist()} | line)
-
     images = sample_images(pipeline, labels, show_progress=False, callback=after_step, **options)
     send({"labels": labels.tolist(), "images": png_texts(images)})
 
@@ -160,7 +159,6 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     """pages: {path: (content type, bytes)}. actions: {path of a POST: function(dict, send_line)}."""
-
     def __init__(self, port, pages, actions):
         self.pages, self.actions = pages, actions
         self.drawing, self.ending = threading.Lock(), False

@@ -34,15 +34,12 @@ MEMORY_ADVICE = ("the same command continues with a lower --micro-batch or --act
 
 
 def prepare(args, stack):
-    """What train.py works with, a namespace; rank 0 looks first. After --dry-run the program ends.
-
-    stack: a contextlib.ExitStack that keeps the run directory's lock and page.
-    """
+    """What train.py works with, a namespace. stack: an ExitStack, for the run directory's lock and page."""
     rank, world = rank_and_world()
     if rank:  # rank 0 speaks for all
         sys.stdout = open(os.devnull, "w")
     run = process.main_process_first(lambda: prepare_rank(args, stack))
-    if broadcast(run is None):
+    if broadcast(run is None):  # --dry-run
         sys.exit(0)
     run = run or prepare_rank(args, stack)
     # All take as many images at a time as the one with the least memory.
@@ -74,7 +71,6 @@ def prepare_rank(args, stack):
     run_directory.repeat_choices(args, before, out)
     init = read_init(args.init) if args.init and not (out / "ckpt.pt").exists() else {}
     config, models, tokenizer = check_options(args, source, out, device, init)
-
     make_cache, cache_plan = plan_cache(source, config["size"], out)
     if before or args.no_cache:
         make_cache, cache_plan = False, ""

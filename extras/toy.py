@@ -1,7 +1,4 @@
-"""The built-in set: twelve pictograms in six colours, drawn at random places, sizes and angles (ours).
-
-`python train.py` trains on it: no download, and large enough to show every part of the method.
-"""
+"""The built-in set (ours), without a download: twelve pictograms in six colours, drawn at random."""
 
 import math
 
@@ -68,10 +65,7 @@ def pictograms():
 
 
 def draw_toy(n, seed, size=TOY_SIZE):
-    """(pixels (n, 3, size, size) uint8, labels (n,)): n pictograms, class i mod 12, drawn 4x, averaged down.
-
-    Colour, place, size, angle and left-right flip are independent and uniform, from the seed alone.
-    """
+    """(pixels (n, 3, size, size) uint8, labels (n,)): class i mod 12, all else uniform, by the seed."""
     rng, scale = np.random.default_rng(seed), 4 * size / 2
     shapes, colours = list(pictograms().values()), list(PALETTE.values())
     pixels = np.empty((n, size, size, 3), np.uint8)
@@ -92,7 +86,6 @@ def draw_toy(n, seed, size=TOY_SIZE):
 
 class Toy:
     """The built-in set. The same images on every machine for one version of Pillow."""
-
     name, dataset, n_train, n_test, skipped = "toy", "toy", 18000, 1800, {}
     class_names, sides = list(pictograms()), (TOY_SIZE,) * 3
 

@@ -40,7 +40,6 @@ def mean_target(cm_pairs, z_t=0.8, log_snr_t=-1.0, log_snr_s=0.0):
     """(p(+1 | z_t), the mean of p(+1 | z_s), which L_CM teaches at z_t) for e = +-1; they should be equal."""
     def p_plus(z, log_snr):
         return torch.sigmoid(2 * z * log_snr.exp() / torch.sigmoid(log_snr).sqrt())  # 2 alpha z / sigma^2
-
     z_t, log_snr_t, log_snr_s = (torch.tensor([v], dtype=torch.float64) for v in (z_t, log_snr_t, log_snr_s))
     eps_s = torch.linspace(-9, 9, 1801, dtype=torch.float64)
     density = torch.exp(-eps_s.square() / 2) / torch.exp(-eps_s.square() / 2).sum()

@@ -88,7 +88,6 @@ def read_lpips(paths):
 
 class PatchDiscriminator(nn.Module):
     """Real or reconstructed? One logit per overlapping patch (PatchGAN, Isola et al. 2017)."""
-
     def __init__(self, size, width=64, bf16=False):
         super().__init__()
         if size < 8:
@@ -123,8 +122,8 @@ def adaptive_weight(reconstruction, adversarial, last_layer, largest=100.0):
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()
                  for loss in (reconstruction, adversarial)]
     all_reduce_sum(gradients)
-    # It explodes where the discriminator has no gradient.
-    return (gradients[0].norm() / (gradients[1].norm() + 1e-6)).clamp(max=largest).detach()
+    quotient = gradients[0].norm() / (gradients[1].norm() + 1e-6)  # explodes without a gradient
+    return quotient.clamp(max=largest).detach()
 
 
 def tokenizer_loss(config, model, discriminator, outputs, progress, lpips=None):
