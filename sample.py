@@ -176,6 +176,20 @@ def default_labels(n, num_classes):
     return (torch.arange(n) // COLUMNS) % max(num_classes, 1)
 
 
+def class_labels(n, chosen, counts=None):
+    """(n,) labels: image i has the class chosen[i mod C]: any number is spread evenly, as by ADM and DiT.
+
+    counts: how often each class of the model is to come (in any unit), one after the other.
+    """
+    if counts is None:
+        return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
+    ends = torch.tensor([counts[label] for label in chosen]).cumsum(0)
+    if not ends[-1]:
+        raise ValueError("--class-counts training: there is no training image of these classes")
+    positions = (torch.arange(n, dtype=torch.float64) + 0.5) * ends[-1] / n
+    return torch.tensor(chosen)[torch.searchsorted(ends.double(), positions, right=True)]
+
+
 if __name__ == "__main__":
     from extras.sample_command import main
     main()

@@ -118,29 +118,23 @@ def in_words(hours):
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.2g} min"
 
 
-def summary(cost):
+def report(cost, full):
+    """Lines: of --dry-run all figures, what to expect, what to do about a stage that does not fit."""
+    if full:
+        yield (f"cost on {cost.world} x {cost.chip.name} ({cost.chip.memory / GiB:.1f} GiB, "
+               f"{cost.chip.flops / 1e12:.3g} TFLOP/s), by counting")
+        for name, stage in cost.stages.items():
+            kinds = ", ".join(f"{kind} {size / GiB:.3f}" for kind, size in stage.peak.items() if size)
+            yield (f"  {name:<10} {stage.total / GiB:>8.3f} GiB at peak, {stage.images} images at a time: "
+                   f"{kinds}" + ("" if cost.fits[name] else "; does not fit"))
+        for name, hours in cost.hours.items():
+            yield f"  {name:<10} {in_words(hours):>8}: {cost.flops[name]:.2g} FLOP"
+        yield f"  disk: {cost.disk / 1e9:.2g} GB at most"
     name = max(cost.stages, key=lambda name: cost.stages[name].total)
     passes = f", the batch in passes of {cost.micro_batch} images" if cost.micro_batch else ""
-    return (f"cost, by counting: {cost.stages[name].total / GiB:.2g} GiB at most ({name}){passes}; about "
-            f"{in_words(sum(cost.hours.values()))} at {UTILISATION:.0%} of the peak of {cost.chip.name}, "
-            f"the first generated picture after {in_words(cost.first)}")
-
-
-def report(cost):  # for --dry-run
-    yield (f"cost on {cost.world} x {cost.chip.name} ({cost.chip.memory / GiB:.1f} GiB, "
-           f"{cost.chip.flops / 1e12:.3g} TFLOP/s), by counting")
-    for name, stage in cost.stages.items():
-        kinds = ", ".join(f"{kind} {size / GiB:.3f}" for kind, size in stage.peak.items() if size)
-        yield (f"  {name:<10} {stage.total / GiB:>8.3f} GiB at peak, {stage.images} images at a time: {kinds}"
-               + ("" if cost.fits[name] else "; does not fit"))
-    for name, hours in cost.hours.items():
-        yield f"  {name:<10} {in_words(hours):>8}: {cost.flops[name]:.2g} FLOP"
-    yield f"  disk: {cost.disk / 1e9:.2g} GB at most"
-    yield summary(cost)
-
-
-def advice(cost):
-    """What to do about a stage that does not fit."""
+    yield (f"cost, by counting: {cost.stages[name].total / GiB:.2g} GiB at most ({name}){passes}; about "
+           f"{in_words(sum(cost.hours.values()))} at {UTILISATION:.0%} of the peak of {cost.chip.name}, "
+           f"the first generated picture after {in_words(cost.first)}")
     if not cost.fits.get("tokenizer", True):  # its codebook and discriminator need the whole batch at once
         yield ("the tokenizer's batch does not fit the memory. What may: more GPUs, or --tokenizer-batch "
                f"{cost.fitting['tokenizer']}, which changes the result")
@@ -152,4 +146,5 @@ def advice(cost):
 if __name__ == "__main__":
     for preset, options in PRESETS.items():
         config, chip = DEFAULTS | options, chip_of(None, sys.argv[1])
-        print(f"{preset:<14}", summary(estimate(config, describe_models(config, 10), (100000, 2000), chip)))
+        costs = estimate(config, describe_models(config, 10), (100000, 2000), chip)
+        print(f"{preset:<14}", *report(costs, full=False))

@@ -18,11 +18,8 @@ from engine.validate import UserError, read_json, reading, reason_of
 from extras.data_arrays import open_npz
 from extras.datasets import DATASETS, find
 from extras.inception import load_inception
-from extras.sampling_options import class_labels
 from fid import MIN_IMAGES, REAL_KEPT, Statistics, compute_scores, measure, print_scores
-from sample import sample_images
-
-FEW = MIN_IMAGES  # samples of an evaluation during training
+from sample import class_labels, sample_images
 
 
 class Images(NamedTuple):
@@ -156,9 +153,9 @@ def evaluate_run(run, n):
 
 
 def evaluate_during(run, pipeline, step):
-    """--fid-every: the scores of FEW samples, too few to be published, as a row of fid.csv."""
+    """--fid-every: the scores of MIN_IMAGES samples, too few to be published, as a row of fid.csv."""
     pipeline.model.eval()
-    scores = score_samples(run, pipeline, FEW)
+    scores = score_samples(run, pipeline, MIN_IMAGES)
     if scores:
         trim_rows(run.out / "fid.csv", step - 1)  # a run that was killed may come to this step once more
         append_row(run.out / "fid.csv", {"step": step} | {f"{name}_2k": scores[name] for name in scores})

@@ -15,8 +15,7 @@ def read_config(out):
     """config.json of an earlier start; {} if there was none."""
     if (out / "config.json").exists():
         return read_json(out / "config.json")
-    # What a start that was killed leaves.
-    early = ("skipped.txt", "data.png", ".lock", CACHE, "images.part", "config.json")
+    early = ("skipped.txt", "data.png", ".lock", CACHE, "images.part", "config.json")  # of one killed early
     if out.exists() and any(not path.name.startswith(early) for path in out.iterdir()):
         raise UserError(f"{out} exists, is not empty and is no run of train.py: give another --out")
     return {}

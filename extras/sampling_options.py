@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import torch
 
 from engine.build import load_checkpoint
@@ -10,7 +9,7 @@ from engine.distributed import precision
 from engine.process import user_error
 from engine.validate import UserError
 from extras.cost import fitting_batch
-from sample import SAMPLERS, check_settings, default_labels
+from sample import SAMPLERS, check_settings, class_labels, default_labels
 
 WNID = re.compile(r"n\d{8} ")  # "n01440764 tench"
 OPTIONAL = ("steps", "guidance", "sampler", "temperature", "interval", "end")  # None: as the checkpoint says
@@ -79,25 +78,12 @@ def parse_classes(text, class_names):
     return classes
 
 
-def class_labels(n, chosen, counts=None):
-    """(n,) labels: image i has the class chosen[i mod C]: any number is spread evenly, as by ADM and DiT.
-
-    counts: how often each class of the model is to come (in any unit), one after the other.
-    """
-    if counts is None:
-        return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
-    ends = np.cumsum([counts[label] for label in chosen])
-    if not ends[-1]:
-        raise UserError("--class-counts training: there is no training image of these classes")
-    positions = (np.arange(n) + 0.5) * ends[-1] / n
-    return torch.tensor(chosen)[torch.from_numpy(np.searchsorted(ends, positions, side="right"))]
-
-
 def labels_to_draw(n, args, pipeline, chosen, settings, in_rows=False):
     """(n,) labels, by the rule or in the rows of a grid, and a few words on the images that will be drawn."""
     names, training = pipeline.class_names, args.class_counts == "training"
     counts = pipeline.class_counts + [0] * (len(names) - len(pipeline.class_counts))
-    labels = class_labels(n, chosen, counts if training and names else None)
+    with user_error():
+        labels = class_labels(n, chosen, counts if training and names else None)
     words = f"{len(chosen)} classes evenly"
     if not names:
         words = "no classes"

@@ -155,12 +155,10 @@ def check_options(args, source, out, device, init):
 
 
 def estimate_cost(args, source, config, models, device, trains_tokenizer):
-    """cost.estimate of what is left of the run; prints it, in full with --dry-run, and what does not fit."""
+    """cost.estimate of what is left of the run, printed; in full with --dry-run."""
     chip, (_, world) = cost.chip_of(device, args.chip), rank_and_world()
     estimate = cost.estimate(config, models, source.counts(), chip, world, trains_tokenizer=trains_tokenizer)
-    print("\n".join(cost.report(estimate)) if args.dry_run else cost.summary(estimate))
-    for line in cost.advice(estimate):
-        print(line)
+    print("\n".join(cost.report(estimate, args.dry_run)))
     return estimate
 
 

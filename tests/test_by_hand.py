@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import train
 from data import ImageSet, Source
 from embedding_diffusion import EmbeddingDiffusion
 from engine.config import DEFAULTS
 from engine.tokens import TokenDataset
 from extras.vqgan_losses import PatchDiscriminator
+from schedule import ShiftedCosine
 from tests.common import call, close, flags, rows_of, seeded
-from tests.exact import Steps, run_of
+from tests.exact import Steps, run_of, small_model
 from vqvae import VQVAE, VectorQuantizer
 
 STAGE = {"tokenizer": 0, "diffusion": 1, "evaluation": 2, "weights": 3, "flips": 4}
@@ -165,6 +167,23 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
     for row, bits, step in zip(evaluations, (untrained, trained), "03", strict=True):
         figures = [float(row[name]) for name in ("prior", "rec", "diff", "total", "standard_error")]
         assert row["step"] == step and figures == pytest.approx(summary(bits), rel=5e-4, abs=1e-5)
+
+
+def test_bound_by_hand():
+    """Of a network with random weights, classes included; more draws than images, more images than a batch."""
+    model = small_model(K=8, num_classes=2, depth=1).float()
+    x, labels = torch.randint(8, (300, 4), generator=seeded(0)), torch.arange(300) % 2
+    found = losses.held_out_bits(model, ShiftedCosine(0.4, -4, 2), x, labels,
+                                 lambda i: seeded(seed_of(9, STAGE["evaluation"], i)), 400, 128)
+    expected = bound_by_hand(model, x.repeat(2, 1)[:400], labels.repeat(2)[:400], 9)
+    close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_z_s_has_no_gradient():
+    """What the target is made of is no way to the table."""
+    e, level = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1)
+    for pairs in ("markov", "shared"):
+        assert not losses.sample_z_s(pairs, 2 * e, e, e.detach(), -level, level, e.detach()).requires_grad
 
 
 # ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import train
@@ -51,6 +52,20 @@ def test_cost_of_the_denoiser_is_what_a_cpu_takes(recompute):
     assert {kind: counted.peak[kind] / weights for kind in expected} == pytest.approx(expected, rel=0.01)
 
 
+def test_recomputation_saves_memory():
+    kept, recomputed = (cost.count_diffusion(config, describe_models(config, 3), CPU, 32).peak["activations"]
+                        for config in (MEDIUM, MEDIUM | {"activation_checkpointing": True}))
+    assert recomputed < 0.8 * kept
+
+
+def test_autocast_of_the_count():
+    """Products in bfloat16, norms in float32, as on a GPU."""
+    x = torch.ones(2, 4, dtype=torch.bfloat16, device="meta")
+    with meta_count.autocast("meta", torch.bfloat16):
+        assert F.linear(x.float(), x.float()).dtype == torch.bfloat16
+        assert {norm(x, (4,)).dtype for norm in (F.layer_norm, F.rms_norm)} == {torch.float32}
+
+
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_cost_of_the_tokenizer_is_what_a_cpu_takes(update):
     config = MEDIUM | {"codebook_update": update}
@@ -79,16 +94,17 @@ def test_a_run_is_made_to_fit(monkeypatch):
 
     whole = estimate()
     assert (whole.micro_batch, whole.eval_batch, set(whole.fits.values())) == (0, 2, {True})
-    assert list(cost.advice(whole)) == []
+    assert len(list(cost.report(whole, full=False))) == 1
     stage = whole.stages["diffusion"]
     three_passes_fit = (stage.at(6).total + stage.at(4).total) / 2  # and two do not
     chip.memory = meta_count.MARGIN * three_passes_fit + meta_count.RESERVE
     assert estimate().micro_batch == 4 and estimate().fits["diffusion"]
     asked = estimate(micro_batch=6)
-    assert asked.micro_batch == 6 and "--micro-batch 4" in " ".join(cost.advice(asked))
+    assert asked.micro_batch == 6 and "--micro-batch 4" in " ".join(cost.report(asked, full=False))
     chip.memory = meta_count.RESERVE
     assert estimate().eval_batch == 1
-    assert [line.split()[1] for line in cost.advice(estimate())] == ["tokenizer's", "denoiser"]
+    _, *advice = cost.report(estimate(), full=False)
+    assert [line.split()[1] for line in advice] == ["tokenizer's", "denoiser"]
 
 
 def test_dry_run(folder, tmp_path, monkeypatch, capsys):

@@ -252,7 +252,7 @@ def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     assert measured == ["FID, training images", "FID, 6 samples"]
     found = json.loads((out / "metrics.json").read_text())["fid"]
     assert found == pytest.approx(score(folder, run / "ckpt.pt", "--n", 6) | {"n": 6})
-    monkeypatch.setattr(fid_sources, "FEW", 6)
+    monkeypatch.setattr(fid_sources, "MIN_IMAGES", 6)
     assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
     assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
     rows = rows_of(tmp_path / "every" / "fid.csv")

@@ -16,8 +16,8 @@ from engine.randomness import image_generators
 from engine.validate import UserError
 from extras import sample_command
 from extras.datasets import find
-from extras.sampling_options import class_labels, parse_classes
-from sample import sample_images
+from extras.sampling_options import parse_classes
+from sample import class_labels, sample_images
 from tests.common import HERE, TINY, call, close, flags, noise, seeded, write_images
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def test_classes_are_spread_evenly():
     for n in (1, 20, 99, 1000):  # each count is met but for one image
         found = np.bincount(class_labels(n, [0, 1, 2, 3], counts.tolist()), minlength=4)
         assert (abs(found - n * counts / 100) < 1).all() and found.sum() == n
-    with pytest.raises(UserError, match="no training image of these classes"):
+    with pytest.raises(ValueError, match="no training image of these classes"):
         class_labels(4, [1], counts.tolist())
 
 
