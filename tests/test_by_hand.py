@@ -170,7 +170,7 @@ def test_three_steps_of_the_denoiser(run, tmp_path):
 
 
 def test_bound_by_hand():
-    """Of a network with random weights, classes included; more draws than images, more images than a batch."""
+    """Of a network with random weights, classes included; draws in batches, twice around."""
     model = small_model(K=8, num_classes=2, depth=1).float()
     x, labels = torch.randint(8, (300, 4), generator=seeded(0)), torch.arange(300) % 2
     found = losses.held_out_bits(model, ShiftedCosine(0.4, -4, 2), x, labels,
