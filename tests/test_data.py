@@ -31,6 +31,10 @@ def test_toy():
     assert torch.equal(images[:120], draw_toy(120, seed=0)[0])
     assert len({image.numpy().tobytes() for image in (*images, *draw_toy(240, seed=1)[0])}) == 480
     assert labels.tolist() == [i % len(Toy.class_names) for i in range(240)]
+    toy = Toy()
+    toy.n_train = toy.n_test = 12
+    train, test = toy.load(8)
+    assert not torch.equal(train.pixels, test.pixels)
 
 
 def encode(image, form="png", **options):
@@ -70,9 +74,16 @@ def test_load_image(source, size, top, bottom):
 def test_large_jpegs_are_decoded_smaller():
     y, x = np.mgrid[:512, :512] / 512
     waves = np.uint8(127.5 + 100 * np.sin(2 * np.pi * 14 * x) * np.cos(2 * np.pi * 11 * y))
-    exact = np.asarray(Image.fromarray(waves).resize((32, 32), Image.Resampling.LANCZOS)).astype(int)
-    assert np.abs(data.load_image(encode(waves, "jpeg", quality=98), 32)[0] - exact).mean() < 4
-    assert data.open_image(encode(waves, "jpeg"), 32).size == (64, 64)
+    exact = np.asarray(Image.fromarray(waves).resize((64, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(data.load_image(encode(waves, "jpeg", quality=98), 64)[0] - exact).mean() < 4
+    assert data.open_image(encode(waves, "jpeg"), 64).size == (128, 128)
+
+
+def test_the_centre_square():
+    tall = np.zeros((12, 4, 3), np.uint8)
+    tall[4:8] = 200
+    for image in (tall, tall.transpose(1, 0, 2)):
+        assert (data.load_image(encode(np.ascontiguousarray(image)), 4) == 200).all()
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +174,12 @@ def test_layouts(names, classes, counts, note, tmp_path):
     (tmp_path / "x" / "up").symlink_to(tmp_path / "x")  # a link back ends
     source = find(tmp_path / "x")
     assert source.class_names == classes and source.counts() == counts and note in source.note
+
+
+def test_classes_of_the_test_folder(tmp_path):
+    write_images(tmp_path / "x", ["train/a/1.png", "train/b/2.png", "test/c/3.png"], noise(3))
+    with pytest.raises(UserError, match="has the class 'c'"):
+        find(tmp_path / "x")
 
 
 def test_lsun_by_name(tmp_path):

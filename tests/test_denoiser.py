@@ -161,6 +161,19 @@ def test_grid_of_times(model, steps, guidance, options, end):
     assert [float(log_snr[0]) for _, log_snr, _ in calls] == pytest.approx(SCHEDULE.log_snr(times).tolist())
 
 
+def test_guidance_interval(model):
+    with mock.patch.object(model, "guided", wraps=model.guided) as spy:
+        drawn(model, 5, 2.0, interval=(0.3, 0.6), end=0.0)
+    assert [call.args[3] for call in spy.call_args_list] == [0, 0, 2, 0, 0]
+
+
+def test_rows_of_the_second_process(monkeypatch):
+    monkeypatch.setattr(sample, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(sample, "all_gather_cat", lambda images: images)
+    monkeypatch.setattr(sample, "sample_images", lambda _, labels, first, **options: labels + 10 * first)
+    assert sample.sample_together(None, torch.arange(5)).tolist() == [33, 34, 34]
+
+
 def test_temperature(model):
     """One step is softmax(logits / T); T -> 0 is the argmax, at every step."""
     logits = model(first_noise(model), SCHEDULE.log_snr(f64(1, 1, 1)), torch.arange(3) % 2)

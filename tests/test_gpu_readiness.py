@@ -22,6 +22,7 @@ import vqvae
 from embedding_diffusion import EmbeddingDiffusion
 from engine import checkpoint, status, tokens
 from engine.config import DEFAULTS
+from engine.distributed import choose_device
 from engine.randomness import image_generators
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
@@ -167,6 +168,13 @@ class Types(TorchDispatchMode):
 DELICATE = {"_softmax", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "exp",
             "nll_loss_backward", "cumsum", "searchsorted", "argmin", "mse_loss", "index_add_",
             "linalg_vector_norm", "lerp_"}
+
+
+def test_gpu_by_its_number():
+    """Its memory and its types are asked for, not those of the first."""
+    with mock.patch.object(torch, "empty"), mock.patch.object(torch.cuda, "set_device") as chosen:
+        assert choose_device("cuda:1") == torch.device("cuda:1")
+    chosen.assert_called_once_with(torch.device("cuda:1"))
 
 
 def test_gpu_precision():

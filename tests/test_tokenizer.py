@@ -22,7 +22,7 @@ from extras.datasets import find
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, read_lpips
 from tests import common
 from tests.common import TINY, call, close, flags, seeded
-from vqvae import VQVAE, VectorQuantizer, evaluate_tokenizer, ssim, to_uint8
+from vqvae import VQVAE, ResBlock, VectorQuantizer, evaluate_tokenizer, ssim, to_float, to_uint8
 
 
 def layout(channels, multiples, attended, z, code_dim, K):
@@ -73,6 +73,16 @@ def random_weights(shapes):
 
 
 SMALL_VQGAN = layout(32, (1, 2), set(), 4, 3, 16)
+
+
+def test_pixels_come_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels) and to_uint8(torch.zeros(1)).item() == 128
+
+
+def test_residual_blocks_start_as_the_identity():
+    h = torch.randn(2, 32, 4, 4, generator=seeded(0))
+    assert torch.equal(ResBlock(32)(h), h)
 
 
 def test_vqvae_shapes():
