@@ -126,9 +126,10 @@ def save_best(path, content, batch):
     if rank_and_world()[0] == 0:
         bits, best, is_best = content["bits"], None, True
         with contextlib.suppress(UserError):  # none yet, or a damaged one
-            best = read_torch(path)
+            found = read_torch(path)
+            least = expect(f"{path}: bits", found.get("bits"), torch.Tensor)
+            best = found
         if best and best["step"] < content["step"]:  # a later one is of a course that was rolled back
-            least = best["bits"]
             n = len(bits) if len(bits) == len(least) else min(len(bits), len(least)) // batch * batch
             is_best = bits[:n].mean() < least[:n].mean()
         if is_best:

@@ -13,9 +13,9 @@ from engine.validate import UserError, expect
 from sample import SAMPLERS
 
 POSITIVE = (1, 1 << 40)
-NOT_NEGATIVE = (0, math.inf)
+NOT_NEGATIVE = (0, 1e9)
 SHARE = (0, 1)
-ANY = (-math.inf, math.inf)
+LOG_SNR = (-100, 100)
 OPTIONS = {  # name: (type, default, range or choices, help); the flag is the name with dashes
     # images
     "size": (int, 32, POSITIVE, "pixels a side; images are centre-cropped and resized"),
@@ -47,12 +47,12 @@ OPTIONS = {  # name: (type, default, range or choices, help); the flag is the na
     "posterior_input": (bool, True, None, "show the network E[e(x_i) | z_ti] beside z_ti (ours)"),
     # noise schedule and losses
     "shift": (float, 0.7, NOT_NEGATIVE, "s of the shifted cosine schedule; SNR is multiplied by s^2"),
-    "log_snr_min": (float, -10 + 2 * math.log(0.7), ANY, "log(alpha^2 / sigma^2) at t = 1, pure noise"),
-    "log_snr_max": (float, 3 + 2 * math.log(0.7), ANY, "the same at t = 0, where the tokens are read out"),
+    "log_snr_min": (float, -10 + 2 * math.log(0.7), LOG_SNR, "log(alpha^2 / sigma^2) at t = 1, pure noise"),
+    "log_snr_max": (float, 3 + 2 * math.log(0.7), LOG_SNR, "the same at t = 0, where tokens are read out"),
     "w_rec": (float, 1.0, NOT_NEGATIVE, "weight of L_rec"),
     "w_diff": (float, 1.0, NOT_NEGATIVE, "weight of L_diff"),
     "w_cm": (float, 1.0, NOT_NEGATIVE, "weight of L_CM; 0 switches it off"),
-    "weight_clip": (float, 5.0, NOT_NEGATIVE, "largest e^lambda in L_diff's weight; inf is the exact bound"),
+    "weight_clip": (float, 5.0, (0, math.inf), "largest e^lambda in L_diff's weight; inf is the exact bound"),
     "rec_fraction": (float, 0.0625, SHARE, "share of the batch that sits at t = 0 and trains L_rec"),
     "cm_pairs": (str, "markov", ("markov", "shared"), "z_s of L_CM: a step back from z_t, or the same noise"),
     "max_gap": (float, 1.0, SHARE, "largest t - s of the two noisy images of L_CM"),

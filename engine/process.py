@@ -120,7 +120,7 @@ def lock(out):
 
     It keeps nobody out on Windows and on file systems without locks.
     """
-    file = (out / ".lock").open("a")
+    file = (out / ".lock").open("a+")  # a pipe is refused, where "a" would wait for its reader
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

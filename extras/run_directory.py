@@ -62,7 +62,7 @@ def require_same_run(out, before, run_config):
 
 def read_skipped(out):
     """skipped.txt -> {title: why not}; None if there is none: the images were not looked at yet."""
-    if (out / "skipped.txt").exists():
+    if (out / "skipped.txt").is_file():
         lines = (out / "skipped.txt").read_text(encoding="utf-8").splitlines()
         return dict(line.partition("\t")[::2] for line in lines)
 

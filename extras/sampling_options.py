@@ -56,7 +56,8 @@ def open_checkpoint(path, args, device):
             why = "with --label-drop 0, so without a null class" if names else "without classes"
             raise UserError(f"--guidance: this model was trained {why}, and there is nothing to guide to")
         settings["guidance"] = 0.0
-    chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names))) or [0]
+    every = list(range(len(names))) or [0]
+    chosen = every if args.classes is None else parse_classes(args.classes, names)
     if args.compile:
         model.guided = torch.compile(model.guided, mode="reduce-overhead", dynamic=False)
     return pipeline, settings, chosen, batch
