@@ -156,6 +156,7 @@ def test_compare(tiny, run, tmp_path):
 
 def test_tuned(tiny, folder, tmp_path, monkeypatch):
     """The least distance of the first seed chooses the setting; the other seeds are measured with it."""
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
         compare.plain("VQ-LCMD", calls) | {"temperature": t, "end": 0.3} for t in (0.5, 1.0)])
     words = [*tiny, "--features-of", folder, "--budget", 3, "--seeds", 0, 1, "--calls", 2, "--n", 4,
