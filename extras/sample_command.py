@@ -44,7 +44,7 @@ def main():
     add("--interpolate", metavar="A,B", help="from seed A to seed B, a row per class; smoothest with ddim")
     add("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page in the browser")
     group.add_argument("--mask", metavar="IMAGE", help="for --inpaint: white where tokens are to be drawn")
-    group.add_argument("--strength", type=float, help="for --vary: 0 changes nothing, 1 all (default: 0.6)")
+    group.add_argument("--strength", type=float, help="for --vary, up to 1, where all changes (default: 0.6)")
     args = parser.parse_args()
     stopped = "stopped; the same command goes on" if Path(args.out).suffix != ".png" else "stopped"
     with report_errors("sample.py", stopped, "give --batch, or a lower one; the images stay the same"):
