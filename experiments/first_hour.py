@@ -25,6 +25,7 @@ from engine.config import DEFAULTS, PRESETS, describe_models
 from engine.distributed import choose_device
 from extras.cost import chip_of, estimate
 
+TINY = ["--size", 8, "--tokenizer-width", 16, "--width", 32, "--heads", 1, "--batch", 8]  # on a CPU
 PROGRAM = f"""import os, sys
 sys.path.insert(0, {str(HERE.parent)!r})
 import train
@@ -69,7 +70,8 @@ def start(runs, name, *words, processes=1, bf16=False):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [program, "--data", "toy", "--preset", "toy", *words, "--out", out]
+    sizes = [] if torch.cuda.is_available() else TINY
+    command += [program, "--data", "toy", "--preset", "toy", *sizes, *words, "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "BF16": str(bf16)}
     subprocess.run([str(word) for word in command], env=environment, check=True, timeout=180)
     return out
@@ -79,9 +81,10 @@ def train_tokenizer(runs):
     return start(runs, "tokenizer", "--stage", "tokenizer", "--tokenizer-steps", 300) / "tokenizer.pt"
 
 
-def precision(_, runs):
+def precision(device, runs):
     """500 steps of the built-in set: bfloat16 ends nearer to float32 than another seed does."""
-    ends, words = [], ["--tokenizer", train_tokenizer(runs), "--steps", 500, "--sample-every", 500]
+    steps = 500 if device.type == "cuda" else 20
+    ends, words = [], ["--tokenizer", train_tokenizer(runs), "--steps", steps, "--sample-every", steps]
     for bf16, seed in (False, 0), (False, 1), (True, 0):
         out = start(runs, f"precision-{bf16}-{seed}", *words, "--seed", seed, bf16=bf16)
         ends.append(json.loads((out / "metrics.json").read_text())["vlb"]["total"])
@@ -91,6 +94,9 @@ def precision(_, runs):
 
 def processes(_, runs):
     """Two processes, in passes of two images, against one, in float32. NCCL on GPUs, gloo on a CPU."""
+    if torch.cuda.device_count() == 1:
+        yield ["2 processes", "not tried", "needs two GPUs", ""]
+        return
     words = ["--tokenizer", train_tokenizer(runs), "--steps", 20, "--sample-every", 20]
     one = start(runs, "processes-1", *words)
     two = start(runs, "processes-2", *words, "--micro-batch", 2, processes=2)
