@@ -75,7 +75,8 @@ class Evaluator:
     """Scores images against 10,000 training images. args: the command line; shared: of compare.prepare."""
 
     def __init__(self, args, shared):
-        train, test, kind, file = shared.images, shared.unseen, "classes", "classifier.pt"
+        train, test = shared.images, shared.unseen
+        kind, file = "classes", "classifier.pt"
         if args.features_of:
             train, test = find(args.features_of, args.root).load(shared.config["size"])
             name = Path(args.features_of).stem
