@@ -36,7 +36,7 @@ def choose_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name).cpu()
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not available here: {reason_of(error)}") from error
     device = torch.device(name)
