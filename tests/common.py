@@ -47,9 +47,7 @@ TINY = dict(size=8, f=4, K=8, code_dim=4, tokenizer_width=16, tokenizer_steps=8,
             rec_fraction=0.25, sample_steps=3, log_every=2, sample_every=4, save_every=4)
 close = torch.testing.assert_close
 
-os.environ["OMP_NUM_THREADS"] = "1"  # programs that tests start round as those that call() runs
 os.environ["PYTHONPATH"] = str(HERE)  # where processes find what they import
-torch.set_num_threads(1)  # these networks are tiny: threads would wait for each other
 train.DRAWS = 256  # one batch: tests of the programs need no precision
 train.FINAL_DRAWS = 256
 gc.freeze()  # a million objects that stay: Python need not look through them again and again

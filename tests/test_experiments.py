@@ -129,6 +129,7 @@ def tiny(folder, tmp_path, monkeypatch):
         status = call("train.py", *words[2:]) if "train.py" in words[1] else 0
         return SimpleNamespace(returncode=status, stdout="abc")
 
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)  # test_fid.py's: the classifier measures here
     monkeypatch.setattr(compare.subprocess, "run", run)
     monkeypatch.setattr(compare, "DRAWS", 64)
     kernel_distance = functools.partial(compare.Evaluator.__call__.__globals__["kernel_distance"], subsets=2)
@@ -156,7 +157,6 @@ def test_compare(tiny, run, tmp_path):
 
 def test_tuned(tiny, folder, tmp_path, monkeypatch):
     """The least distance of the first seed chooses the setting; the other seeds are measured with it."""
-    monkeypatch.delenv("FID_WEIGHTS", raising=False)
     monkeypatch.setattr(tuned, "settings", lambda kind, calls, *_: [
         compare.plain("VQ-LCMD", calls) | {"temperature": t, "end": 0.3} for t in (0.5, 1.0)])
     words = [*tiny, "--features-of", folder, "--budget", 3, "--seeds", 0, 1, "--calls", 2, "--n", 4,

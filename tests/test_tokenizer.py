@@ -99,7 +99,6 @@ def test_vqvae_shapes():
 
 def move_a_codebook(rank, world, port, folder):
     """Twenty batches, of which this process sees its share; codes die and restart."""
-    torch.set_num_threads(1)
     if world > 1:
         common.join_processes(rank, port)
         init_distributed()
