@@ -127,7 +127,8 @@ def train_tokenizer(run):
     draw_reconstructions(run, parts["tokenizer"], steps)
     test = run.load_images()[1]
     metrics = evaluate_tokenizer(parts["tokenizer"], test, run.device, run.lpips, run.eval_batch)
-    checkpoint.save(path, content | {"metrics": metrics}, last=True)
+    complete = {name: value for name, value in content.items() if not name.endswith("optimizer")}
+    checkpoint.save(path, complete | {"metrics": metrics}, last=True)
     print(f"tokenizer: {status.format_metrics(metrics)} on {len(test):,} held-out images")
 
 

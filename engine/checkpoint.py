@@ -141,7 +141,7 @@ def save_best(path, content, batch):
 
 
 def tokenizer_state(run, parts):
-    """What tokenizer.pt holds beside the log's state. With metrics it is complete."""
+    """What tokenizer.pt holds beside the log's state. With metrics it is complete, and has no optimizers."""
     return {"format": TOKENIZER_FORMAT, "config": run.models["tokenizer"], "metrics": {},
             **{name: part.state_dict() for name, part in parts.items()}}
 

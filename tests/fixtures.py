@@ -1,4 +1,4 @@
-"""Fixtures that several modules of tests share; pytest loads them as a plugin (pyproject.toml)."""
+"""Fixtures that several modules of tests share; tests/__init__.py loads them, as a plugin."""
 
 import contextlib
 import hashlib
