@@ -79,9 +79,20 @@ def server():
         web.shutdown()
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """Random weights in the published layout, taken for the published ones; and no network."""
+@contextlib.contextmanager
+def taken_for_inception(path):
+    """A file that is taken for Inception's published weights; and no network."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
+          mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
+          mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
+          mock.patch("torch.hub.urlopen", side_effect=urllib.error.URLError("no network"))):
+        yield path
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Random weights in the published layout."""
     rng, state = np.random.default_rng(0), {}
     for name, like in inception.InceptionV3().state_dict().items():
         if name.endswith("conv.weight"):
@@ -93,13 +104,8 @@ def weights(tmp_path_factory):
         else:
             value = 0.2 * rng.standard_normal(like.shape)
         state[name] = torch.from_numpy(value).float()
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(state, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with (mock.patch.object(inception, "WEIGHTS_SHA256", digest),
-          mock.patch.dict(os.environ, FID_WEIGHTS=str(path)),
-          mock.patch.object(torch.hub, "_hub_dir", str(path.parent / "hub" / "hub")),
-          mock.patch("torch.hub.urlopen", side_effect=urllib.error.URLError("no network"))):
+    torch.save(state, tmp_path / "inception.pth")
+    with taken_for_inception(tmp_path / "inception.pth") as path:
         yield path
 
 
@@ -120,13 +126,15 @@ class Pixels(torch.nn.Module):
 
 
 @pytest.fixture
-def fast(weights):
-    """Programs take Pixels for Inception."""
+def fast(tmp_path_factory):
+    """Programs take Pixels for Inception, and a small file for its weights."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    path.write_bytes(b"weights")
     with contextlib.ExitStack() as patches:
         for module in (fid_command, fid_sources, tokenizer_report):
             patches.enter_context(mock.patch.object(
                 module, "load_inception", lambda path, device, resize="tf": Pixels(resize)))
-        yield
+        yield patches.enter_context(taken_for_inception(path))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from engine.randomness import batch_indices
 from engine.validate import UserError
 from extras import setup, vqgan_losses
 from tests import common
-from tests.common import TINY, call, close, contents, flags, rows_of, start_processes, weights_of
+from tests.common import TINY, call, close, contents, flags, rows_of, seeded, start_processes, weights_of
 
 LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
 
@@ -50,16 +50,37 @@ def test_passes_and_recomputation(undone, run, folder):
     assert len(compiled) == 1
 
 
-def one_of_two(rank, jobs):
-    """What torchrun starts twice: train.py or sample.py, with each of some command lines."""
-    for port, (program, words) in jobs:
-        common.join_processes(rank, port)
+def move_a_codebook(rank, world, folder):
+    """Twenty batches, of which this process sees its share; codes die and restart."""
+    if world > 1:
+        init_distributed()
+        add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
+        torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
+    torch.manual_seed(0)
+    vq, z_e, dead = vqvae.VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0
+    for step in range(20):
+        z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
+        vq(z, seeded(0))
+        vq.running_count[step % 16] *= 0
+        dead += int(vq.restart_dead_codes(z, seeded(step)))
+    assert dead >= 20
+    torch.save(vq.state_dict(), folder / f"{rank}of{world}.pt")
+
+
+def one_of_two(rank, jobs, port, folder):
+    """What torchrun starts twice: train.py or sample.py, with each of some command lines; and a codebook."""
+    for job_port, (program, words) in jobs:
+        common.join_processes(rank, job_port)
         assert call(program, *words) == 0
+    common.join_processes(rank, port)
+    move_a_codebook(rank, 2, folder)
+    torch.distributed.destroy_process_group()  # gloo's threads may still run when Python ends, and abort it
 
 
 def test_two_processes_train_as_one(run, folder, tmp_path):
     """Weights, the optimizer's moments and the bound are those of one process in one pass, up to rounding; so
-    is the tokenizer, with its discriminator and flips. Tokens and samples are the same bit for bit."""
+    is the tokenizer, with its discriminator and flips. Tokens, samples, and both processes' codebooks are the
+    same bit for bit."""
     settings = {k: v for k, v in TINY.items() if k not in TOKENIZER_OPTIONS.values()}
     settings |= dict(batch=32, lr=2e-3)
     jobs = {  # name of the output: (flags of two processes alone, program, its words)
@@ -72,7 +93,8 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     of_two = [(program, [*words, *more, "--out", two / name])
               for name, (more, program, words) in jobs.items()]
-    start_processes(one_of_two, list(zip(common.free_ports(4), of_two, strict=True)), n=2, wait=300)
+    *ports, last = common.free_ports(5)
+    start_processes(one_of_two, list(zip(ports, of_two, strict=True)), last, tmp_path, n=2, wait=300)
     for name, (_, program, words) in jobs.items():
         assert call(program, *words, "--out", one / name) == 0
     close(weights_of(two / "a"), weights_of(one / "a"), rtol=0, atol=1e-5)
@@ -86,6 +108,10 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     assert float(rows[0][-1]["adversarial"])
     assert (two / "d" / "tokens.npy").read_bytes() == (one / "d" / "tokens.npy").read_bytes()
     assert np.array_equal(*(np.load(path / "c.npz")["arr_0"] for path in (one, two)))
+    move_a_codebook(0, 1, tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    close(first, second, rtol=0, atol=0)
+    close(first, alone)
 
 
 def encode_by_two(*args, encode_sets=tokens.encode_sets):

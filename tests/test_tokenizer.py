@@ -14,15 +14,13 @@ from PIL import Image
 
 import data
 from engine.build import load_checkpoint, read_tokenizer
-from engine.distributed import init_distributed
 from engine.published_vqgan import PublishedVQGAN
 from engine.validate import UserError
 from extras import vqgan_losses
 from extras.datasets import find
 from extras.vqgan_losses import LPIPS, PatchDiscriminator, adaptive_weight, find_lpips, read_lpips
-from tests import common
 from tests.common import TINY, call, close, flags, seeded
-from vqvae import VQVAE, ResBlock, VectorQuantizer, evaluate_tokenizer, ssim, to_float, to_uint8
+from vqvae import VQVAE, ResBlock, evaluate_tokenizer, ssim, to_float, to_uint8
 
 
 def layout(channels, multiples, attended, z, code_dim, K):
@@ -95,35 +93,6 @@ def test_vqvae_shapes():
     decoded = model.decode(tokens)
     again = model.decode_continuous(model.quantizer(out["z_e"])[0])
     assert decoded.shape == images.shape and torch.equal(decoded, to_uint8(again))
-
-
-def move_a_codebook(rank, world, port, folder):
-    """Twenty batches, of which this process sees its share; codes die and restart."""
-    if world > 1:
-        common.join_processes(rank, port)
-        init_distributed()
-        add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
-        torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
-    torch.manual_seed(0)
-    vq, z_e, dead = VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0
-    for step in range(20):
-        z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
-        vq(z, seeded(0))
-        vq.running_count[step % 16] *= 0
-        dead += int(vq.restart_dead_codes(z, seeded(step)))
-    assert dead >= 20
-    torch.save(vq.state_dict(), folder / f"{rank}of{world}.pt")
-    if world > 1:  # without it gloo's threads may still run when Python ends, and abort it
-        torch.distributed.destroy_process_group()
-
-
-def test_one_codebook_in_two_processes(tmp_path):
-    """Two processes hold bit for bit the same codebook, and one the same up to rounding."""
-    common.start_processes(move_a_codebook, 2, *common.free_ports(1), tmp_path, n=2, wait=60)
-    move_a_codebook(0, 1, None, tmp_path)
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
-    close(first, second, rtol=0, atol=0)
-    close(first, one)
 
 
 def test_lpips():
