@@ -206,7 +206,7 @@ def optimize_denoiser(run, parts, tokens, log, begin=0, pipeline=None, held_out=
         norm = clip_grad_norm_(model.parameters(), config["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory while weights still run
+        decay = min(config["ema_decay"], (1 + step) / (10 + step))  # a short memory at the start
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
         # Log, evaluate and save when due.

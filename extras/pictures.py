@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import load_image
 from engine.process import user_error, write_atomically
 from engine.randomness import image_generators
-from engine.validate import UserError
+from engine.validate import UserError, reading
 from sample import COLUMNS, check_settings, sample_images
 
 
@@ -67,9 +67,7 @@ def draw_grid_of(args, pipeline, chosen, labels, settings):
     """--grid-of NAME=V,V: a row for each value, with the images that the plain grid has, in one row."""
     kinds = {"guidance": float, "steps": int, "temperature": float, "end": float}
     name, _, values = args.grid_of.partition("=")
-    if name not in kinds:
-        raise UserError(f"--grid-of {args.grid_of}: give NAME=V,V,... of {', '.join(kinds)}")
-    with user_error():
+    with reading(f"--grid-of {args.grid_of}", f"give NAME=V,V,... of {', '.join(kinds)}"):
         rows = [settings | {name: kinds[name](value)} for value in values.split(",")]
         for row in rows:
             check_settings(**row)
@@ -119,15 +117,14 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
     tokenizer, n = pipeline.tokenizer, len(labels)
     if pipeline.class_names and not args.classes and not pipeline.config["training"]["label_drop"]:
         raise UserError("this model was trained with --label-drop 0 and has to know the class: give --class")
-    flag = "inpaint" if args.inpaint else "vary"
-    image = torch.from_numpy(read_image(args, flag, tokenizer.size))[None]                 # (1, 3, H, W)
+    pixels = read_image(args, "inpaint" if args.inpaint else "vary", tokenizer.size)
+    image = torch.from_numpy(pixels)[None]                                                 # (1, 3, H, W)
     tokens = tokenizer.encode(image.to(pipeline.device))                                   # (1, N)
     columns = {"image": image}
     if args.vary:
+        options = {"init": (tokens, args.strength or 0.6)}
         with user_error():
-            strength = 0.6 if args.strength is None else args.strength
-            check_settings(**settings, t=strength)
-        options = {"init": (tokens, strength)}
+            check_settings(**settings, t=args.strength or 0.6)
     else:
         drawn = read_mask(args, tokenizer)                                                 # (N,)
         if not drawn.any():
@@ -136,7 +133,7 @@ def draw_from_image(args, pipeline, chosen, labels, settings):
         columns["mask"] = image.where(~cells, 128)
         options = {"inpaint": tokens.masked_fill(drawn.to(pipeline.device), -1)}
     if not args.classes:
-        chosen, settings = [pipeline.model.num_classes], settings | {"guidance": 0.0}  # the null class
+        chosen = [pipeline.model.num_classes]  # the null class
     images = sample_images(pipeline, torch.tensor(chosen).repeat_interleave(n), seed=args.seed,
                            batch=args.batch, indices=list(range(n)) * len(chosen), **options, **settings)
     before = torch.cat(list(columns.values())).expand(len(chosen), -1, -1, -1, -1)
@@ -154,8 +151,8 @@ def slerp(a, b, n):
 
 def draw_interpolation(args, pipeline, chosen, labels, settings):
     """--interpolate A,B: image 0 of seed A, but its first noise turns to that of seed B; a row per class."""
-    seeds, n, rows = args.interpolate.split(","), len(labels), torch.tensor(chosen[:16])
-    model = pipeline.model
+    seeds, n, model = args.interpolate.split(","), len(labels), pipeline.model
+    rows = torch.tensor(chosen if args.classes else chosen[:16])
     if len(seeds) != 2 or not all(s.strip().isdecimal() for s in seeds) or int(seeds[0]) == int(seeds[1]):
         raise UserError(f"--interpolate {args.interpolate}: give two different seeds, as 0,1")
     ends = [torch.randn(model.N, model.D, generator=image_generators(int(seed), [0])[0]) for seed in seeds]

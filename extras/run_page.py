@@ -36,13 +36,13 @@ def thin(points):
 
 
 def read_columns(path):
-    """{column: [(step, value), ...]}, thinned, of a CSV file; {} if there is none."""
+    """{column: [(step, finite value), ...]}, thinned, of a CSV file; {} if there is none."""
     columns = {}
     with reading(path):
         for row in read_rows(path):
             step = int(row.pop("step"))
             for name, cell in row.items():
-                if cell:
+                if cell and math.isfinite(float(cell)):
                     columns.setdefault(name, []).append((step, float(f"{float(cell):.5g}")))
     return {name: thin(points) for name, points in columns.items()}
 
@@ -87,7 +87,7 @@ def read_run(out):
                 "classes": [printable(name) for name in config["classes"][:100]],
                 "class_count": len(config["classes"]), "settings": settings,
                 "commands": commands(out, config, start, state),
-                "files": sorted(path.name for path in out.iterdir())}
+                "files": sorted((path.name for path in out.iterdir()), key=lambda name: (len(name), name))}
 
 
 def write_page(out, run):

@@ -64,7 +64,8 @@ def check_arguments(args, special):
             (args.class_counts and is_grid, "--class-counts: a grid has rows of one class, name a folder"),
             (special and rank_and_world()[1] > 1, f"{flag} is for one process: start it with python"),
             ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask belong together"),
-            (args.strength is not None and args.vary is None, "--strength is for --vary"),
+            (args.strength is not None and not (args.vary and 0 < args.strength <= 1),
+             "--strength is for --vary, above 0, at most 1"),
             (special == "serve" and args.compile, "--compile is not for --serve")):
         if wrong:
             raise UserError(message)
@@ -138,6 +139,8 @@ def draw(args):
         return export(args.checkpoint, args.export)
     pipeline, settings, chosen, args.batch = open_checkpoint(args.checkpoint, args, device)
     names, out = pipeline.class_names, Path(args.out)
+    if (args.inpaint or args.vary) and not args.classes:
+        settings["guidance"] = 0.0  # they draw without a class
     if args.list_classes:
         lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
         return print("\n".join(lines) or "trained without classes")

@@ -72,10 +72,15 @@ def test_states(run, tmp_path, capsys):
     with lock(out):
         assert call(run_page, out) == 0 and run_data(out)["state"] == "running"
     (out / "tokens.npy").unlink()
-    (out / "tokenizer.csv").write_text("step,reconstruction,img/s\n4,0.5,7\n6,0.4")  # half a line
+    (out / "tokenizer.csv").write_text("step,reconstruction,img/s\n4,0.5,7\n5,nan,7\n6,0.4")  # half a line
+    for step in ("999999", "1000000"):
+        (out / f"samples_{step}.png").touch()
     assert call(run_page, out) == 0
     data = run_data(out)
-    assert (data["state"], data["stage"], data["step"]) == ("gone", "tokenizer", 4)
+    assert data["columns"]["tokenizer"] == {"reconstruction": [[4, 0.5]], "img/s": [[4, 7], [5, 7]]}
+    assert [name for name in data["files"] if "samples" in name][-2:] == [
+        "samples_999999.png", "samples_1000000.png"]
+    assert (data["state"], data["stage"], data["step"]) == ("gone", "tokenizer", 5)
     assert data["message"] == data["settings"]["data"] == data["settings"][HOSTILE[0]] == HOSTILE[0]
     assert data["classes"][1] == r"\u2028\udcff\u202e" and shlex.split(data["commands"][0][1]) == HOSTILE
     (out / "config.json").write_text("step,a\nx,y")

@@ -121,7 +121,9 @@ def test_between_two_seeds(tiles, pipeline):
 @pytest.mark.parametrize("words, says", [
     (["--out", "a.jpg"], "must end in .png"), (["--out", "a.npz", "--trajectory"], "no files of samples"),
     (["--class-counts", "even"], "a grid has rows of one class"), (["--class", "horse"], "no class"),
-    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end")])
+    (["--grid-of", "width=1,2"], "guidance, steps, temperature, end"), (["--grid-of", "steps=1.5"], "1.5"),
+    (["--grid-of", "guidance="], "--grid-of guidance="), (["--vary", "a.png", "--strength", 0], "above 0"),
+    (["--strength", 0.5], "for --vary")])
 def test_wrong_use_of_sample(words, says, run, capsys):
     assert call("sample.py", run / "ckpt.pt", *words) == 2 and says in capsys.readouterr().err
 
