@@ -144,7 +144,7 @@ def source_of(images):
     return fid_sources.from_dataset(data.ImageSet([0] * 100, [], 8, pixels=images), chunk=30)
 
 
-def test_which_score_is_which():
+def test_which_score_is_which(capsys):
     """sFID is of the other features, precision of the generated images, recall of the real ones."""
     real = fid.measure(source_of(IMAGES), Pixels(), 7, keep=50)
     fake = fid.measure(source_of(IMAGES // 4 + 96), Pixels(), 7, keep=50)  # precise, and covers little
@@ -156,6 +156,9 @@ def test_which_score_is_which():
     assert found["precision"] > found["recall"] + 0.3
     assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
     assert (found["is"], found["is_std"]) == inception_score(fake.logits)
+    fid.print_scores(found, None, None)
+    printed = {line.split()[0].lower(): float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
+    assert printed == pytest.approx({key: found[key] for key in printed}, abs=1e-4) and len(printed) == 6
 
 
 def test_measure(monkeypatch):
