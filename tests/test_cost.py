@@ -58,6 +58,13 @@ def test_recomputation_saves_memory():
     assert recomputed < 0.8 * kept
 
 
+def test_tokens_lie_on_the_device():
+    models = describe_models(MEDIUM, 3)
+    few, many = (cost.estimate(MEDIUM, models, (n, 9), CPU).stages["diffusion"].peak["weights"]
+                 for n in (1000, 3000))
+    assert many - few == 2000 * (2 * 16 + 8)  # 16 numbers of a token, in 2 bytes, and a label in 8
+
+
 def test_autocast_of_the_count():
     """Products in bfloat16, norms in float32, as on a GPU."""
     x = torch.ones(2, 4, dtype=torch.bfloat16, device="meta")

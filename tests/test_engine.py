@@ -180,6 +180,13 @@ def test_the_checkpoint_before(undone, run, folder, capsys):
     assert "continuing at step 4" in capsys.readouterr().out and contents(undone) == contents(run)
 
 
+def test_ranks_go_on_from_one_step(run, monkeypatch):
+    """A disk that fails one rank ends the run: the others would wait for it for ever."""
+    monkeypatch.setattr(checkpoint, "all_reduce_max", lambda step: max(step, 0))  # another is at step 0
+    with pytest.raises(OSError, match="not by others"):
+        checkpoint.read_newest(run / "ckpt.pt", checkpoint.CHECKPOINT_FORMAT)
+
+
 def test_rows_after_the_checkpoint_go(tmp_path):
     """What a kill leaves of a table: rows after the checkpoint, half a row."""
     path = tmp_path / "a.csv"

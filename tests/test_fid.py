@@ -259,9 +259,13 @@ def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
     assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
     rows = rows_of(tmp_path / "every" / "fid.csv")
-    assert [row.pop("step") for row in rows] == ["3", "6", "8"]
-    last = {name.removesuffix("_2k"): float(value) for name, value in rows[-1].items()}
+    assert [row["step"] for row in rows] == ["3", "6", "8"]
+    last = {name.removesuffix("_2k"): float(value) for name, value in rows[-1].items() if name != "step"}
     assert last | {"n": 6} == pytest.approx(found)
+    tables = [rows_of(tmp_path / "every" / name) for name in ("fid.csv", "evaluation.csv")]
+    (tmp_path / "every" / "ckpt.pt").unlink()  # as after a kill: no row comes twice
+    assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
+    assert tables == [rows_of(tmp_path / "every" / name) for name in ("fid.csv", "evaluation.csv")]
     monkeypatch.delenv("FID_WEIGHTS")
     assert call(*words, tmp_path / "new", "--eval-fid", 5) == 2
     assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
