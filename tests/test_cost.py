@@ -136,3 +136,6 @@ def test_presets_suit_the_number_of_images(n, width, steps):
     assert (config["width"], config["heads"], config["steps"]) == (width, width // 64, steps)
     given = resolve(SimpleNamespace(**vars(args) | {"width": 640, "steps": 7}), source, gpu, {})
     assert (given["width"], given["heads"], given["steps"]) == (640, PRESETS["256"]["heads"], 7)
+    source.class_names = ["cat"]
+    without_null = resolve(SimpleNamespace(**vars(args) | {"label_drop": 0.0}), source, gpu, {})
+    assert without_null["guidance"] == 0 < config["guidance"]
