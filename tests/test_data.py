@@ -167,6 +167,7 @@ IMAGENET = [f"train/n0144{i % 3}/{i}.png" for i in range(6)], ["n01440", "n01441
 @pytest.mark.parametrize("names, classes, counts, note", [
     ([f"{i // 3 * 1000:05d}/{i:05d}.png" for i in range(6)], [], (5, 1), ""),  # FFHQ
     (IMAGENET[0] + ["val/n01441/x.png"], IMAGENET[1], (6, 1), ""),
+    (["train/1.png", "train/2.png", "ship/3.png"], ["ship", "train"], (2, 1), ""),  # a class of trains
     (["a/1.png", "a/2.png", "b/3.png", "c.HEIC"], ["a", "b"], (2, 1), "left out: 1 .heic (convert them"),
     (["._a/1.png", ".b/2.png", "__MACOSX/3.png", "c/4.png", "c/5.png"], [], (1, 1), "")])
 def test_layouts(names, classes, counts, note, tmp_path):
@@ -302,6 +303,6 @@ def test_images_that_lie(tmp_path):
     assert list(source.skipped) == ["0.png", "bomb.png"]
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "canvas.webp").write_bytes(b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + b"\xff" * 6)
-    for path in tmp_path.iterdir():
+    for source in [*tmp_path.iterdir(), np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20, 3))]:
         with pytest.raises(UserError):
-            data.load_image(path, 8)
+            data.load_image(source, 8)

@@ -251,6 +251,15 @@ def test_not_finite_discriminator(folder, tmp_path, capsys):
     assert not (tmp_path / "tokenizer.pt").exists()
 
 
+def test_codes_in_use(tmp_path):
+    """... between two status lines."""
+    log = status.StatusLog("tokenizer", tmp_path, {"log_every": 1}, 2, 4, torch.device("cpu"), None, K=16)
+    for codes in ([1, 2, 2], [3]):
+        log.add({"loss": torch.tensor(1.0)}, torch.tensor([codes]))
+        log.line()
+    assert [row["codes"] for row in rows_of(tmp_path / "tokenizer.csv")] == ["2", "1"]
+
+
 def log_of_two(rank, port, out):
     """A run that the second of two processes is asked to stop; one in which its loss is not finite."""
     common.join_processes(rank, port)

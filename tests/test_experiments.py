@@ -103,21 +103,41 @@ def test_most_confident_tokens_are_kept(monkeypatch):
     """The surest position is decoded first; what is left follows a cosine, at least one less a step."""
     log_p, seen = torch.tensor([3.0, 1.0, 6.0, 2.0, 5.0, 4.0])[:, None] - 7 + torch.zeros(2, 6, 5), []
 
-    def predict(model, schedule, x, *_, **__):
+    def predict(model, schedule, x, t, *_, **__):
+        assert torch.equal(t, (x == 5).float().mean(1))
+        was = before.pop() if (x < 5).any() else x  # what was drawn stays
+        assert torch.equal(x[was < 5], was[was < 5])
+        before.append(x)
         seen.append((x == 5)[1].nonzero().ravel().tolist())
         return log_p
 
     monkeypatch.setattr(baselines, "predict", predict)
-    model = SimpleNamespace(N=6, K=5)
+    model, before = SimpleNamespace(N=6, K=5), []
     found = baselines.sample_by_confidence(model, LEVELS, 2, 4, seeded(3), gumbel=0.0)
     assert seen == [[0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5], [0, 1, 3, 5], [1, 3]] and found.max() < 5
     baselines.sample_by_confidence(model, LEVELS, 2, 7, seeded(3))
     assert [len(masks) for masks in seen[4:]] == [6, 5, 4, 3, 2, 1, 0]
 
 
+def test_guidance_up_to_a_time(monkeypatch):
+    """Both samplers. Strong guidance may leave no probability for a code that is there: it stays."""
+    seen = []
+
+    def predict(model, schedule, x, t, labels, guidance, *_, **__):
+        seen.append(guidance)
+        return torch.where(torch.arange(5) == int(guidance == 0), 0.0, -1000.0).expand(3, 6, 5)
+
+    monkeypatch.setattr(baselines, "predict", predict)
+    words = SimpleNamespace(N=6, K=5), LEVELS, 3, 4, seeded(0), torch.zeros(3).long(), 2.0
+    drawn = [baselines.sample("absorbing", *words, guided_below=0.5),
+             baselines.sample_by_confidence(*words, guided_below=0.5)]
+    assert seen == [0, 0, 2, 2] * 2 and all({0, 1} == set(x.flatten().tolist()) for x in drawn)
+
+
 @pytest.mark.parametrize("calls, below, discrete, end, steps", [
     (2, 1.0, True, None, (1, 1)), (13, 1.0, True, None, (6, 6)), (4, 0.5, True, None, (3, 1)),
-    (4, 0.5, True, 0.3, (3, 1)), (4, 0.5, False, None, (3, 1)), (4, 0.2, True, 0.3, (4, 0))])
+    (4, 0.5, True, 0.3, (3, 1)), (4, 0.5, False, None, (3, 1)), (4, 0.2, True, 0.3, (4, 0)),
+    (4, 0.5, False, 0.6, (4, 0))])
 def test_guided_steps_are_two_calls(calls, below, discrete, end, steps):
     assert tuned.most_steps(calls, below, discrete, end) == steps
 
@@ -137,8 +157,12 @@ def tiny(folder, tmp_path, monkeypatch):
     return ["--data", folder, "--out", tmp_path / "c", "--classifier-steps", 2, *flags(TINY)]
 
 
-def test_compare(tiny, run, tmp_path):
+def test_compare(tiny, run, tmp_path, monkeypatch):
     """VQ-LCMD is train.py bit for bit; a second command computes nothing; other settings are refused."""
+    monkeypatch.setattr(compare, "HELD_OUT", 2)
+    real_bound, held_out = compare.bound, []
+    monkeypatch.setattr(compare, "bound", lambda name, model, schedule, shared, seed: held_out.append(
+        shared.held_out[1].tolist()) or real_bound(name, model, schedule, shared, seed))
     rows = ["VQ-LCMD", "absorbing", "cross-entropy", "frozen random table"]
     path = tmp_path / "c" / "results.csv"
     words = [*tiny, "--budget", TINY["steps"], "--n", 4, "--sampling-steps", 2, "--only", *rows]
@@ -149,6 +173,7 @@ def test_compare(tiny, run, tmp_path):
     lines, before = common.read(path), path.read_text()
     assert [len(common.select(lines, row=name)) for name in rows] == [7, 7, 6, 1]  # with 5 omegas
     assert all(0 <= float(line["recall"]) <= 1 and 0 < float(line["bound"]) for line in lines)
+    assert held_out == [[0, 1]] * 4  # of a sorted set, not its first ones
     assert call(compare, *words) == 0 and path.read_text() == before
     assert "| frozen random table | ancestral |" in (tmp_path / "c" / "results.md").read_text()
     path.unlink()

@@ -157,7 +157,8 @@ def test_which_score_is_which(capsys):
     assert (found["kid"], found["kid_std"]) == kernel_distance(real.features, fake.features)
     assert (found["is"], found["is_std"]) == inception_score(fake.logits)
     fid.print_scores(found, None, None)
-    printed = {line.split()[0].lower(): float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = {name.lower(): float(score) for name, score, *_ in lines}
     assert printed == pytest.approx({key: found[key] for key in printed}, abs=1e-4) and len(printed) == 6
 
 

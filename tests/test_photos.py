@@ -34,6 +34,9 @@ def test_cache_of_decoded_images(memory, tmp_path, monkeypatch):
     with mock.patch.object(Image, "open", side_effect=AssertionError):  # no image file is opened again
         again = image_cache.load_through_cache(find(root), 8, source.skipped, path, make=False)
         assert same_sets(again, expected) and (again[0].pixels is None) == (memory == 0)
+    moved = find(root)
+    moved.labels = 1 - moved.labels  # the same files, sorted otherwise
+    assert same_sets(image_cache.load_through_cache(moved, 8, None, path, make=False), moved.load(8))
     write_images(root, ["cat/new.png"], noise(1))
     found = image_cache.load_through_cache(find(root), 8, None, path, make=False)
     assert same_sets(found, find(root).load(8))

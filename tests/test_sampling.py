@@ -16,11 +16,20 @@ from engine.randomness import image_generators
 from engine.validate import UserError
 from extras import sample_command
 from extras.datasets import find
+from extras.pictures import save_pairs
 from extras.sampling_options import parse_classes
 from sample import class_labels, sample_images
 from tests.common import HERE, TINY, call, close, flags, noise, seeded, write_images
 
 CPU = torch.device("cpu")
+
+
+def test_pairs(tmp_path):
+    """Ten originals over their reconstructions, in rows of eight; the last row is filled."""
+    above = torch.full((10, 3, 64, 64), 50, dtype=torch.uint8)
+    save_pairs(above, 4 * above, tmp_path / "a.png")
+    tiles = np.asarray(Image.open(tmp_path / "a.png"))[34::66, 34::66, 0]
+    assert tiles.tolist() == [[50] * 8, [200] * 8, [50] * 2 + [255] * 6, [200] * 2 + [255] * 6]
 
 
 def test_every_flag_of_sample_does_something(run, tmp_path):

@@ -157,7 +157,8 @@ def test_files_that_lie(reader, honest, small_lpips, hostile_files, tmp_path, mo
     ("config/tokenizer/f", None), ("config/denoiser/grid", (10 ** 9, 10 ** 9)), ("config/denoiser/more", 1),
     ("config/denoiser/num_classes", 3), ("config/tokenizer/published", {"encoder.forward": [1]}),
     ("config/schedule/shift", float("nan")), ("config/training", {"label_drop": 2.0}),
-    ("class_names", ["cat"]), ("class_counts", [1, -1]), ("sampling/steps", 0),
+    ("class_names", ["cat"]), ("class_counts", [1, -1]), ("class_counts", torch.tensor(3)),
+    ("sampling/steps", 0),
     ("sampling/guidance", "1"), ("sampling/sampler", "x"), ("step", -1), ("ema/embedding", GONE)], ids=str)
 def test_entries_that_lie(entry, value, honest, tmp_path):
     """ckpt.pt, as sample.py opens it: no entry is believed, and no model is made of wild sizes."""
