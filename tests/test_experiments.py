@@ -22,7 +22,7 @@ import tuned
 from PIL import Image
 
 from embedding_diffusion import EmbeddingDiffusion
-from engine.config import PRESETS
+from engine.config import DEFAULTS, PRESETS
 from schedule import ShiftedCosine
 from tests.common import TINY, call, close, flags, seeded
 from tests.exact import chi_square, small_model
@@ -117,6 +117,29 @@ def test_most_confident_tokens_are_kept(monkeypatch):
     assert seen == [[0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5], [0, 1, 3, 5], [1, 3]] and found.max() < 5
     baselines.sample_by_confidence(model, LEVELS, 2, 7, seeded(3))
     assert [len(masks) for masks in seen[4:]] == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_noise_of_the_confidence_falls(monkeypatch):
+    """Of four steps the first two are noisy enough to turn the order round, the third is not."""
+    log_p, seen = torch.tensor([3.0, 1.0, 6.0, 2.0, 5.0, 4.0])[:, None] - 7 + torch.zeros(1, 6, 5), []
+    monkeypatch.setattr(baselines, "predict", lambda model, schedule, x, *_, **__: (
+        seen.append((x == 5)[0].nonzero().ravel().tolist()), log_p)[1])
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: (2 * log_p[..., 0]).exp())
+    baselines.sample_by_confidence(SimpleNamespace(N=6, K=5), LEVELS, 1, 4, seeded(3), gumbel=1.2)
+    assert seen == [[0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5], [0, 2, 4, 5], [0, 5]]
+
+
+def test_objectives(monkeypatch):
+    """Labels are dropped; cross-entropy takes t = 0 as often as VQ-LCMD."""
+    model, seen = EmbeddingDiffusion(6, (2, 2), 3, 8, 1, 2, num_classes=2), []
+    monkeypatch.setattr(model, "forward", lambda z, log_snr, labels, **_: (
+        seen.append((log_snr, labels)), torch.zeros(8, 4, 6))[1])
+    for kind in ("absorbing", "cross-entropy"):
+        options = DEFAULTS | dict(loss=kind, label_drop=1.0, rec_fraction=0.25)
+        baselines.objective(options, model, model, LEVELS, torch.zeros(8, 4).long(), torch.ones(8).long(),
+                            seeded(0))
+    assert all((labels == 2).all() for _, labels in seen)
+    assert (seen[1][0] == LEVELS.log_snr(torch.zeros(1))).sum() == 2
 
 
 def test_guidance_up_to_a_time(monkeypatch):

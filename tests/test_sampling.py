@@ -204,6 +204,16 @@ def test_names_of_imagenet(file, text, names, tmp_path):
         assert find(folder).class_names == names
 
 
+def test_without_a_null_class(run, tmp_path, capsys):
+    """A checkpoint of --label-drop 0 is drawn without guidance."""
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    state["config"]["training"]["label_drop"] = 0.0
+    torch.save(state, tmp_path / "ckpt.pt")
+    words = ["sample.py", tmp_path / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png"]
+    assert call(*words) == 0 and "guidance 0.0" in capsys.readouterr().out
+    assert call(*words, "--guidance", 1) == 2 and "without a null class" in capsys.readouterr().err
+
+
 def test_export(run, folder, tmp_path, capsys):
     """A small file that draws the same but for float16's rounding, and starts other runs."""
     exported = tmp_path / "a.pt"
