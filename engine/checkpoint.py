@@ -19,8 +19,6 @@ CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"  # ckpt.pt
 TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"  # tokenizer.pt
 TOKENIZER_ENTRIES = {"config": dict, "metrics": dict, "step": int, "tokenizer": dict}
 ENTRIES = TOKENIZER_ENTRIES | {"ema": dict, "class_names": list, "class_counts": list, "sampling": dict}
-FOREIGN = {"argparse", "ldm", "lightning", "main", "numpy", "omegaconf", "pathlib", "pytorch_lightning",
-           "taming", "typing"}  # libraries of which published checkpoints hold objects
 
 
 class StandIn:
@@ -39,9 +37,9 @@ def read_torch(path):
         if zipfile.is_zipfile(path):  # else of torch before 1.6: there torch refuses every foreign object
             with zipfile.ZipFile(path) as archive:
                 check_unpacked(path, sum(m.file_size for m in archive.infolist()), path.stat().st_size)
-            names = [name for name in get_unsafe_globals_in_checkpoint(path) if name.split(".")[0] in FOREIGN]
+            names = get_unsafe_globals_in_checkpoint(path)
         stand_ins = [(OrderedDict if name.endswith("Dict") else StandIn, name) for name in names]
-        with safe_globals(stand_ins):  # torch refuses what has none
+        with safe_globals(stand_ins):  # so that nothing of theirs runs; torch refuses os, sys and the like
             return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -303,6 +303,8 @@ def test_images_that_lie(tmp_path):
     assert list(source.skipped) == ["0.png", "bomb.png"]
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "canvas.webp").write_bytes(b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + b"\xff" * 6)
-    for source in [*tmp_path.iterdir(), np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20, 3))]:
+    for path in tmp_path.iterdir():
         with pytest.raises(UserError):
-            data.load_image(source, 8)
+            data.load_image(path, 8)
+    with pytest.raises(UserError, match="pixels, more than"):  # before it is copied
+        data.load_image(np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20, 3)), 8)

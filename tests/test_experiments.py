@@ -160,7 +160,7 @@ def test_guidance_up_to_a_time(monkeypatch):
 @pytest.mark.parametrize("calls, below, discrete, end, steps", [
     (2, 1.0, True, None, (1, 1)), (13, 1.0, True, None, (6, 6)), (4, 0.5, True, None, (3, 1)),
     (4, 0.5, True, 0.3, (3, 1)), (4, 0.5, False, None, (3, 1)), (4, 0.2, True, 0.3, (4, 0)),
-    (4, 0.5, False, 0.6, (4, 0))])
+    (4, 0.5, True, 0.6, (4, 0))])
 def test_guided_steps_are_two_calls(calls, below, discrete, end, steps):
     assert tuned.most_steps(calls, below, discrete, end) == steps
 
@@ -182,7 +182,7 @@ def tiny(folder, tmp_path, monkeypatch):
 
 def test_compare(tiny, run, tmp_path, monkeypatch):
     """VQ-LCMD is train.py bit for bit; a second command computes nothing; other settings are refused."""
-    monkeypatch.setattr(compare, "HELD_OUT", 2)
+    monkeypatch.setattr(compare, "spread_out", lambda n, most: np.arange(n)[::-1].copy())
     real_bound, held_out = compare.bound, []
     monkeypatch.setattr(compare, "bound", lambda name, model, schedule, shared, seed: held_out.append(
         shared.held_out[1].tolist()) or real_bound(name, model, schedule, shared, seed))
@@ -196,7 +196,7 @@ def test_compare(tiny, run, tmp_path, monkeypatch):
     lines, before = common.read(path), path.read_text()
     assert [len(common.select(lines, row=name)) for name in rows] == [7, 7, 6, 1]  # with 5 omegas
     assert all(0 <= float(line["recall"]) <= 1 and 0 < float(line["bound"]) for line in lines)
-    assert held_out == [[0, 1]] * 4  # of a sorted set, not its first ones
+    assert held_out == [[1, 0]] * 4
     assert call(compare, *words) == 0 and path.read_text() == before
     assert "| frozen random table | ancestral |" in (tmp_path / "c" / "results.md").read_text()
     path.unlink()
