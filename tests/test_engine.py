@@ -56,15 +56,18 @@ def move_a_codebook(rank, world, folder):
         init_distributed()
         add = torch.Tensor.index_add_  # on GPUs these sums differ in their last bits
         torch.Tensor.index_add_ = lambda *a: add(*a).mul_(1 + rank * 2e-7)
+        gather = vqvae.all_gather_cat
+        vqvae.all_gather_cat = lambda z: gather(z).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
-    vq, z_e, dead = vqvae.VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0
+    vq, z_e, dead, codes = vqvae.VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0, []
     for step in range(20):
         z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
         vq(z, seeded(0))
+        codes.append(vq.codebook.detach().clone())
         vq.running_count[step % 16] *= 0
         dead += int(vq.restart_dead_codes(z, seeded(step)))
     assert dead >= 20
-    torch.save(vq.state_dict(), folder / f"{rank}of{world}.pt")
+    torch.save(vq.state_dict() | {"first": codes[0]}, folder / f"{rank}of{world}.pt")
 
 
 def one_of_two(rank, jobs, port, folder):
