@@ -13,7 +13,7 @@ import train
 from engine.config import DEFAULTS, OPTIONS, PRESETS, describe_models, resolve
 from engine.tokens import random_tokens
 from extras import cost, meta_count, setup
-from tests.common import ESTIMATE_COST, TINY, call, flags
+from tests.common import ESTIMATE_COST, TINY, train_tiny
 from tests.exact import Steps, run_of
 
 CPU = SimpleNamespace(name="cpu", memory=float("inf"), flops=1e11, bf16=False)
@@ -113,8 +113,7 @@ def test_a_run_is_made_to_fit(monkeypatch):
 def test_dry_run(folder, tmp_path, monkeypatch, capsys):
     """Of another machine, with the preset it would get; nothing is written."""
     monkeypatch.setattr(setup, "estimate_cost", ESTIMATE_COST)
-    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--for", "h100"]
-    assert call("train.py", *words, "--dry-run") == 0
+    assert train_tiny(folder, tmp_path / "run", "--dry-run", "--for", "h100") == 0
     said = capsys.readouterr().out
     for word in ("preset 32:", "1 x h100 (", "bfloat16", "first generated picture", "disk"):
         assert word in said

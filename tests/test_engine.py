@@ -23,7 +23,7 @@ from engine.randomness import batch_indices
 from engine.validate import UserError
 from extras import setup, vqgan_losses
 from tests import common
-from tests.common import TINY, call, close, contents, flags, rows_of, seeded, start_processes, weights_of
+from tests.common import TINY, call, close, contents, flags, rows_of, seeded, train_tiny, weights_of
 
 LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
 
@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     of_two = [(program, [*words, *more, "--out", two / name])
               for name, (more, program, words) in jobs.items()]
     *ports, last = common.free_ports(5)
-    start_processes(one_of_two, list(zip(ports, of_two, strict=True)), last, tmp_path, n=2, wait=300)
+    common.start_processes(one_of_two, list(zip(ports, of_two, strict=True)), last, tmp_path, n=2, wait=300)
     for name, (_, program, words) in jobs.items():
         assert call(program, *words, "--out", one / name) == 0
     close(weights_of(two / "a"), weights_of(one / "a"), rtol=0, atol=1e-5)
@@ -122,7 +122,6 @@ def encode_by_two(*args, encode_sets=tokens.encode_sets):
 @pytest.mark.parametrize("stage, how", [("tokenizer", "Ctrl-C"), ("tokens", "crash"), ("diffusion", "kill")])
 def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatch):
     """Stopped in any stage and started again: bit for bit what the uninterrupted run computed."""
-    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
     owner, name, calls = {"tokenizer": (vqvae.VQVAE, "forward", 5), "tokens": (vqvae.VQVAE, "encode", 12),
                           "diffusion": (losses, "training_loss", 5)}[stage]
     real, seen = getattr(owner, name), []
@@ -140,26 +139,23 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
         patch.setattr(owner, name, interrupted)
         if how == "crash":
             with pytest.raises(ArithmeticError):
-                call("train.py", *words)
+                train_tiny(folder, tmp_path)
         else:
-            assert call("train.py", *words) == {"Ctrl-C": 130, "kill": 143}[how]
-    part = tmp_path / "pets" / "tokens.part.npy"
+            assert train_tiny(folder, tmp_path) == {"Ctrl-C": 130, "kill": 143}[how]
+    part = tmp_path / "tokens.part.npy"
     assert not part.exists() or (np.load(part)["label"] >= 0).sum() == 16  # what was encoded is kept
     assert part.exists() == (stage == "tokens")
-    assert call("train.py", *words) == 0
-    assert contents(tmp_path / "pets") == contents(run)
+    assert train_tiny(folder, tmp_path) == 0 and contents(tmp_path) == contents(run)
 
 
 def test_two_kills(folder, run, tmp_path):
     """SIGKILL at two random moments, then the same command: every file is the undisturbed run's."""
-    out = tmp_path / "pets"
-    words = ["--data", folder, "--out", out, *flags(TINY)]
     for _ in range(2):
-        child, = start_processes(call, "train.py", *words)
+        child, = common.start_processes(train_tiny, folder, tmp_path)
         time.sleep(random.SystemRandom().uniform(0, 0.8))
         child.kill()
         child.join()
-    assert call("train.py", *words) == 0 and contents(out) == contents(run)
+    assert train_tiny(folder, tmp_path) == 0 and contents(tmp_path) == contents(run)
 
 
 def test_the_checkpoint_before(undone, run, folder, capsys):
@@ -198,11 +194,10 @@ def test_rows_after_the_checkpoint_go(tmp_path):
 
 def test_one_process_per_run(folder, run, tmp_path, capsys):
     """A run directory that somebody works in is refused, until he is done."""
-    shutil.copytree(run, tmp_path / "pets")
-    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
-    with process.lock(tmp_path / "pets"):
-        assert call("train.py", *words) == 2 and "is in use by another process" in capsys.readouterr().err
-    assert call("train.py", *words) == 0
+    out = shutil.copytree(run, tmp_path / "pets")
+    with process.lock(out):
+        assert train_tiny(folder, out) == 2 and "is in use by another process" in capsys.readouterr().err
+    assert train_tiny(folder, out) == 0
 
 
 @pytest.mark.parametrize("what, due", [
@@ -243,9 +238,8 @@ def test_not_finite_discriminator(folder, tmp_path, capsys):
         loss = hinge_loss(*args)
         return loss + (loss - loss).abs().sqrt()
 
-    words = ["--data", folder, "--out", tmp_path, *flags(TINY | {"log_every": 8, "save_every": 2})]
     with mock.patch.object(vqgan_losses, "hinge_loss", broken):
-        assert call("train.py", *words) == 1
+        assert train_tiny(folder, tmp_path, log_every=8, save_every=2) == 1
     said = capsys.readouterr().err
     assert "not finite at step 2 (reconstruction 0." in said and " discriminator_norm nan" in said
     assert not (tmp_path / "tokenizer.pt").exists()
@@ -285,7 +279,7 @@ def log_of_two(rank, port, out):
 
 
 def test_both_processes_stop(tmp_path):
-    start_processes(log_of_two, *common.free_ports(1), tmp_path, n=2, wait=60)
+    common.start_processes(log_of_two, *common.free_ports(1), tmp_path, n=2, wait=60)
 
 
 def test_best_checkpoint(tmp_path):

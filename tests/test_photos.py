@@ -13,7 +13,8 @@ import data
 from engine import budget
 from extras import image_cache
 from extras.datasets import find
-from tests.common import TINY, call, contents, flags, make_folder, noise, png, spoil, write_images
+from tests import common
+from tests.common import TINY, call, contents, flags, make_folder, noise, train_tiny, write_images
 
 
 def same_sets(a, b):
@@ -44,15 +45,14 @@ def test_cache_of_decoded_images(memory, tmp_path, monkeypatch):
 
 def test_runs_with_and_without_cache(folder, run, tmp_path):
     """The same files; the cache is gone when the tokens are there."""
-    words = ["train.py", "--data", folder, *flags(TINY), "--out"]
     expected = contents(run)
-    for name, more in (("pets", []), ("plain", ["--no-cache"])):
-        out = tmp_path / name
+    for more in ([], ["--no-cache"]):
+        out = tmp_path / f"run{len(more)}"
         out.mkdir()
         (out / "images.part.npy").write_bytes(b"")  # of a start that was killed
-        assert call(*words, out, "--stage", "tokenizer", *more) == 0
-        assert (out / "images.npy").exists() == (name == "pets")
-        assert call(*words, out, "--stage", "tokens") == 0
+        assert train_tiny(folder, out, *more, stage="tokenizer") == 0
+        assert (out / "images.npy").exists() == (more == [])
+        assert train_tiny(folder, out, stage="tokens") == 0
         assert not list(out.glob("images*"))
         assert all(contents(out)[file] == expected[file] for file in ("tokenizer.pt", "tokens.npy"))
 
@@ -74,8 +74,8 @@ def test_bad_files(memory, tmp_path, capsys, monkeypatch):
     root, out, images = tmp_path / "mixed", tmp_path / "out", noise(30)
     write_images(root, [f"{i:04d}.png" for i in range(29)], images[:-1])
     with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:  # a name that is no UTF-8
-        file.write(png(images[-1]))
-    expected = spoil(root, images[0])
+        file.write(common.encode(images[-1]))
+    expected = common.spoil(root, images[0])
     words = ["train.py", "--data", root, "--out", out, *flags(TINY), "--no-cache", "--stage"]
     assert call(*words, "tokenizer") == 2
     assert "15 of 45 images cannot be used, more than 1 %" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from extras.datasets import find
 from extras.pictures import save_pairs
 from extras.sampling_options import parse_classes
 from sample import class_labels, sample_images
-from tests.common import HERE, TINY, call, close, flags, noise, seeded, write_images
+from tests.common import HERE, call, close, flags, noise, seeded, train_tiny, write_images
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,6 @@ def test_trajectory(tiles, pipeline, tmp_path):
 
 
 def test_pictures_from_an_image(tiles, pipeline, tmp_path):
-    """--inpaint, --vary."""
     pixels = torch.randint(256, (10, 14, 3), generator=seeded(0), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(tmp_path / "image.png")
     mask = np.zeros((20, 28), np.uint8)
@@ -216,11 +215,10 @@ def test_export(run, folder, tmp_path, capsys):
         close(getattr(after, part).state_dict(), rounded, rtol=0, atol=0)
     for name in ("class_names", "class_counts", "sampling", "step", "config"):
         assert getattr(before, name) == getattr(after, name)
-    words = ["train.py", "--data", folder, *flags(TINY | {"steps": 10}), "--out"]
-    assert call(*words, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
+    assert train_tiny(folder, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
     pets = shutil.copytree(run, tmp_path / "pets")
     shutil.copy(exported, pets / "ckpt.pt")
-    assert call(*words, pets) == 2 and "made by --export" in capsys.readouterr().err
+    assert train_tiny(folder, pets, steps=10) == 2 and "made by --export" in capsys.readouterr().err
 
 
 def test_example(tmp_path):
