@@ -6,7 +6,6 @@ import csv
 import gc
 import gzip
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -173,10 +172,6 @@ def weights_of(out):
     content = torch.load(out / "ckpt.pt", weights_only=True)
     parts = [content["model"], content["ema"], *content["optimizer"]["state"].values()]
     return torch.cat([value.flatten() for part in parts for value in part.values()])
-
-
-def scores_of(path):
-    return {key: value for key, value in json.loads(path.read_text()).items() if isinstance(value, float)}
 
 
 def make_folder(root, classes=("cat", "dog"), each=20, side=10):

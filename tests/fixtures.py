@@ -36,8 +36,7 @@ def run(folder, tmp_path_factory):
 def undone(run, tmp_path):
     """A run whose tokens are there and whose denoiser is not: its directory."""
     late = shutil.ignore_patterns("ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json")
-    shutil.copytree(run, tmp_path / "pets", ignore=late)
-    return tmp_path / "pets"
+    return shutil.copytree(run, tmp_path / "pets", ignore=late)
 
 
 @pytest.fixture

@@ -27,13 +27,10 @@ def test_devices(folder, tmp_path, monkeypatch, capsys):
     assert train_tiny(folder, tmp_path / "a") == 2 and "more processes than GPUs" in capsys.readouterr().err
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError(), MemoryError(),
-                 RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")]
-
-
 def test_out_of_memory(fast, folder, run, tmp_path, capsys):
     """One line that names the flags to give, in whichever of three ways it is said."""
-    errors = itertools.cycle(OUT_OF_MEMORY)
+    errors = itertools.cycle([torch.OutOfMemoryError(), MemoryError(), RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
     words = ["train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY)]
     for owner, name, flag, given in (
             (vqvae.VQVAE, "forward", "--tokenizer-batch", words),
@@ -48,7 +45,6 @@ def test_out_of_memory(fast, folder, run, tmp_path, capsys):
 
 
 def test_full_disk(folder, tmp_path, capsys):
-    """A checkpoint that cannot be written is one line."""
     with mock.patch.object(torch, "save", side_effect=RuntimeError("writing failed")):
         assert train_tiny(folder, tmp_path) == 1
     said = capsys.readouterr().err

@@ -7,8 +7,8 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
-import tarfile
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -91,9 +91,7 @@ def labels_file(names, labels):
 
 def pack_cifar(path, images):
     folder = common.write_cifar(path.parent.parent / "cifar-10-batches", images)
-    path.parent.mkdir()
-    with tarfile.open(path, "w:gz") as archive:
-        archive.add(folder, folder.name)
+    shutil.make_archive(path.parent / "cifar-10-python", "gztar", folder.parent, folder.name)
 
 
 LABELS = [0] * 22 + [1] * 22

@@ -25,8 +25,6 @@ from extras import setup, vqgan_losses
 from tests import common
 from tests.common import TINY, call, close, contents, flags, rows_of, seeded, train_tiny, weights_of
 
-LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
-
 
 def test_batches_walk_through_epochs():
     """Every item once per epoch, in another order each time; a batch may span several epochs."""
@@ -37,12 +35,11 @@ def test_batches_walk_through_epochs():
 
 def test_passes_and_recomputation(undone, run, folder):
     """--micro-batch changes nothing but rounding; --activation-checkpointing nothing; --compile compiles."""
-    words = ["--data", folder, "--out", undone, *LATE]
     expected, compiled = weights_of(run), []
     for flag, passes in ((["--micro-batch", 4], 2), (["--activation-checkpointing"], 1), (["--compile"], 1)):
         with (mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f),
               mock.patch.object(losses, "training_loss", wraps=losses.training_loss) as loss):
-            assert call("train.py", *words, *flag) == 0
+            assert train_tiny(folder, undone, *flag) == 0
         assert loss.call_count == 8 * passes
         # Rounding: at most a hundredth of a step of AdamW, whose rate is 1e-2.
         close(weights_of(undone), expected, rtol=0, atol=1e-4 if passes > 1 else 0)
@@ -160,8 +157,7 @@ def test_two_kills(folder, run, tmp_path):
 
 def test_the_checkpoint_before(undone, run, folder, capsys):
     """A last checkpoint that is truncated: the run continues from the one before, and says so."""
-    words, path = ["--data", folder, "--out", undone, *LATE, "--save-every", 2], undone / "ckpt.pt"
-    real = checkpoint.write_atomically
+    path, real = undone / "ckpt.pt", checkpoint.write_atomically
 
     def stop_after(file, write, **options):
         real(file, write, **options)
@@ -169,10 +165,10 @@ def test_the_checkpoint_before(undone, run, folder, capsys):
             raise ArithmeticError
 
     with mock.patch.object(checkpoint, "write_atomically", stop_after), pytest.raises(ArithmeticError):
-        call("train.py", *words)
+        train_tiny(folder, undone, save_every=2)
     assert torch.load(previous(path), weights_only=True)["step"] == 4
     path.write_bytes(path.read_bytes()[:-1000])
-    assert call("train.py", *words) == 0
+    assert train_tiny(folder, undone, save_every=2) == 0
     assert "continuing at step 4" in capsys.readouterr().out and contents(undone) == contents(run)
 
 
@@ -206,7 +202,7 @@ def test_one_process_per_run(folder, run, tmp_path, capsys):
 def test_not_finite(what, due, undone, run, folder, capsys):
     """The step, its terms, and the checkpoint before it, unharmed, whatever is due first after that step.
     The same command continues, and so does one with another learning rate."""
-    words, real, calls, kept = ["--data", folder, *LATE, *flags(due)], losses.training_loss, [], []
+    real, calls, kept = losses.training_loss, [], []
 
     def broken(*args, **options):
         loss, terms = real(*args, **options)
@@ -219,17 +215,17 @@ def test_not_finite(what, due, undone, run, folder, capsys):
         return loss + (loss - loss).abs().sqrt(), terms  # the value is finite, its slope at 0 is not
 
     with mock.patch.object(losses, "training_loss", broken):
-        assert call("train.py", *words, "--out", undone) == 1
+        assert train_tiny(folder, undone, **due) == 1
     said = capsys.readouterr().err
     assert "loss or gradient is not finite at step 6 (rec " in said and said.count("\n") == 1
     assert "norm nan" in said and ("rec nan" in said) == (what == "loss")
     assert [(undone / "ckpt.pt").read_bytes()] == kept
     other = shutil.copytree(undone, undone.with_name("other"))
-    assert call("train.py", *words, "--out", other, "--lr", 1e-3) == 0
+    assert train_tiny(folder, other, lr=1e-3, **due) == 0
     said = capsys.readouterr().out
     assert "lr was 0.01, from here on it is 0.001" in said and "continuing at step 4" in said
     assert weights_of(other).isfinite().all() and not torch.equal(weights_of(other), weights_of(run))
-    assert call("train.py", *words, "--out", undone) == 0 and torch.equal(weights_of(undone), weights_of(run))
+    assert train_tiny(folder, undone, **due) == 0 and torch.equal(weights_of(undone), weights_of(run))
 
 
 def test_not_finite_discriminator(folder, tmp_path, capsys):

@@ -20,7 +20,7 @@ from extras.datasets import find
 from fid import inception_score, kernel_distance, precision_recall
 from sample import sample_images
 from tests import common
-from tests.common import TINY, call, close, flags, make_folder, noise, rows_of, scores_of, seeded
+from tests.common import call, close, make_folder, noise, rows_of, seeded, train_tiny
 from tests.fixtures import Pixels
 
 PINNED = {  # size of pixels: first three features of image 1, from torch-fidelity 0.4.0
@@ -186,7 +186,8 @@ def score(fast, tmp_path, monkeypatch):
 
     def scores(*words):
         assert call("fid.py", *words, "--json", "scores.json") == 0, words
-        return scores_of(Path("scores.json"))
+        found = json.loads(Path("scores.json").read_text())
+        return {key: value for key, value in found.items() if isinstance(value, float)}
 
     return scores
 
@@ -245,17 +246,16 @@ def test_fid_of_a_checkpoint(score, run, capsys):
 def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     """--eval-fid and --fid-every give fid.py's scores; real images are measured once; no weights, no run."""
     out = shutil.copytree(run, tmp_path / "run")
-    words = ["train.py", "--data", folder, *flags(TINY), "--out"]
     measured = []
     monkeypatch.setattr(fid_sources, "measure", lambda *args, measure=fid.measure, **more:
                         measured.append(more["name"]) or measure(*args, **more))
     for _ in range(2):  # the second time it is there
-        assert call(*words, out, "--eval-fid", 6) == 0
+        assert train_tiny(folder, out, eval_fid=6) == 0
     assert measured == ["FID, training images", "FID, 6 samples"]
     found = json.loads((out / "metrics.json").read_text())["fid"]
     assert found == pytest.approx(score(folder, run / "ckpt.pt", "--n", 6) | {"n": 6})
     monkeypatch.setattr(fid_sources, "MIN_IMAGES", 6)
-    assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
+    assert train_tiny(folder, tmp_path / "every", fid_every=3) == 0
     assert common.contents(tmp_path / "every")["ckpt.pt"] == common.contents(run)["ckpt.pt"]
     rows = rows_of(tmp_path / "every" / "fid.csv")
     assert [row["step"] for row in rows] == ["3", "6", "8"]
@@ -263,10 +263,10 @@ def test_train_evaluates_fid(score, folder, run, tmp_path, capsys, monkeypatch):
     assert last | {"n": 6} == pytest.approx(found)
     tables = [rows_of(tmp_path / "every" / name) for name in ("fid.csv", "evaluation.csv")]
     (tmp_path / "every" / "ckpt.pt").unlink()  # as after a kill: no row comes twice
-    assert call(*words, tmp_path / "every", "--fid-every", 3) == 0
+    assert train_tiny(folder, tmp_path / "every", fid_every=3) == 0
     assert tables == [rows_of(tmp_path / "every" / name) for name in ("fid.csv", "evaluation.csv")]
     monkeypatch.delenv("FID_WEIGHTS")
-    assert call(*words, tmp_path / "new", "--eval-fid", 5) == 2
+    assert train_tiny(folder, tmp_path / "new", eval_fid=5) == 2
     assert inception.WEIGHTS_URL in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 

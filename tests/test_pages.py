@@ -62,8 +62,7 @@ def test_page_of_a_run(folder, run):
 
 def test_states(run, tmp_path, capsys):
     """Of any run, from its files: how far it is, how it ended, whether it lives; hostile names are text."""
-    out = tmp_path / "it's <b>"
-    shutil.copytree(run, out)
+    out = shutil.copytree(run, tmp_path / "it's <b>")
     config = json.loads((run / "config.json").read_text()) | {HOSTILE[0]: HOSTILE[0]}
     config |= {"steps": 9, "classes": HOSTILE, "data": HOSTILE[0]}
     (out / "config.json").write_text(json.dumps(config))
