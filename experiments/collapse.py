@@ -46,15 +46,6 @@ class Row:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0,
                                            fused=True)
 
-    def train_step(self, noise, schedule, lr):
-        self.optimizer.param_groups[0]["lr"] = lr
-        loss, _ = training_loss(self.model, self.model, schedule, *noise, w_rec=1.0, w_diff=1.0,
-                                w_cm=self.w_cm, weight_clip=1.0, cm_pairs="markov")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def measure(self, step, schedule, held_out):
         table = self.model.table().detach().clone()
         bits = held_out_bound(self.model, schedule, held_out, 0 * held_out[:, 0], 0, len(held_out), 500)
@@ -77,7 +68,13 @@ def train(rows, chain, steps, seed):
         for row in rows.values():
             noise = sample_noise(row.model, x, 0 * x[:, 0], generator_for(seed, "diffusion", step),
                                  rec_fraction=0.25, max_drop_rate=0.0, label_drop=0.0, max_gap=1.0)
-            row.train_step(noise, schedule, learning_rate(step, steps, 50, 5e-3))
+            row.optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 50, 5e-3)
+            loss, _ = training_loss(row.model, row.model, schedule, *noise, w_rec=1.0, w_diff=1.0,
+                                    w_cm=row.w_cm, weight_clip=1.0, cm_pairs="markov")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(row.model.parameters(), 1.0)
+            row.optimizer.step()
+            row.optimizer.zero_grad(set_to_none=True)
 
 
 def draw_figure(plt, rows, found, chain, extent):

@@ -79,7 +79,6 @@ def spread(numbers, digits=2):
 
 
 def markdown(header, rows):
-    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines) + "\n"
 

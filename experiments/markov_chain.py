@@ -90,8 +90,7 @@ def train(options, seed, steps, chain):
     """One row with one seed -> (averaged weights, schedule). options: all, as in DEFAULTS."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    sizes = dict(K=K, D=D, width=64, depth=3, heads=4)
-    models = describe_models(options | sizes, 0)
+    models = describe_models(options | dict(K=K, D=D, width=64, depth=3, heads=4), 0)
     model = EmbeddingDiffusion(**models["denoiser"] | {"grid": (1, N)})
     schedule = ShiftedCosine(**models["schedule"])
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -6,7 +6,6 @@ import csv
 import gc
 import gzip
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -91,6 +90,11 @@ def call(program, *words):
             signal.signal(number, handler)
 
 
+def train_tiny(data, out, *words, **options):
+    """train.py at the sizes of TINY, in this process. Returns its exit status."""
+    return call("train.py", "--data", data, "--out", out, *flags(TINY | options), *words)
+
+
 def parser_flags(program):
     """Names of all options of a program, from its own parser."""
     parser = argparse.ArgumentParser
@@ -170,10 +174,6 @@ def weights_of(out):
     return torch.cat([value.flatten() for part in parts for value in part.values()])
 
 
-def scores_of(path):
-    return {key: value for key, value in json.loads(path.read_text()).items() if isinstance(value, float)}
-
-
 def make_folder(root, classes=("cat", "dog"), each=20, side=10):
     """A folder of noise: a sub-folder per class, endings in any case, a stray text file."""
     rng = np.random.default_rng(0)
@@ -192,16 +192,17 @@ def noise(n, height=10, width=10, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 
 
-def png(array, form="png"):
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, form)
+def encode(image, form="png", **options):
+    """The bytes of a file of an image, or of an array."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
 
 def write_images(root, names, images):
     for name, image in zip(names, images, strict=True):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(image))
+        (root / name).write_bytes(encode(image))
     return root
 
 
@@ -217,7 +218,7 @@ def write_lmdb(path, images):
     path.parent.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(path), map_size=1 << 24) as env, env.begin(write=True) as transaction:
         for i, image in enumerate(images):
-            transaction.put(f"{i:040x}".encode(), png(image))
+            transaction.put(f"{i:040x}".encode(), encode(image))
     (path / "lock.mdb").unlink()
     return path
 
@@ -257,13 +258,13 @@ def pixels_of(source, size):
 def spoil(root, good):
     """Fifteen entries in root that no image comes of: {name: a word of the reason}."""
     large = noise(1, 40, 40)[0]
-    checksum = bytearray(png(large))
+    checksum = bytearray(encode(large))
     checksum[900] ^= 255
-    files = {f"truncated.{form}": png(large, form)[:900] for form in ("jpeg", "gif", "png")}
-    files |= {"half.webp": png(large, "webp")[:300], "header.bmp": png(large, "bmp")[:30],
+    files = {f"truncated.{form}": encode(large, form)[:900] for form in ("jpeg", "gif", "png")}
+    files |= {"half.webp": encode(large, "webp")[:300], "header.bmp": encode(large, "bmp")[:30],
               "checksum.png": checksum, "empty.png": b"", "empty.jpg": b"", "text.jpg": b"not an image\n",
-              "page.png": b"<html>404</html>", "dot.png": png(good[:1, :1]),
-              "line.png": png(noise(1, 300, 2)[0])}
+              "page.png": b"<html>404</html>", "dot.png": encode(good[:1, :1]),
+              "line.png": encode(noise(1, 300, 2)[0])}
     for name, content in files.items():
         (root / name).write_bytes(content)
     Image.new("1", (10000, 10000)).save(root / "bomb.png")

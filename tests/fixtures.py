@@ -16,7 +16,7 @@ import torch
 
 from extras import fid_command, fid_sources, inception, tokenizer_report
 from extras.vqgan_losses import LPIPS
-from tests.common import TINY, call, flags, make_folder
+from tests.common import make_folder, train_tiny
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path_factory):
     """A complete tiny run: its directory."""
     out = tmp_path_factory.mktemp("run") / "pets"
-    assert call("train.py", "--data", folder, "--out", out, *flags(TINY)) == 0
+    assert train_tiny(folder, out) == 0
     return out
 
 
@@ -36,8 +36,7 @@ def run(folder, tmp_path_factory):
 def undone(run, tmp_path):
     """A run whose tokens are there and whose denoiser is not: its directory."""
     late = shutil.ignore_patterns("ckpt.pt", "diffusion.csv", "evaluation.csv", "metrics.json")
-    shutil.copytree(run, tmp_path / "pets", ignore=late)
-    return tmp_path / "pets"
+    return shutil.copytree(run, tmp_path / "pets", ignore=late)
 
 
 @pytest.fixture

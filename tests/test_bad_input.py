@@ -17,25 +17,20 @@ import vqvae
 from engine import process
 from engine.process import on_signal
 from extras import fid_command, setup
-from tests.common import TINY, call, contents, flags
+from tests.common import TINY, call, contents, flags, train_tiny
 
 
 def test_devices(folder, tmp_path, monkeypatch, capsys):
-    """More processes than GPUs are refused."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(setup, "choose_device", lambda name: torch.device("cuda"))
-    words = ["--data", folder, "--out", tmp_path / "a"]
-    assert call("train.py", *words) == 2 and "more processes than GPUs" in capsys.readouterr().err
-
-
-OUT_OF_MEMORY = [torch.OutOfMemoryError(), MemoryError(),
-                 RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")]
+    assert train_tiny(folder, tmp_path / "a") == 2 and "more processes than GPUs" in capsys.readouterr().err
 
 
 def test_out_of_memory(fast, folder, run, tmp_path, capsys):
     """One line that names the flags to give, in whichever of three ways it is said."""
-    errors = itertools.cycle(OUT_OF_MEMORY)
+    errors = itertools.cycle([torch.OutOfMemoryError(), MemoryError(), RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")])
     words = ["train.py", "--data", folder, "--out", tmp_path / "a", *flags(TINY)]
     for owner, name, flag, given in (
             (vqvae.VQVAE, "forward", "--tokenizer-batch", words),
@@ -50,22 +45,20 @@ def test_out_of_memory(fast, folder, run, tmp_path, capsys):
 
 
 def test_full_disk(folder, tmp_path, capsys):
-    """A checkpoint that cannot be written is one line."""
     with mock.patch.object(torch, "save", side_effect=RuntimeError("writing failed")):
-        assert call("train.py", "--data", folder, "--out", tmp_path, *flags(TINY)) == 1
+        assert train_tiny(folder, tmp_path) == 1
     said = capsys.readouterr().err
     assert "tokenizer.pt cannot be written" in said and said.count("\n") == 1
 
 
 def test_closed_pipe(folder, run, tmp_path, capsys):
     """`| head`: the program ends without a word, as the shell's own do. A run continues."""
-    words = ["train.py", "--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", 1) as closed, mock.patch.object(sys, "stdout", closed):
-        assert call(*words) == 141
+        assert train_tiny(folder, tmp_path) == 141
     assert capsys.readouterr().err == ""
-    assert call(*words) == 0 and contents(tmp_path / "pets") == contents(run)
+    assert train_tiny(folder, tmp_path) == 0 and contents(tmp_path) == contents(run)
 
 
 def test_signals(monkeypatch):
@@ -107,7 +100,10 @@ def test_bad_input(folder, run, tmp_path, capsys, monkeypatch):
         ("no vq-lcmd checkpoint", "sample.py", "run/tokenizer.pt"),
         ("must be a finite number", "sample.py", ckpt, "--guidance", "nan"),
         ("hurt/0.png: no image", "sample.py", ckpt, "--vary", "hurt/0.png"),
-    ]:
+        ("give REAL and FAKE, or REAL and --save-stats", "fid.py", "hurt"),
+        ("can only stand at FAKE", "fid.py", ckpt, "hurt"),
+        ("at least 1", "fid.py", "hurt", "hurt", "--size", 0),
+        ("--n is for a checkpoint at FAKE", "fid.py", "hurt", "hurt", "--n", 5)]:
         capsys.readouterr()
         assert call(program, *words) == 2, words
         error = capsys.readouterr().err

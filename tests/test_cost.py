@@ -1,6 +1,7 @@
 """The cost of a run, how it is made to fit, and presets by the number of images."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import train
 from engine.config import DEFAULTS, OPTIONS, PRESETS, describe_models, resolve
 from engine.tokens import random_tokens
 from extras import cost, meta_count, setup
-from tests.common import ESTIMATE_COST, TINY, call, flags
+from tests.common import ESTIMATE_COST, TINY, train_tiny
 from tests.exact import Steps, run_of
 
 CPU = SimpleNamespace(name="cpu", memory=float("inf"), flops=1e11, bf16=False)
@@ -20,42 +21,37 @@ MEDIUM = DEFAULTS | dict(size=16, f=4, K=256, width=64, depth=3, heads=2, batch=
                          tokenizer_width=32, gan=0.5, embedding_init="random")
 
 
-def allocated(work):
-    """Bytes at peak that work() allocates on a CPU, inside operations too, beyond what was there."""
-    work()
+def allocated(work, *args):
+    """Bytes at peak that work(*args) allocates on a CPU, inside operations too, beyond what was there."""
+    work(*args)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
+        work(*args)
     events = sorted((event.start_ns(), event.nbytes()) for event in profiled.profiler.kineto_results.events()
                     if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in events:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return max(itertools.accumulate(change for _, change in events))
 
 
 def size(*modules):
     return sum(p.nbytes for module in modules for p in module.parameters())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_cost_of_the_denoiser_is_what_a_cpu_takes(recompute):
-    config = MEDIUM | {"activation_checkpointing": recompute}
-    models = describe_models(config, 3)
-    counted = cost.count_diffusion(config, models, CPU, 32)
-    run = run_of(config, models=models)
-    parts, tokens = train.build_denoiser(run, None, None), random_tokens(32, models["denoiser"], run.device)
-    taken = allocated(lambda: train.optimize_denoiser(run, parts, tokens, Steps(0)))
-    weights = size(parts["model"])
-    assert counted.total == pytest.approx(taken + 4 * weights, rel=0.15)
-    expected = {"weights": 1, "gradients": 1, "optimizer": 2, "EMA": 1}
-    assert {kind: counted.peak[kind] / weights for kind in expected} == pytest.approx(expected, rel=0.01)
-
-
-def test_recomputation_saves_memory():
-    kept, recomputed = (cost.count_diffusion(config, describe_models(config, 3), CPU, 32).peak["activations"]
-                        for config in (MEDIUM, MEDIUM | {"activation_checkpointing": True}))
-    assert recomputed < 0.8 * kept
+def test_cost_of_the_denoiser_is_what_a_cpu_takes():
+    """Recomputation saves memory."""
+    activations = []
+    for recompute in (False, True):
+        config = MEDIUM | {"activation_checkpointing": recompute}
+        models = describe_models(config, 3)
+        counted = cost.count_diffusion(config, models, CPU, 32)
+        run = run_of(config, models=models)
+        parts = train.build_denoiser(run, None, None)
+        tokens = random_tokens(32, models["denoiser"], run.device)
+        taken = allocated(train.optimize_denoiser, run, parts, tokens, Steps(0))
+        weights = size(parts["model"])
+        assert counted.total == pytest.approx(taken + 4 * weights, rel=0.15)
+        expected = {"weights": 1, "gradients": 1, "optimizer": 2, "EMA": 1}
+        assert {kind: counted.peak[kind] / weights for kind in expected} == pytest.approx(expected, rel=0.01)
+        activations.append(counted.peak["activations"])
+    assert activations[1] < 0.8 * activations[0]
 
 
 def test_tokens_lie_on_the_device():
@@ -82,7 +78,7 @@ def test_cost_of_the_tokenizer_is_what_a_cpu_takes(update):
     run = run_of(config, images, models)
     parts = train.build_tokenizer(run, None)
     parts["tokenizer"].quantizer.initialised.fill_(True)
-    taken = allocated(lambda: train.optimize_tokenizer(run, parts, Steps(config["tokenizer_steps"] - 1)))
+    taken = allocated(train.optimize_tokenizer, run, parts, Steps(config["tokenizer_steps"] - 1))
     kept = 4 * size(parts["tokenizer"], parts["discriminator"])
     assert counted.total == pytest.approx(taken + kept, rel=0.15)
 
@@ -117,8 +113,7 @@ def test_a_run_is_made_to_fit(monkeypatch):
 def test_dry_run(folder, tmp_path, monkeypatch, capsys):
     """Of another machine, with the preset it would get; nothing is written."""
     monkeypatch.setattr(setup, "estimate_cost", ESTIMATE_COST)
-    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY), "--for", "h100"]
-    assert call("train.py", *words, "--dry-run") == 0
+    assert train_tiny(folder, tmp_path / "run", "--dry-run", "--for", "h100") == 0
     said = capsys.readouterr().out
     for word in ("preset 32:", "1 x h100 (", "bfloat16", "first generated picture", "disk"):
         assert word in said

@@ -23,9 +23,7 @@ from engine.randomness import batch_indices
 from engine.validate import UserError
 from extras import setup, vqgan_losses
 from tests import common
-from tests.common import TINY, call, close, contents, flags, rows_of, seeded, start_processes, weights_of
-
-LATE = ["--stage", "diffusion", *flags(TINY)]  # what a copy of `run` without its checkpoint still has to do
+from tests.common import TINY, call, close, contents, flags, rows_of, seeded, train_tiny, weights_of
 
 
 def test_batches_walk_through_epochs():
@@ -37,12 +35,11 @@ def test_batches_walk_through_epochs():
 
 def test_passes_and_recomputation(undone, run, folder):
     """--micro-batch changes nothing but rounding; --activation-checkpointing nothing; --compile compiles."""
-    words = ["--data", folder, "--out", undone, *LATE]
     expected, compiled = weights_of(run), []
     for flag, passes in ((["--micro-batch", 4], 2), (["--activation-checkpointing"], 1), (["--compile"], 1)):
         with (mock.patch.object(torch, "compile", lambda f: compiled.append(f) or f),
               mock.patch.object(losses, "training_loss", wraps=losses.training_loss) as loss):
-            assert call("train.py", *words, *flag) == 0
+            assert train_tiny(folder, undone, *flag) == 0
         assert loss.call_count == 8 * passes
         # Rounding: at most a hundredth of a step of AdamW, whose rate is 1e-2.
         close(weights_of(undone), expected, rtol=0, atol=1e-4 if passes > 1 else 0)
@@ -97,7 +94,7 @@ def test_two_processes_train_as_one(run, folder, tmp_path):
     of_two = [(program, [*words, *more, "--out", two / name])
               for name, (more, program, words) in jobs.items()]
     *ports, last = common.free_ports(5)
-    start_processes(one_of_two, list(zip(ports, of_two, strict=True)), last, tmp_path, n=2, wait=300)
+    common.start_processes(one_of_two, list(zip(ports, of_two, strict=True)), last, tmp_path, n=2, wait=300)
     for name, (_, program, words) in jobs.items():
         assert call(program, *words, "--out", one / name) == 0
     close(weights_of(two / "a"), weights_of(one / "a"), rtol=0, atol=1e-5)
@@ -125,7 +122,6 @@ def encode_by_two(*args, encode_sets=tokens.encode_sets):
 @pytest.mark.parametrize("stage, how", [("tokenizer", "Ctrl-C"), ("tokens", "crash"), ("diffusion", "kill")])
 def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatch):
     """Stopped in any stage and started again: bit for bit what the uninterrupted run computed."""
-    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
     owner, name, calls = {"tokenizer": (vqvae.VQVAE, "forward", 5), "tokens": (vqvae.VQVAE, "encode", 12),
                           "diffusion": (losses, "training_loss", 5)}[stage]
     real, seen = getattr(owner, name), []
@@ -143,32 +139,28 @@ def test_interrupted_and_continued(stage, how, folder, run, tmp_path, monkeypatc
         patch.setattr(owner, name, interrupted)
         if how == "crash":
             with pytest.raises(ArithmeticError):
-                call("train.py", *words)
+                train_tiny(folder, tmp_path)
         else:
-            assert call("train.py", *words) == {"Ctrl-C": 130, "kill": 143}[how]
-    part = tmp_path / "pets" / "tokens.part.npy"
+            assert train_tiny(folder, tmp_path) == {"Ctrl-C": 130, "kill": 143}[how]
+    part = tmp_path / "tokens.part.npy"
     assert not part.exists() or (np.load(part)["label"] >= 0).sum() == 16  # what was encoded is kept
     assert part.exists() == (stage == "tokens")
-    assert call("train.py", *words) == 0
-    assert contents(tmp_path / "pets") == contents(run)
+    assert train_tiny(folder, tmp_path) == 0 and contents(tmp_path) == contents(run)
 
 
 def test_two_kills(folder, run, tmp_path):
     """SIGKILL at two random moments, then the same command: every file is the undisturbed run's."""
-    out = tmp_path / "pets"
-    words = ["--data", folder, "--out", out, *flags(TINY)]
     for _ in range(2):
-        child, = start_processes(call, "train.py", *words)
+        child, = common.start_processes(train_tiny, folder, tmp_path)
         time.sleep(random.SystemRandom().uniform(0, 0.8))
         child.kill()
         child.join()
-    assert call("train.py", *words) == 0 and contents(out) == contents(run)
+    assert train_tiny(folder, tmp_path) == 0 and contents(tmp_path) == contents(run)
 
 
 def test_the_checkpoint_before(undone, run, folder, capsys):
     """A last checkpoint that is truncated: the run continues from the one before, and says so."""
-    words, path = ["--data", folder, "--out", undone, *LATE, "--save-every", 2], undone / "ckpt.pt"
-    real = checkpoint.write_atomically
+    path, real = undone / "ckpt.pt", checkpoint.write_atomically
 
     def stop_after(file, write, **options):
         real(file, write, **options)
@@ -176,10 +168,10 @@ def test_the_checkpoint_before(undone, run, folder, capsys):
             raise ArithmeticError
 
     with mock.patch.object(checkpoint, "write_atomically", stop_after), pytest.raises(ArithmeticError):
-        call("train.py", *words)
+        train_tiny(folder, undone, save_every=2)
     assert torch.load(previous(path), weights_only=True)["step"] == 4
     path.write_bytes(path.read_bytes()[:-1000])
-    assert call("train.py", *words) == 0
+    assert train_tiny(folder, undone, save_every=2) == 0
     assert "continuing at step 4" in capsys.readouterr().out and contents(undone) == contents(run)
 
 
@@ -201,11 +193,10 @@ def test_rows_after_the_checkpoint_go(tmp_path):
 
 def test_one_process_per_run(folder, run, tmp_path, capsys):
     """A run directory that somebody works in is refused, until he is done."""
-    shutil.copytree(run, tmp_path / "pets")
-    words = ["--data", folder, "--out", tmp_path / "pets", *flags(TINY)]
-    with process.lock(tmp_path / "pets"):
-        assert call("train.py", *words) == 2 and "is in use by another process" in capsys.readouterr().err
-    assert call("train.py", *words) == 0
+    out = shutil.copytree(run, tmp_path / "pets")
+    with process.lock(out):
+        assert train_tiny(folder, out) == 2 and "is in use by another process" in capsys.readouterr().err
+    assert train_tiny(folder, out) == 0
 
 
 @pytest.mark.parametrize("what, due", [
@@ -214,7 +205,7 @@ def test_one_process_per_run(folder, run, tmp_path, capsys):
 def test_not_finite(what, due, undone, run, folder, capsys):
     """The step, its terms, and the checkpoint before it, unharmed, whatever is due first after that step.
     The same command continues, and so does one with another learning rate."""
-    words, real, calls, kept = ["--data", folder, *LATE, *flags(due)], losses.training_loss, [], []
+    real, calls, kept = losses.training_loss, [], []
 
     def broken(*args, **options):
         loss, terms = real(*args, **options)
@@ -227,17 +218,17 @@ def test_not_finite(what, due, undone, run, folder, capsys):
         return loss + (loss - loss).abs().sqrt(), terms  # the value is finite, its slope at 0 is not
 
     with mock.patch.object(losses, "training_loss", broken):
-        assert call("train.py", *words, "--out", undone) == 1
+        assert train_tiny(folder, undone, **due) == 1
     said = capsys.readouterr().err
     assert "loss or gradient is not finite at step 6 (rec " in said and said.count("\n") == 1
     assert "norm nan" in said and ("rec nan" in said) == (what == "loss")
     assert [(undone / "ckpt.pt").read_bytes()] == kept
     other = shutil.copytree(undone, undone.with_name("other"))
-    assert call("train.py", *words, "--out", other, "--lr", 1e-3) == 0
+    assert train_tiny(folder, other, lr=1e-3, **due) == 0
     said = capsys.readouterr().out
     assert "lr was 0.01, from here on it is 0.001" in said and "continuing at step 4" in said
     assert weights_of(other).isfinite().all() and not torch.equal(weights_of(other), weights_of(run))
-    assert call("train.py", *words, "--out", undone) == 0 and torch.equal(weights_of(undone), weights_of(run))
+    assert train_tiny(folder, undone, **due) == 0 and torch.equal(weights_of(undone), weights_of(run))
 
 
 def test_not_finite_discriminator(folder, tmp_path, capsys):
@@ -246,9 +237,8 @@ def test_not_finite_discriminator(folder, tmp_path, capsys):
         loss = hinge_loss(*args)
         return loss + (loss - loss).abs().sqrt()
 
-    words = ["--data", folder, "--out", tmp_path, *flags(TINY | {"log_every": 8, "save_every": 2})]
     with mock.patch.object(vqgan_losses, "hinge_loss", broken):
-        assert call("train.py", *words) == 1
+        assert train_tiny(folder, tmp_path, log_every=8, save_every=2) == 1
     said = capsys.readouterr().err
     assert "not finite at step 2 (reconstruction 0." in said and " discriminator_norm nan" in said
     assert not (tmp_path / "tokenizer.pt").exists()
@@ -288,7 +278,7 @@ def log_of_two(rank, port, out):
 
 
 def test_both_processes_stop(tmp_path):
-    start_processes(log_of_two, *common.free_ports(1), tmp_path, n=2, wait=60)
+    common.start_processes(log_of_two, *common.free_ports(1), tmp_path, n=2, wait=60)
 
 
 def test_best_checkpoint(tmp_path):

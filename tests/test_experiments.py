@@ -230,7 +230,6 @@ def test_while_the_largest_is_best_a_larger_one_is_tried(monkeypatch):
 
 
 def test_the_tables_of_the_readme(tmp_path):
-    """Every line of the tables that the CSV files give stands there."""
     text = (common.HERE / "README.md").read_text()
     lines = [line for _, _, table in tuned.page_tables() for line in table.splitlines()]
     assert len(lines) > 35 and [line for line in lines if line not in text] == []
@@ -290,7 +289,6 @@ def test_noise_levels(folder, run, capsys):
 
 
 def test_speed(capsys, monkeypatch):
-    """All tables at tiny sizes, compilers left out."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(speed, "STEPS", 2)
     monkeypatch.setitem(PRESETS, "toy", TINY | {"micro_batch": 3})

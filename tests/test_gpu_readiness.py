@@ -25,7 +25,7 @@ from engine.config import DEFAULTS
 from engine.distributed import choose_device
 from engine.randomness import image_generators
 from schedule import ShiftedCosine
-from tests.common import TINY, call, close, flags, seeded
+from tests.common import close, seeded, train_tiny
 from tests.exact import Steps, run_of
 
 GPU = torch.device("meta")
@@ -110,22 +110,19 @@ def on_the_gpu():
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 def test_gpu_denoiser_loop_reads_nothing(undone, folder, on_the_gpu):
     """Stage 3 as train.py runs it: batches, noise, gradient in two passes, update, the log of losses."""
-    words = ["--data", folder, "--out", undone, "--stage", "diffusion", "--preset", "32-cpu", "--device", GPU,
-             "--micro-batch", 3, "--activation-checkpointing", *flags(TINY | {"steps": 2})]
-    assert call("train.py", *words) == 0 and on_the_gpu.in_loops > 500
+    assert train_tiny(folder, undone, "--activation-checkpointing", stage="diffusion", preset="32-cpu",
+                      device=GPU, micro_batch=3, steps=2) == 0 and on_the_gpu.in_loops > 500
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_gpu_tokenizer_loop_reads_nothing(small_lpips, folder, tmp_path, on_the_gpu, update):
     """Stage 1 with LPIPS and discriminator, its codebook moved in either way."""
-    options = TINY | {"tokenizer_steps": 2, "perceptual": 1.0, "codebook_update": update}
-    words = ["--data", folder, "--out", tmp_path / "pets", "--stage", "tokenizer",
-             "--lpips-weights", small_lpips, "--device", GPU, *flags(options)]
-    assert call("train.py", *words) == 0 and on_the_gpu.in_loops > 500
+    options = dict(stage="tokenizer", device=GPU, tokenizer_steps=2, perceptual=1.0, codebook_update=update)
+    assert train_tiny(folder, tmp_path / "pets", "--lpips-weights", small_lpips, **options) == 0
+    assert on_the_gpu.in_loops > 500
 
 
 def test_gpu_sampler_reads_nothing(on_the_gpu):
-    """Guided, cooled, inpainted."""
     with GPU:
         model, labels = EmbeddingDiffusion(**SIZES), torch.zeros(4, dtype=torch.int64)
         keep = torch.zeros(1, 9, dtype=torch.int64)

@@ -23,7 +23,7 @@ from engine.build import load_checkpoint
 from engine.process import lock
 from extras import run_page, serve
 from sample import sample_images
-from tests.common import HERE, TINY, call, contents, flags, noise, png
+from tests.common import HERE, TINY, call, contents, encode, flags, noise, train_tiny
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u2028\udcff\u202e", "' \"; rm -r /", "a, b", "-x"]
 
@@ -62,8 +62,7 @@ def test_page_of_a_run(folder, run):
 
 def test_states(run, tmp_path, capsys):
     """Of any run, from its files: how far it is, how it ended, whether it lives; hostile names are text."""
-    out = tmp_path / "it's <b>"
-    shutil.copytree(run, out)
+    out = shutil.copytree(run, tmp_path / "it's <b>")
     config = json.loads((run / "config.json").read_text()) | {HOSTILE[0]: HOSTILE[0]}
     config |= {"steps": 9, "classes": HOSTILE, "data": HOSTILE[0]}
     (out / "config.json").write_text(json.dumps(config))
@@ -102,10 +101,9 @@ def test_page_while_a_run_lives(folder, undone, monkeypatch):
 
     monkeypatch.setattr(run_page, "SHARE", 1e9)  # a page at every line
     monkeypatch.setattr(losses, "training_loss", watched)
-    words = ["train.py", "--data", folder, "--out", undone, *flags(TINY)]
-    assert call(*words) == 143 and run_data(undone)["state"] == "stopped"
+    assert train_tiny(folder, undone) == 143 and run_data(undone)["state"] == "stopped"
     with pytest.raises(ArithmeticError):
-        call(*words)
+        train_tiny(folder, undone)
     assert seen == [("running", step) for step in (0, 0, 2, 2, 4, 4)]
     data = run_data(undone)
     assert (data["state"], data["message"]) == ("failed", "ArithmeticError: it's broken")
@@ -114,13 +112,10 @@ def test_page_while_a_run_lives(folder, undone, monkeypatch):
 def test_a_page_that_cannot_be_written(folder, run, undone, capsys):
     """Said once; the run goes on and computes what it would have computed."""
     with mock.patch.object(run_page, "write_atomically", side_effect=OSError(28, "No space left")):
-        assert call("train.py", "--data", folder, "--out", undone, *flags(TINY)) == 0
+        assert train_tiny(folder, undone) == 0
     assert capsys.readouterr().out.count("no page of this run, which goes on without: [Errno 28]") == 1
     assert contents(undone) == contents(run)
 
-
-# ----------------------------------------------------------------------------
-# sample.py --serve.
 
 REQUEST = dict(n=8, seed=3, steps=3, guidance=2.0, temperature=1.0, classes=[1], sampler="ancestral",
                trajectory=False, image=None, cells=[])
@@ -128,6 +123,7 @@ REQUEST = dict(n=8, seed=3, steps=3, guidance=2.0, temperature=1.0, classes=[1],
 
 @pytest.fixture
 def site(run):
+    """A running server of sample.py --serve."""
     pipeline = load_checkpoint(run / "ckpt.pt", torch.device("cpu"))
     args = SimpleNamespace(serve=0, n=None, seed=0, steps=None)
     with serve.make_server(args, pipeline, [0, 1], pipeline.sampling) as server:
@@ -181,7 +177,7 @@ def test_what_is_drawn(site, run, tmp_path):
     for line, images_then in zip(lines, [*seen, images], strict=True):
         assert line["labels"] == labels.tolist() and np.array_equal(pixels(line["images"]), images_then)
 
-    upload = base64.b64encode(png(noise(1, 10, 14)[0])).decode()
+    upload = base64.b64encode(encode(noise(1, 10, 14)[0])).decode()
     _, [line] = ask(site, "/crop", {"image": upload})
     known = pipeline.tokenizer.encode(torch.from_numpy(pixels([line["image"]])))
     known[:, [0, 3]] = -1

@@ -13,7 +13,8 @@ import data
 from engine import budget
 from extras import image_cache
 from extras.datasets import find
-from tests.common import TINY, call, contents, flags, make_folder, noise, png, spoil, write_images
+from tests import common
+from tests.common import TINY, call, contents, flags, make_folder, noise, train_tiny, write_images
 
 
 def same_sets(a, b):
@@ -44,15 +45,14 @@ def test_cache_of_decoded_images(memory, tmp_path, monkeypatch):
 
 def test_runs_with_and_without_cache(folder, run, tmp_path):
     """The same files; the cache is gone when the tokens are there."""
-    words = ["train.py", "--data", folder, *flags(TINY), "--out"]
     expected = contents(run)
-    for name, more in (("pets", []), ("plain", ["--no-cache"])):
-        out = tmp_path / name
+    for more in ([], ["--no-cache"]):
+        out = tmp_path / f"run{len(more)}"
         out.mkdir()
         (out / "images.part.npy").write_bytes(b"")  # of a start that was killed
-        assert call(*words, out, "--stage", "tokenizer", *more) == 0
-        assert (out / "images.npy").exists() == (name == "pets")
-        assert call(*words, out, "--stage", "tokens") == 0
+        assert train_tiny(folder, out, *more, stage="tokenizer") == 0
+        assert (out / "images.npy").exists() == (more == [])
+        assert train_tiny(folder, out, stage="tokens") == 0
         assert not list(out.glob("images*"))
         assert all(contents(out)[file] == expected[file] for file in ("tokenizer.pt", "tokens.npy"))
 
@@ -74,17 +74,16 @@ def test_bad_files(memory, tmp_path, capsys, monkeypatch):
     root, out, images = tmp_path / "mixed", tmp_path / "out", noise(30)
     write_images(root, [f"{i:04d}.png" for i in range(29)], images[:-1])
     with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:  # a name that is no UTF-8
-        file.write(png(images[-1]))
-    expected = spoil(root, images[0])
-    words = ["train.py", "--data", root, "--out", out, *flags(TINY), "--no-cache", "--stage"]
-    assert call(*words, "tokenizer") == 2
+        file.write(common.encode(images[-1]))
+    expected = common.spoil(root, images[0])
+    assert train_tiny(root, out, "--no-cache", stage="tokenizer") == 2
     assert "15 of 45 images cannot be used, more than 1 %" in capsys.readouterr().err
     skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
     assert skipped.keys() == expected.keys() and not (out / "config.json").exists()
     assert all(expected[title] in reason and len(reason) > 4 for title, reason in skipped.items())
-    assert call(*words, "tokenizer", "--allow-bad") == 0
+    assert train_tiny(root, out, "--no-cache", "--allow-bad", stage="tokenizer") == 0
     (root / "0007.png").write_bytes(b"")  # after the check: that stops nothing
-    assert call(*words, "tokens") == 0 and len(np.load(out / "tokens.npy")) == 30
+    assert train_tiny(root, out, "--no-cache", stage="tokens") == 0 and len(np.load(out / "tokens.npy")) == 30
     assert "0007.png: empty, 0 bytes; it was sound before" in capsys.readouterr().out
 
 
@@ -92,13 +91,12 @@ def test_a_run_with_a_budget(folder, tmp_path, capsys):
     """Its steps are chosen once: the next start measures nothing, and may ask for more of them."""
     options = {name: value for name, value in TINY.items() if name not in ("steps", "tokenizer_steps")}
     words = ["train.py", "--data", folder, *flags(options), "--stage", "tokenizer", "--out"]
-    out = tmp_path / "pets"
     chosen = {"tokenizer_steps": 7, "steps": 9}, "chosen"
     with mock.patch.object(budget, "plan", return_value=chosen) as plan:
         for more in (["--minutes", 0.05], ["--minutes", 0.05], ["--steps", 10]):
-            assert call(*words, out, *more) == 0
+            assert call(*words, tmp_path, *more) == 0
     plan.assert_called_once()
-    stored = json.loads((out / "config.json").read_text())
+    stored = json.loads((tmp_path / "config.json").read_text())
     assert (stored["tokenizer_steps"], stored["steps"]) == (7, 10)
-    assert call(*words, out, "--minutes", 1) == 2
+    assert call(*words, tmp_path, "--minutes", 1) == 2
     assert "was planned for --minutes 0.05" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from PIL import Image
 from engine.build import load_tokenizer
 from engine.config import TOKENIZER_OPTIONS, choose_preset
 from extras.datasets import find
-from tests.common import HERE, PROGRAMS, TINY, call, contents, flags, make_folder, parser_flags, rows_of
+from tests import common
+from tests.common import TINY, call, contents, flags, make_folder, parser_flags, rows_of, train_tiny
 
 LATE = {name: value for name, value in TINY.items() if name not in TOKENIZER_OPTIONS.values()}
 
@@ -27,8 +28,8 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     """As typed: train; then train again (complete, nothing touched), sample; all from another directory."""
     monkeypatch.chdir(tmp_path)
     words = ["train.py", "--data", folder, *flags(TINY)]
-    as_typed = SimpleNamespace(main=lambda: runpy.run_path(str(HERE / "train.py"), run_name="__main__"))
-    with mock.patch.dict(PROGRAMS, {"train.py": as_typed}):
+    as_typed = SimpleNamespace(main=lambda: runpy.run_path(common.HERE / "train.py", run_name="__main__"))
+    with mock.patch.dict(common.PROGRAMS, {"train.py": as_typed}):
         assert call(*words) == 0
     text = capsys.readouterr().out
     assert "38 images + 2 held out, 2 classes: cat (20), dog (20)" in text
@@ -54,8 +55,7 @@ def test_flip(folder, run, tmp_path):
     """--flip: the training images once more, mirrored, with their labels; held-out images as they are.
     --tokenizer takes it out of a ckpt.pt."""
     out = tmp_path / "flip"
-    assert call("train.py", "--data", folder, "--out", out, "--flip", "--tokenizer", run / "ckpt.pt",
-                "--stage", "tokens", *flags(TINY)) == 0
+    assert train_tiny(folder, out, "--flip", "--tokenizer", run / "ckpt.pt", "--stage", "tokens") == 0
     assert not (out / "tokenizer.csv").exists()
     plain, both = np.load(run / "tokens.npy"), np.load(out / "tokens.npy")
     assert np.array_equal(both[:38], plain[:38]) and np.array_equal(both[-2:], plain[-2:])
@@ -93,7 +93,7 @@ def test_presets(name, pixels, on_cpu, preset):
 def test_raising_the_steps_goes_on(folder, run, tmp_path):
     """A complete run continues with more --steps; the tokenizer and the tokens stay."""
     shutil.copytree(run, tmp_path / "pets")
-    assert call("train.py", "--data", folder, "--out", tmp_path / "pets", *flags(TINY | {"steps": 10})) == 0
+    assert train_tiny(folder, tmp_path / "pets", steps=10) == 0
     before, after = contents(run), contents(tmp_path / "pets")
     assert after["ckpt.pt"]["step"] == 10 and [r["step"] for r in after["diffusion.csv"]] == [*"2468", "10"]
     assert after["tokenizer.pt"] == before["tokenizer.pt"] and after["tokens.npy"] == before["tokens.npy"]
@@ -106,8 +106,7 @@ def test_from_the_weights_of_another_run(classes, init, folder, run, tmp_path):
     """--init: the weights of another run are the start of this one, but for those of other classes."""
     if classes == 3:
         folder = make_folder(tmp_path / "birds", classes=("a", "b", "c"), each=5)
-    words = ["--data", folder, "--out", tmp_path / "a", "--init", run / init, *flags(TINY | {"lr": 0.0})]
-    assert call("train.py", *words) == 0
+    assert train_tiny(folder, tmp_path / "a", "--init", run / init, lr=0.0) == 0
     start, found = load(run / "ckpt.pt")["ema"], load(tmp_path / "a" / "ckpt.pt")["ema"]
     other = {name for name, value in start.items()
              if found[name].shape != value.shape or (found[name] - value).abs().max() > 1e-6}
@@ -116,30 +115,24 @@ def test_from_the_weights_of_another_run(classes, init, folder, run, tmp_path):
 
 def test_from_the_tokenizer_of_another_run(folder, run, tmp_path, capsys):
     """--init: its discriminator, too. Other sizes are refused."""
-    still = TINY | {"tokenizer_lr": 0.0, "gan_lr": 0.0, "stage": "tokenizer"}
-    words = ["--data", folder, "--out", tmp_path / "a", "--init", run]
-    assert call("train.py", *words, *flags(still)) == 0
+    still = dict(tokenizer_lr=0.0, gan_lr=0.0, stage="tokenizer")
+    assert train_tiny(folder, tmp_path / "a", "--init", run, **still) == 0
     start, found = load(run / "tokenizer.pt"), load(tmp_path / "a" / "tokenizer.pt")
     for part in ("tokenizer", "discriminator"):
         assert all(torch.equal(value, found[part][name]) for name, value in start[part].items()
                    if "quantizer" not in name)
-    words[3] = tmp_path / "b"
-    assert call("train.py", *words, *flags(TINY), "--width", 32) == 2
+    assert train_tiny(folder, tmp_path / "b", "--init", run, width=32) == 2
     assert "take its --preset and sizes" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_classes(folder, tmp_path, capsys):
     """--no-classes: albums, say."""
-    words = ["--data", folder, "--out", tmp_path / "run", *flags(TINY)]
-    assert call("train.py", *words, "--no-classes") == 0 and "no classes" in capsys.readouterr().out
-    assert (np.load(tmp_path / "run" / "tokens.npy")["label"] == 0).all()
-    assert load(tmp_path / "run" / "ckpt.pt")["class_names"] == []
-    draw = [tmp_path / "run" / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png"]
-    assert call("sample.py", *draw) == 0 and "guidance 0.0" in capsys.readouterr().out
+    assert train_tiny(folder, tmp_path, "--no-classes") == 0 and "no classes" in capsys.readouterr().out
+    assert (np.load(tmp_path / "tokens.npy")["label"] == 0).all()
+    assert load(tmp_path / "ckpt.pt")["class_names"] == []
+    assert call("sample.py", tmp_path / "ckpt.pt", "--n", 1, "--steps", 1, "--out", tmp_path / "a.png") == 0
+    assert "guidance 0.0" in capsys.readouterr().out
 
-
-# ----------------------------------------------------------------------------
-# Every flag of train.py.
 
 OF_IMAGES = dict(
     size=16, f=2, K=7, code_dim=3, tokenizer_width=32, tokenizer_blocks=2, codebook_update="gradient",

@@ -19,7 +19,7 @@ from extras.datasets import find
 from extras.pictures import save_pairs
 from extras.sampling_options import parse_classes
 from sample import class_labels, sample_images
-from tests.common import HERE, TINY, call, close, flags, noise, seeded, write_images
+from tests.common import HERE, call, close, flags, noise, seeded, train_tiny, write_images
 
 CPU = torch.device("cpu")
 
@@ -50,18 +50,15 @@ def test_every_flag_of_sample_does_something(run, tmp_path):
         assert np.array_equal(picture(compile=True), baseline) and compiled.call_count == 1
 
 
-SIDE = 66  # 8 pixels, 8 times, and 2
-
-
 @pytest.fixture
 def tiles(run, tmp_path):
     """Draws a picture -> [row][column] of the pixels of its tiles, without the words beside them."""
     def draw(columns, *words, rows=1):
-        out = tmp_path / "a.png"
+        out, side = tmp_path / "a.png", 66  # 8 pixels, 8 times, and 2
         # the model is hardly trained: less guidance is hardly seen
         assert call("sample.py", run / "ckpt.pt", "--guidance", 1e4, *words, "--out", out) == 0
-        page = np.asarray(Image.open(out))[-SIDE * rows:, -SIDE * columns:]
-        page = page.reshape(rows, SIDE, columns, SIDE, 3)[:, :64:8, :, :64:8]
+        page = np.asarray(Image.open(out))[-side * rows:, -side * columns:]
+        page = page.reshape(rows, side, columns, side, 3)[:, :64:8, :, :64:8]
         return page.transpose(0, 2, 4, 1, 3)
 
     return draw
@@ -72,10 +69,6 @@ def pipeline(run):
     loaded = load_checkpoint(run / "ckpt.pt", CPU)
     loaded.sampling["guidance"] = 1e4
     return loaded
-
-
-def stacked(*images):
-    return np.stack([np.asarray(image) for image in images])
 
 
 def test_grids_of_settings(tiles):
@@ -98,7 +91,6 @@ def test_trajectory(tiles, pipeline, tmp_path):
 
 
 def test_pictures_from_an_image(tiles, pipeline, tmp_path):
-    """--inpaint, --vary."""
     pixels = torch.randint(256, (10, 14, 3), generator=seeded(0), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(tmp_path / "image.png")
     mask = np.zeros((20, 28), np.uint8)
@@ -113,10 +105,10 @@ def test_pictures_from_an_image(tiles, pipeline, tmp_path):
     for names, label, omega in (([], 2, 0.0), (["--class", "dog"], 1, 1e4)):  # 2: the null class
         settings = pipeline.sampling | {"guidance": omega}
         images = sample_images(pipeline, torch.full((3,), label), inpaint=known, **settings)
-        assert np.array_equal(tiles(5, *words, *names)[0], stacked(image, grey, *images))
+        assert np.array_equal(tiles(5, *words, *names)[0], np.stack([image, grey, *images]))
     words = ["--vary", tmp_path / "image.png", "--n", 3, "--class", "dog", "--strength", 0.9]
     images = sample_images(pipeline, torch.full((3,), 1), init=(tokens, 0.9), **pipeline.sampling)
-    assert np.array_equal(tiles(4, *words)[0], stacked(image, *images))
+    assert np.array_equal(tiles(4, *words)[0], np.stack([image, *images]))
 
 
 def test_between_two_seeds(tiles, pipeline):
@@ -124,7 +116,7 @@ def test_between_two_seeds(tiles, pipeline):
     for label, row in enumerate(tiles(4, "--interpolate", "0,1", "--n", 4, rows=2)):
         ends = [sample_images(pipeline, torch.tensor([label]), noise=noise, **pipeline.sampling)[0]
                 for noise in (None, z)]
-        assert np.array_equal(row[[0, 3]], stacked(*ends))
+        assert np.array_equal(row[[0, 3]], np.stack(ends))
 
 
 @pytest.mark.parametrize("words, says", [
@@ -226,11 +218,10 @@ def test_export(run, folder, tmp_path, capsys):
         close(getattr(after, part).state_dict(), rounded, rtol=0, atol=0)
     for name in ("class_names", "class_counts", "sampling", "step", "config"):
         assert getattr(before, name) == getattr(after, name)
-    words = ["train.py", "--data", folder, *flags(TINY | {"steps": 10}), "--out"]
-    assert call(*words, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
+    assert train_tiny(folder, tmp_path / "b", "--init", exported, "--stage", "tokenizer") == 0
     pets = shutil.copytree(run, tmp_path / "pets")
     shutil.copy(exported, pets / "ckpt.pt")
-    assert call(*words, pets) == 2 and "made by --export" in capsys.readouterr().err
+    assert train_tiny(folder, pets, steps=10) == 2 and "made by --export" in capsys.readouterr().err
 
 
 def test_example(tmp_path):

@@ -208,7 +208,6 @@ def test_a_published_tokenizer_from_images_to_samples(folder, tmp_path, capsys):
 
 
 def test_ssim():
-    """Its definition, window by window."""
     a, b = (torch.randint(256, (2, 3, 13, 12), dtype=torch.uint8, generator=seeded(i)) for i in (0, 1))
     g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     w, values = np.outer(g, g) / g.sum() ** 2, []
