@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.validate import UserError, check_file, check_finite, check_unpacked,
 
 CHECKPOINT_FORMAT = "vq-lcmd checkpoint 1"  # ckpt.pt
 TOKENIZER_FORMAT = "vq-lcmd tokenizer 1"  # tokenizer.pt
+OLD_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # of files of torch before 1.6
 TOKENIZER_ENTRIES = {"config": dict, "metrics": dict, "step": int, "tokenizer": dict}
 ENTRIES = TOKENIZER_ENTRIES | {"ema": dict, "class_names": list, "class_counts": list, "sampling": dict}
 
@@ -38,6 +40,8 @@ def read_torch(path):
             with zipfile.ZipFile(path) as archive:
                 check_unpacked(path, sum(m.file_size for m in archive.infolist()), path.stat().st_size)
             names = get_unsafe_globals_in_checkpoint(path)
+        elif path.open("rb").read(len(OLD_MAGIC)) != OLD_MAGIC:
+            raise ValueError("it is no file of torch.save")
         stand_ins = [(OrderedDict if name.endswith("Dict") else StandIn, name) for name in names]
         with safe_globals(stand_ins):  # so that nothing of theirs runs; torch refuses os, sys and the like
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -142,8 +142,7 @@ def draw(args):
     if (args.inpaint or args.vary) and not args.classes:
         settings["guidance"] = 0.0  # they draw without a class
     if args.list_classes:
-        lines = [f"{i:>4}  {name}" for i, name in enumerate(names)]
-        return print("\n".join(lines) or "trained without classes")
+        return print("\n".join(f"{i:>4}  {name}" for i, name in enumerate(names)) or "it has no classes")
     rows = min(len(chosen), 16) if names else 8
     n = args.n or COLUMNS * (1 if special else rows)
     labels, facts = labels_to_draw(n, args, pipeline, chosen, settings, in_rows=out.suffix == ".png")
