@@ -128,12 +128,13 @@ def save_best(path, content, batch):
     if rank_and_world()[0] == 0:
         bits, best, is_best = content["bits"], None, True
         with contextlib.suppress(UserError):  # none yet, or a damaged one
-            found = read_torch(path)
+            found = expect(path, read_torch(path), dict)
             least = expect(f"{path}: bits", found.get("bits"), torch.Tensor)
+            expect(f"{path}: step", found.get("step"), int)
             best = found
         if best and best["step"] < content["step"]:  # a later one is of a course that was rolled back
             n = len(bits) if len(bits) == len(least) else min(len(bits), len(least)) // batch * batch
-            is_best = bits[:n].mean() < least[:n].mean()
+            is_best = n == 0 or bits[:n].mean() < least[:n].mean()  # 0: no draw is the same
         if is_best:
             content = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
             write_atomically(path, lambda partial: torch.save(content, partial))

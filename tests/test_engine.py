@@ -296,6 +296,10 @@ def test_best_checkpoint(tmp_path):
     assert best(6, 3., 3., 3., 5., 5.) == 6  # whole batches of both: 3 3 against 3 4
     assert best(8, 3., 3., 4., 5., 5.) == 6
     assert best(5, 9., 9., 9.) == 5     # the run went back to before step 6
+    assert best(9, 10.) == 9  # no whole batch of both
+    for damaged in ([1], {"bits": torch.ones(3)}, {"step": "a", "bits": torch.ones(3)}):
+        torch.save(damaged, path)
+        assert best(4, 3., 4., 1.) == 4
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("full"), KeyboardInterrupt("full")])
