@@ -56,7 +56,9 @@ def move_a_codebook(rank, world, folder):
         gather = vqvae.all_gather_cat
         vqvae.all_gather_cat = lambda z: gather(z).mul_(1 + rank * 2e-7)
     torch.manual_seed(0)
-    vq, z_e, dead, codes = vqvae.VectorQuantizer(16, 3), torch.randn(20, 8, 3, 4, 4), 0, []
+    vq = vqvae.VectorQuantizer(16, 3)
+    z_e = torch.randn(20, 8, 3, 4, 4)
+    dead, codes = 0, []
     for step in range(20):
         z = z_e[step, rank * 8 // world:(rank + 1) * 8 // world] + (step > 9)  # the data moves, and codes die
         vq(z, seeded(0))
